@@ -1,0 +1,36 @@
+# Everything runs in .venv, which the first call creates.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(VENV)/.installed ## create .venv and install the library with its tools
+
+# Made anew when the dependencies may have changed; the stamp is written last, so a broken install is tried again.
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "astroattn needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	@touch $@
+
+lint: setup ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint ## lint, then the tests (JOBS=2 at a time)
+	$(BIN)/python -m pytest -n $(JOBS)
+
+demo: setup ## patch a BERT and a ViT, and see what it cost (writes out/demo)
+	$(BIN)/python -m eval.demo
+
+clean: ## remove .venv, caches and outputs
+	rm -rf $(VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

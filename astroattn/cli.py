@@ -1,0 +1,199 @@
+"""The command line: `astroattn patch`, `astroattn compare`, `astroattn info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import astroattn
+from astroattn.config import HIDDEN
+from astroattn.data import PYTHON_DOCS
+from astroattn.fidelity.environment import describe_device, describe_versions
+from astroattn.fidelity.passes import POOLINGS
+from astroattn.recipes import DTYPES, open_recipe, override
+
+app = typer.Typer(
+    help="Replace the self-attention of pretrained models by neuron-astrocyte networks, and see what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RECIPE",
+        help="A transformers id or folder, timm:NAME, package:NAME (a Python package with a model in it), or a recipe"
+        " (.toml).",
+    ),
+]
+Weights = Annotated[Path | None, typer.Option(help="Weights of a timm: model, a .safetensors file.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: cuda where there is one.")]
+Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Pixels per side of the photos; position embeddings follow.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Which attention modules: all, indices as in 0-5,8, or a name pattern as in '*.3.*'.")
+]
+Hidden = Annotated[str | None, typer.Option(help=f"Hidden layer: {', '.join(HIDDEN)}.")]
+NumHidden = Annotated[int | None, typer.Option(help="Hidden neurons per head (m).")]
+Near = Annotated[int | None, typer.Option(help="Near field in tokens; 0 for none.")]
+ExactKeys = Annotated[int | None, typer.Option(help="Keys per tile attended exactly, beyond the near field.")]
+Tile = Annotated[int | None, typer.Option(help="Tokens per tile of queries.")]
+Seed = Annotated[int | None, typer.Option(help="Of random hidden layers and of the intervals.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(astroattn.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("patch")
+def patch_model(
+    model: Model,
+    weights: Weights = None,
+    json_path: Json = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    size: Size = None,
+    layers: Layers = None,
+    hidden: Hidden = None,
+    num_hidden: NumHidden = None,
+    near: Near = None,
+    exact_keys: ExactKeys = None,
+    tile: Tile = None,
+    seed: Seed = None,
+) -> None:
+    """Patch a model and show what became of every attention module."""
+    recipe = override(
+        open_recipe(model), _settings(hidden, num_hidden, near, exact_keys, tile, seed), {"size": size}, layers
+    )
+    report = recipe.patch(recipe.load(weights, device, dtype))
+    print(report)
+    if json_path:
+        result = {"config": dataclasses.asdict(recipe.settings)} | report.to_dict()
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command("compare")
+def compare_model(
+    model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Photos: a folder, class/photo folders, or a .tar. Texts: a text file, CSV or TSV, a folder of .txt,"
+            f" or {PYTHON_DOCS}. Both: datasets:NAME or datasets:NAME:SPLIT."
+        ),
+    ] = None,
+    weights: Weights = None,
+    json_path: Json = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the figure into this .png, .pdf or .svg.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most items.")] = None,
+    half: Annotated[str | None, typer.Option(help="even or odd: every second item only.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Items per batch.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Cut long texts into chunks of so many tokens.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="List of classes (index, wnid, name); classes.tsv beside photos is found.")
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help=f"Embedding: {', '.join(POOLINGS)}.")] = None,
+    diagnose: Annotated[int, typer.Option(min=0, help="Batches to measure per layer and head.")] = 4,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    size: Size = None,
+    layers: Layers = None,
+    hidden: Hidden = None,
+    num_hidden: NumHidden = None,
+    near: Near = None,
+    exact_keys: ExactKeys = None,
+    tile: Tile = None,
+    seed: Seed = None,
+) -> None:
+    """Run a model and its patched copy on the same inputs and show what changed, beside three controls."""
+    recipe = override(
+        open_recipe(model),
+        _settings(hidden, num_hidden, near, exact_keys, tile, seed),
+        {
+            "source": data,
+            "limit": limit,
+            "half": half,
+            "batch_size": batch_size,
+            "tokens": tokens,
+            "classes": None if classes is None else str(classes),
+            "pooling": pooling,
+            "size": size,
+        },
+        layers,
+    )
+    result = recipe.compare(recipe.load(weights, device, dtype), diagnose=diagnose, seed=seed or 0)
+    print(result)
+    if json_path:
+        result.save_json(json_path)
+    if figure:
+        result.figure(figure)
+
+
+@app.command("info")
+def show_info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL|RECIPE]", help="Also show what patch would do.")
+    ] = None,
+    weights: Weights = None,
+    device: Device = None,
+) -> None:
+    """Show versions and devices and, for a model, its attention modules and what patching makes of them."""
+    for package, version in describe_versions().items():
+        print(f"{package:<14}{version or 'not installed'}")
+    names = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    for name in names:
+        print(f"{name:<14}{describe_device(torch.device(name))}")
+    if model:
+        recipe = open_recipe(model)
+        print(recipe.patch(recipe.load(weights, device)))
+
+
+def _settings(
+    hidden: str | None,
+    num_hidden: int | None,
+    near: int | None,
+    exact_keys: int | None,
+    tile: int | None,
+    seed: int | None,
+) -> dict[str, str | int | None]:
+    return {
+        "hidden": hidden,
+        "num_hidden": num_hidden,
+        "near": near,
+        "exact_keys": exact_keys,
+        "tile": tile,
+        "seed": seed,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input ends in one line on stderr and exit code 2."""
+    try:
+        app(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"astroattn: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Real inputs: photos, texts, sentence pairs; from folders, tar files, tables and the `datasets` library."""
+
+from astroattn.data.loading import PYTHON_DOCS, Data, load_data
+
+__all__ = ["PYTHON_DOCS", "Data", "load_data"]

@@ -1,0 +1,126 @@
+"""The calls of the `AstrocyteAttention` modules of a model, and what they cost."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from astroattn.attention import AstrocyteAttention
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of one call of an `AstrocyteAttention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: dict[str, Any]  # key_mask, causal, scale, grid
+
+    def real_queries(self) -> Tensor:
+        """Bool [B, Nq]: the queries that are real tokens. Queries are the last of the keys, as in causal attention."""
+        batch, _, count, _ = self.query.shape
+        mask = self.options.get("key_mask")
+        if mask is None:
+            return self.query.new_ones(batch, count, dtype=torch.bool)
+        real: Tensor = mask[:, mask.shape[1] - count :].expand(batch, count)
+        return real
+
+
+_FORWARD = inspect.signature(AstrocyteAttention.forward)
+
+
+def read_call(module: AstrocyteAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
+    values = dict(_FORWARD.bind(module, *args, **kwargs).arguments)
+    values.pop("self")
+    return AttentionCall(values.pop("query"), values.pop("key"), values.pop("value"), values)
+
+
+def find_astrocytes(model: nn.Module) -> dict[str, AstrocyteAttention]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AstrocyteAttention)}
+
+
+class _Call(NamedTuple):
+    module: AstrocyteAttention | None  # None for an attention module left exact
+    rows: int
+    queries: int
+    keys: int
+    causal: bool
+    grid: tuple[int, int] | None
+    key_mask: Tensor | None
+
+
+class CostMeter:
+    """The mean cost of a query over the attention calls of a model.
+
+    Positions are the keys and centroids that a query attends to; the cost is the number of products of length D over
+    the 2N of softmax. Both come from `AstrocyteAttention.cost`, with the number of real tokens of every row. Attention
+    modules that patching left exact count with all their keys and a cost of 1.
+    """
+
+    def __init__(self, model: nn.Module, exact: Sequence[str] = ()) -> None:
+        self._astrocytes = find_astrocytes(model)
+        self._exact = {name: model.get_submodule(name) for name in exact}
+        self._calls: list[_Call] = []
+        self._queries = self._keys = self._positions = self._products = 0.0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Note the calls inside the block; only shapes and references are kept, so that timing is not disturbed."""
+        handles = [m.register_forward_pre_hook(self._note, with_kwargs=True) for m in self._astrocytes.values()]
+        handles += [m.register_forward_pre_hook(self._note_exact, with_kwargs=True) for m in self._exact.values()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(self, mask: Tensor | None) -> None:
+        """Add up the calls noted; `mask` holds the real tokens of the batch, for the modules left exact."""
+        calls: dict[tuple[Any, ...], int] = defaultdict(int)
+        for module, rows, queries, keys, causal, grid, key_mask in self._calls:
+            if module is None and mask is not None and mask.shape[1] == keys:
+                key_mask = mask
+            for real in [keys] * rows if key_mask is None else key_mask.sum(1).tolist():
+                calls[module, min(queries, real), real, causal, grid] += 1
+        self._calls.clear()
+        for (module, queries, keys, causal, grid), count in calls.items():
+            if keys == 0:
+                continue
+            positions, ratio = float(keys), 1.0
+            if module is not None:
+                cost = module.cost(queries, keys, causal=causal, grid=grid)
+                positions, ratio = cost.positions, cost.ratio
+            weight = count * queries
+            self._queries += weight
+            self._keys += weight * keys
+            self._positions += weight * positions
+            self._products += weight * keys * ratio
+
+    def totals(self) -> dict[str, float]:
+        """Means per query: `keys` (what softmax attends to), `positions`, and `cost` relative to softmax."""
+        if not self._queries:
+            return {}
+        return {
+            "keys": self._keys / self._queries,
+            "positions": self._positions / self._queries,
+            "cost": self._products / self._keys,
+        }
+
+    def _note(self, module: AstrocyteAttention, args: Any, kwargs: Any) -> None:
+        seen = read_call(module, args, kwargs)
+        key_mask = seen.options.get("key_mask")
+        rows, _, queries, _ = seen.query.shape
+        causal, grid = seen.options.get("causal", False), seen.options.get("grid")
+        self._calls.append(_Call(module, rows, queries, seen.key.shape[2], causal, grid, key_mask))
+
+    def _note_exact(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        states = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3]
+        if states:
+            rows, count, _ = states[0].shape
+            self._calls.append(_Call(None, rows, count, count, False, None, None))

@@ -1,0 +1,199 @@
+"""The original and the patched model, side by side on the same inputs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from astroattn.config import AstroConfig
+from astroattn.fidelity import metrics
+from astroattn.fidelity.calls import find_astrocytes
+from astroattn.fidelity.diagnosis import Diagnosis
+from astroattn.fidelity.environment import describe_device, describe_versions
+from astroattn.fidelity.metrics import Value
+from astroattn.fidelity.passes import POOLINGS, Outputs, count_items, to_model, token_mask
+from astroattn.fidelity.resources import MEMORY_METHODS
+from astroattn.fidelity.result import Fidelity, Row
+from astroattn.fidelity.subject import Reading, Subject, left_exact
+from astroattn.patching import fallbacks
+
+
+def compare(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: AstroConfig | None = None,
+    *,
+    where: Any = None,
+    labels: Sequence[int] | None = None,
+    scores: Sequence[float] | None = None,
+    pooling: str = "auto",
+    diagnose: int = 4,
+    controls: bool = True,
+    seed: int = 0,
+    name: str | None = None,
+    data: str = "batches",
+    progress: bool = True,
+) -> Fidelity:
+    """Patch a copy of the model and measure what changed; the model itself is not touched.
+
+    Every batch goes once through the original, the patched model and the controls, which share their weights. The
+    batches are read once, one after the other; of each only logit statistics and pooled embeddings are kept.
+
+    Args:
+        model: a model without patches, on the device and in the dtype to measure.
+        batches: model inputs, each a mapping of keyword arguments or one tensor, with the items along dimension 0. An
+            `attention_mask` [B, N] marks real tokens; padding is left out of every figure.
+        config: for `patch`; None is the default.
+        where: for `patch`; None is all layers.
+        labels: the class of every item, in order, for accuracy; needs logits [B, C].
+        scores: for sentence pairs, the score of items 2i and 2i + 1.
+        pooling: how hidden states become an embedding: `"mean"` over real tokens, `"cls"`, `"model"` (its own), or
+            `"auto"`: `mean` for text, `model` for the rest.
+        diagnose: number of batches, from the first, that are also measured per layer and head.
+        controls: also measure uniform attention, the near field alone and random features with the same m.
+        seed: of the bootstrap intervals.
+        name, data: names of the model and of the inputs, for the tables.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no batches, a model that is patched already, labels or scores that do not fit the items.
+        TypeError: a batch that is neither a tensor nor a mapping.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if diagnose < 0:
+        raise ValueError(f"diagnose: must be 0 or more batches, got {diagnose}")
+    if find_astrocytes(model):
+        raise ValueError("model: is patched already; unpatch it first (compare patches a copy of its own)")
+    config = config or AstroConfig()
+    subjects = {"original": Subject(model), "patched": Subject(model, config, where)}
+    if controls:
+        subjects |= {title: Subject(model, choice, where) for title, choice in control_configs(config).items()}
+    diagnosis = Diagnosis(subjects["patched"].model)
+    exact_check: float | None = None
+    diagnosed = items = 0
+    total = len(batches) if isinstance(batches, Sized) else None
+    with torch.inference_mode():
+        for number, batch in enumerate(tqdm(batches, "comparing", total, unit="batch", disable=not progress)):
+            inputs = to_model(model, batch)
+            start, items = items, items + count_items(inputs)
+            chosen = None if labels is None else labels[start:items]
+            if chosen is not None and len(chosen) < items - start:
+                raise ValueError(f"labels: {start + len(chosen)}, but there are {items} items or more")
+            original: Reading | None = None
+            for subject in subjects.values():
+                reading = subject.run(inputs, pooling, original, chosen)
+                original = original or reading
+            if number < diagnose and original is not None:
+                difference = _difference(diagnosis.add(inputs), original.outputs, token_mask(inputs))
+                exact_check = max(exact_check or 0.0, difference)
+                diagnosed = items
+    if not items:
+        raise ValueError("batches: there are none")
+    if labels is not None and len(labels) != items:
+        raise ValueError(f"labels: {len(labels)}, but there are {items} items")
+    if scores is not None and 2 * len(scores) != items:
+        raise ValueError(f"scores: {len(scores)}, but there are {items} items; one is needed for every two")
+    rows, notes = _summarise(subjects, labels, scores, seed)
+    notes += _patch_notes(subjects["patched"])
+    if controls and not config.near:
+        notes.append("the config has no near field, so there is no control with the near field alone")
+    return Fidelity(
+        model=name or type(model).__name__,
+        data=data,
+        items=items,
+        rows=rows,
+        layers=diagnosis.layers(),
+        diagnosed=diagnosed,
+        exact_check=exact_check,
+        notes=tuple(notes),
+        environment=_environment(model, seed, pooling),
+    )
+
+
+def control_configs(config: AstroConfig) -> dict[str, AstroConfig]:
+    """The controls that every comparison shows beside `config`."""
+    controls = {"uniform": AstroConfig(hidden="random", activation="constant", num_hidden=1, near=0)}
+    if config.near:
+        controls["near alone"] = replace(config, hidden="none", exact_keys=0)
+    controls["random"] = AstroConfig(hidden="random", num_hidden=config.num_hidden, near=0, seed=config.seed)
+    return controls
+
+
+def _summarise(
+    subjects: dict[str, Subject], labels: Sequence[int] | None, scores: Sequence[float] | None, seed: int
+) -> tuple[dict[str, Row], list[str]]:
+    rows: dict[str, Row] = {}
+    notes: list[str] = []
+    first = subjects["original"]
+    original = first.parts()
+    if labels is not None and "correct1" not in original:
+        notes.append("labels were not used: the model gives no logits with one prediction per item")
+    if scores is not None and "embedding" not in original:
+        notes.append("scores were not used: the model gives no hidden states to make embeddings of")
+    for title, subject in subjects.items():
+        parts = original if subject is first else subject.parts()
+        values = {"nonfinite": Value(float(subject.nonfinite))} if subject.nonfinite else {}
+        if subject.nonfinite:
+            notes.append(f"{title}: {subject.nonfinite} items gave NaN or infinity, so none of its scores are given")
+        elif subject is first or not first.nonfinite:
+            if "correct1" in parts:
+                values |= metrics.summarise_labels(parts, original)
+            if scores is not None and "embedding" in parts:
+                values |= metrics.score_pairs(parts["embedding"], np.asarray(scores, dtype=float), seed)
+            if "kl" in parts:
+                values |= metrics.summarise_logits(parts, seed)
+            if "embedding" in parts and subject is not first:
+                values |= metrics.summarise_embeddings(parts["embedding"], original["embedding"], seed)
+        rows[title] = Row(None if subject.config is None else asdict(subject.config), values | subject.costs())
+    keys = rows["patched"].values.get("keys")
+    if keys is not None:
+        rows["original"].values.update(keys=keys, positions=keys, cost=Value(1.0))
+    return rows, notes
+
+
+def _patch_notes(subject: Subject) -> list[str]:
+    """What the tables of the patched model leave out."""
+    notes = []
+    if subject.report is not None and (names := left_exact(subject.report)):
+        notes.append(f"{len(names)} attention modules are exact, as in the original: {', '.join(names)}")
+    for name, reasons in fallbacks(subject.model).items():
+        notes += [f"{name}: {count} calls, not in positions and cost: {reason}" for reason, count in reasons.items()]
+    return notes
+
+
+def _difference(checked: Outputs, original: Outputs, mask: Tensor | None) -> float:
+    """Relative difference between two passes that should agree: of the logits, or of the hidden states."""
+    if checked.logits is not None and original.logits is not None:
+        mine, theirs = checked.logits, original.logits
+    elif checked.hidden is not None and original.hidden is not None:
+        mine, theirs = checked.hidden, original.hidden
+    else:
+        return float("nan")
+    if mask is not None and mine.shape[:2] == mask.shape:
+        mine, theirs = mine[mask], theirs[mask]
+    return float((mine.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def _environment(model: nn.Module, seed: int, pooling: str) -> dict[str, Any]:
+    weight = next(model.parameters())
+    return {
+        "versions": describe_versions(),
+        "device": describe_device(weight.device),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "seed": seed,
+        "pooling": pooling,
+        "memory": MEMORY_METHODS[weight.device.type == "cuda"],
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,29 @@
+"""Where a measurement was made: versions and devices."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+PACKAGES = ("astroattn", "torch", "transformers", "timm", "datasets")
+
+
+def describe_versions() -> dict[str, str | None]:
+    """The version of Python and of every package that matters, None where it is not installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def describe_device(device: torch.device) -> str:
+    """The name of a GPU, or the kind of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

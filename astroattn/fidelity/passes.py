@@ -1,0 +1,117 @@
+"""One pass of a model over one batch: what goes in and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+POOLINGS = ("auto", "mean", "cls", "model")
+
+
+class Outputs(NamedTuple):
+    """What a model gave for a batch; `None` where it has no such output."""
+
+    logits: Tensor | None  # [B, C], or [B, N, C] with one prediction per token
+    hidden: Tensor | None  # [B, N, D], the last hidden state
+    pooled: Tensor | None  # [B, D], by the model's own pooling
+
+
+def to_model(model: nn.Module, inputs: Any) -> Any:
+    """The inputs on the device of the model, floating point ones in its dtype."""
+    weight = next(model.parameters())
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+
+    if isinstance(inputs, Mapping):
+        return {name: move(value) for name, value in inputs.items()}
+    if isinstance(inputs, Tensor):
+        return move(inputs)
+    raise TypeError(f"batches: each must be a tensor or a mapping of keyword inputs, got {type(inputs).__name__}")
+
+
+def count_items(inputs: Any) -> int:
+    """The number of rows of a batch."""
+    tensors = [v for v in (inputs.values() if isinstance(inputs, Mapping) else [inputs]) if isinstance(v, Tensor)]
+    if not tensors or not tensors[0].shape or not tensors[0].shape[0]:
+        raise ValueError("batches: a batch without rows")
+    return tensors[0].shape[0]
+
+
+def token_mask(inputs: Any) -> Tensor | None:
+    """Bool [B, N], True for a real token; None where the batch has no padding mask."""
+    if isinstance(inputs, Mapping):
+        real, padding = inputs.get("attention_mask"), inputs.get("src_key_padding_mask")
+        if isinstance(real, Tensor):
+            return real.bool()
+        if isinstance(padding, Tensor):
+            return ~padding.bool()
+    return None
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def forward(model: nn.Module, inputs: Any) -> Outputs:
+    """Run the model as its users do and keep what it computed on the way to its result.
+
+    timm models run as `forward_head(forward_features(x))`, which is their `forward`. Models of transformers run as they
+    are; below a task head the output of the base model is kept. Any other module may return logits [B, C] or hidden
+    states [B, N, D].
+    """
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        features = model.forward_features(inputs)
+        logits = model.forward_head(features)
+        return Outputs(logits if getattr(model, "num_classes", 0) else None, features, None)
+    inner: list[Any] = []
+    base = getattr(model, "base_model", model)
+    handle = None
+    if isinstance(base, nn.Module) and base is not model:
+        handle = base.register_forward_hook(lambda module, args, output: inner.append(output))
+    try:
+        output = call(model, inputs)
+    finally:
+        if handle is not None:
+            handle.remove()
+    if isinstance(output, Tensor):
+        return Outputs(output, None, None) if output.ndim == 2 else Outputs(None, output, None)
+    source = inner[-1] if inner else output
+    return Outputs(
+        getattr(output, "logits", None),
+        getattr(source, "last_hidden_state", None),
+        getattr(source, "pooler_output", None),
+    )
+
+
+def pool(model: nn.Module, outputs: Outputs, mask: Tensor | None, pooling: str) -> Tensor | None:
+    """The embedding [B, D] of every item, in float32.
+
+    `mean`: the mean of the last hidden state over real tokens; `cls`: its first token; `model`: the model's own pooling
+    (timm's `pre_logits`, the `pooler_output` of transformers). `auto` is `mean` for token batches and `model` for
+    others, or `cls` where the model has no pooling of its own.
+    """
+    hidden = outputs.hidden
+    is_timm = hasattr(model, "forward_head")
+    if pooling == "auto":
+        pooling = "mean" if mask is not None else "model" if is_timm or outputs.pooled is not None else "cls"
+    if pooling == "model" and is_timm:
+        return model.forward_head(hidden, pre_logits=True).float()
+    if pooling == "model":
+        if outputs.pooled is None:
+            raise ValueError(
+                "pooling: 'model' was asked for, but the model has no pooling of its own; use 'mean' or 'cls'"
+            )
+        return outputs.pooled.float()
+    if hidden is None:
+        return None
+    if hidden.ndim != 3:
+        raise ValueError(f"pooling: {pooling!r} needs hidden states [B, N, D], the model gives {tuple(hidden.shape)}")
+    if pooling == "cls":
+        return hidden[:, 0].float()
+    weight = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden.dtype)
+    return (hidden.float() * weight.unsqueeze(-1)).sum(1) / weight.float().sum(1, keepdim=True)

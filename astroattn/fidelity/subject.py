@@ -1,0 +1,99 @@
+"""One model of a comparison, and what was seen of it batch after batch."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from astroattn.config import AstroConfig
+from astroattn.fidelity import metrics
+from astroattn.fidelity.calls import CostMeter
+from astroattn.fidelity.metrics import Array, Value
+from astroattn.fidelity.passes import Outputs, forward, pool, token_mask
+from astroattn.fidelity.resources import measure_memory, measure_time
+from astroattn.patching import PatchReport, patch
+
+
+class Reading(NamedTuple):
+    """What is compared of one batch: logits with one prediction per row, embeddings, and the outputs themselves."""
+
+    logits: Tensor | None
+    embedding: Tensor | None
+    outputs: Outputs
+
+
+class Subject:
+    """A copy of a model that shares the original's weights, patched with `config` unless that is None."""
+
+    def __init__(self, model: nn.Module, config: AstroConfig | None = None, where: Any = None) -> None:
+        self.config = config
+        self.model = share_weights(model)
+        self.report = None if config is None else patch(self.model, config, where)
+        self.nonfinite = 0
+        self.peak_bytes: int | None = None
+        self._meter = CostMeter(self.model, [] if self.report is None else left_exact(self.report))
+        self._seconds: list[float] = []
+        self._parts: dict[str, list[Array]] = defaultdict(list)
+
+    def run(self, inputs: Any, pooling: str, original: Reading | None, labels: Sequence[int] | None) -> Reading:
+        """One clean pass over a batch; `original` is what the original gave, None for the original itself."""
+        if self.peak_bytes is None:  # the first pass also warms up, so it is not timed
+            device = next(self.model.parameters()).device
+            self.peak_bytes = measure_memory(lambda: forward(self.model, inputs), device)
+        mask = token_mask(inputs)
+        with self._meter.watch():
+            outputs, seconds = measure_time(lambda: forward(self.model, inputs))
+        self._meter.add(mask)
+        self._seconds.append(seconds)
+        reading = Reading(_predictions(outputs.logits, mask), pool(self.model, outputs, mask, pooling), outputs)
+        self._keep(reading, original, labels)
+        return reading
+
+    def _keep(self, reading: Reading, original: Reading | None, labels: Sequence[int] | None) -> None:
+        logits, embedding, outputs = reading
+        if embedding is not None:
+            self._parts["embedding"].append(embedding.cpu().numpy())
+            self.nonfinite += int((~embedding.isfinite().all(-1)).sum())
+        elif logits is not None:
+            self.nonfinite += int((~logits.isfinite().all(-1)).sum())
+        parts: dict[str, Array] = {}
+        if logits is not None and original is not None and original.logits is not None:
+            parts |= metrics.compare_logits(logits, original.logits)
+        if logits is not None and labels is not None and outputs.logits is not None and outputs.logits.ndim == 2:
+            parts |= metrics.score_logits(logits, labels)
+        for name, values in parts.items():
+            self._parts[name].append(values)
+
+    def parts(self) -> dict[str, Array]:
+        return {name: np.concatenate(values) for name, values in self._parts.items()}
+
+    def costs(self) -> dict[str, Value]:
+        """What it takes to run: positions, cost, time, memory."""
+        values = {name: Value(value) for name, value in self._meter.totals().items()}
+        values["seconds"] = Value(statistics.median(self._seconds))
+        values["peak_bytes"] = Value(float(self.peak_bytes or 0))
+        return values
+
+
+def left_exact(report: PatchReport) -> list[str]:
+    """Names of the self-attention modules that patching left as they were."""
+    return [row.name for row in report.exact if row.index is not None]
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model in evaluation mode whose parameters and buffers are those of the original, not copies."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared).eval()
+
+
+def _predictions(logits: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Logits as [predictions, C]: the items, or the real tokens of a model that predicts every token."""
+    if logits is None or logits.ndim == 2:
+        return logits
+    return logits.flatten(0, 1) if mask is None else logits[mask]

@@ -1,0 +1,61 @@
+"""Static hidden layers: their weights. (The Hebbian layer learns its weights from each sequence and keeps none.)"""
+
+from __future__ import annotations
+
+from math import pi
+
+import torch
+from torch import Tensor, nn
+
+from astroattn.config import AstroConfig
+from astroattn.ops.static import Hidden
+
+
+class RandomHidden(nn.Module):
+    """The paper's hidden layer: W drawn once, the same for queries and keys.
+
+    w_j ~ N(0, I), independent or, with `orthogonal`, orthogonal within blocks of head_dim rows with the same law for
+    each row. Source: the authors' notebooks (`get_phi`), where W is independent.
+
+    Attributes:
+        weight: W [H, m, D]. phase: b [H, m], uniform in [0, 2 pi), used by the cosines and the sine. Both are buffers
+            outside the state_dict: the seed draws them again.
+    """
+
+    weight: Tensor
+    phase: Tensor
+
+    def __init__(self, num_heads: int, head_dim: int, config: AstroConfig) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(config.seed)
+        shape = (num_heads, config.num_hidden, head_dim)
+        draw = draw_orthogonal if config.orthogonal else draw_independent
+        self.register_buffer("weight", draw(shape, generator), persistent=False)
+        phase = torch.rand(shape[:2], generator=generator, dtype=torch.float64) * 2 * pi
+        self.register_buffer("phase", phase.float(), persistent=False)
+        self.activation = config.activation
+
+    def expand(self, batch: int, dtype: torch.dtype) -> Hidden:
+        """The layer for `batch` sequences, flattened over batch and heads."""
+        weight = self.weight.to(dtype).repeat(batch, 1, 1)
+        return Hidden(weight, self.phase.to(dtype).repeat(batch, 1), self.activation)
+
+
+def draw_independent(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """W [H, m, D] with independent standard normal entries, float32."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64).float()
+
+
+def draw_orthogonal(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """W [H, m, D], rows orthogonal within blocks of D, each row distributed as N(0, I), float32.
+
+    The Q of a QR decomposition is uniform over the rotations only if each column takes the sign of R's diagonal;
+    without that positive features come out biased. Each row gets the length of an independent normal vector.
+    """
+    heads, m, dim = shape
+    blocks = -(-m // dim)
+    gaussian = torch.randn(heads, blocks, dim, dim, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    lengths = torch.randn(heads, blocks, dim, dim, generator=generator, dtype=torch.float64).norm(dim=-1)
+    return (q.mT * lengths[..., None]).flatten(1, 2)[:, :m].float()

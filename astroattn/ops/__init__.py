@@ -1,0 +1,1 @@
+"""Functions on tensors; they import nothing of the rest of the library."""

@@ -1,0 +1,95 @@
+"""Competitive Hebbian learning of hidden weights, which is weighted k-means, and sums over its clusters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def learn_clusters(
+    points: Tensor, mass: Tensor, num_clusters: int, steps: int, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Assign each point to one of m clusters by weighted k-means: winner takes all, then Hebbian learning.
+
+    a_i = argmin_j |x_i - w_j|^2, w_j = sum_{i: a_i = j} mass_i x_i / sum_{i: a_i = j} mass_i, `steps` times, from
+    points at equal distances along the sequence. Not differentiable: an assignment is a choice.
+    Cost: (steps + 1) m + steps products of length D per point.
+
+    Args:
+        points: [Z, N, D]. mass: [Z, N], not negative, 0 for padding. lengths: real points per sequence [Z], or None.
+
+    Returns:
+        The cluster of each point [Z, N], and its squared distance from the cluster's weights [Z, N].
+    """
+    size, count, dim = points.shape
+    ends = torch.full((1, 1), count, device=points.device) if lengths is None else lengths[:, None]
+    start = (torch.arange(num_clusters, device=points.device) * 2 + 1) * ends // (2 * num_clusters)
+    start = start.clamp(max=count - 1).expand(size, -1)
+    weights = points.gather(1, start[..., None].expand(-1, -1, dim))
+    for _ in range(steps):
+        total, mean = weighted_means(points, mass, _nearest(points, weights)[1], num_clusters)
+        weights = torch.where(total[..., None] > 0, mean, weights)
+    distance, winners = _nearest(points, weights)
+    return winners, (distance + points.square().sum(-1)).clamp(min=0)
+
+
+def _nearest(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    # |x - w|^2 without |x|^2, which is the same for all w.
+    distance, winners = torch.baddbmm(weights.square().sum(-1)[:, None], points, weights.mT, alpha=-2).min(-1)
+    return distance, winners
+
+
+def weighted_means(points: Tensor, mass: Tensor, winners: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Total mass [Z, m] and weighted mean [Z, m, D] of each cluster; an empty cluster has mass 0 and mean 0."""
+    size, _, dim = points.shape
+    place = (winners + torch.arange(size, device=points.device)[:, None] * num_clusters).flatten()
+    total = mass.new_zeros(size * num_clusters).index_add(0, place, mass.flatten())
+    sums = points.new_zeros(size * num_clusters, dim).index_add(0, place, (points * mass[..., None]).flatten(0, 1))
+    mean = sums / total.clamp(min=torch.finfo(total.dtype).tiny)[:, None]
+    return total.view(size, num_clusters), mean.view(size, num_clusters, dim)
+
+
+def cluster_sums(weights: Tensor, values: Tensor, winners: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Sums over the members of each cluster, once for each row of weights.
+
+    z_rj = sum_{i: a_i = j} c_ri,  s_rj = sum_{i: a_i = j} c_ri v_i. The keys are laid out in blocks that belong to
+    one cluster each, so that this is one batched product of R * N vectors, not m times as many.
+
+    Args:
+        weights: c [Z, R, N]. values: v [Z, N, Dv]. winners: a [Z, N].
+
+    Returns:
+        z [Z, R, m] and s [Z, R, m, Dv].
+    """
+    size, rows, count = weights.shape
+    device, dim = weights.device, values.shape[-1]
+    block, num_blocks = block_layout(count, num_clusters)
+
+    members = torch.zeros(size, num_clusters, dtype=torch.long, device=device)
+    members.scatter_add_(1, winners, torch.ones_like(winners))
+    blocks = (members + block - 1) // block
+    last_block = blocks.cumsum(1)
+    ordered, order = winners.sort(dim=1, stable=True)
+    rank = torch.arange(count, device=device) - (members.cumsum(1) - members).gather(1, ordered)
+    place = (last_block - blocks).gather(1, ordered) * block + rank
+    source = torch.full((size, num_blocks * block), count, device=device)  # `count` points at a row of zeros
+    source.scatter_(1, place, order)
+    every_block = torch.arange(num_blocks, device=device).expand(size, -1).contiguous()
+    owner = torch.searchsorted(last_block, every_block, right=True)
+    owner = owner.clamp(max=num_clusters - 1)  # blocks that nobody owns hold zeros
+
+    c = F.pad(weights, (0, 1)).gather(2, source[:, None].expand(-1, rows, -1)).unflatten(2, (num_blocks, block))
+    v = F.pad(values, (0, 0, 0, 1)).gather(1, source[..., None].expand(-1, -1, dim)).unflatten(1, (num_blocks, block))
+    sums = c.transpose(1, 2) @ v  # [Z, blocks, R, Dv]
+    s = sums.new_zeros(size, num_clusters, rows, dim)
+    s = s.scatter_add(1, owner[:, :, None, None].expand_as(sums), sums)
+    z = weights.new_zeros(size, rows, num_clusters)
+    z = z.scatter_add(2, owner[:, None].expand(-1, rows, -1), c.sum(-1))
+    return z, s.transpose(1, 2)
+
+
+def block_layout(count: int, num_clusters: int) -> tuple[int, int]:
+    """Keys per block and number of blocks that hold `count` keys in any clusters; about 5 m blocks at any length."""
+    block = max(4, -(-count // (4 * num_clusters)))
+    return block, count // block + num_clusters

@@ -1,0 +1,254 @@
+"""`patch`, `unpatch` and `patched`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from astroattn.attention import AstrocyteAttention
+from astroattn.config import AstroConfig
+from astroattn.patching.grid import PatchGrid, find_grid
+from astroattn.patching import probe
+from astroattn.patching.report import PatchReport, Row
+from astroattn.patching.site import CORE, Site, install, remove, site_of
+from astroattn.patching.survey import Found, Where, front_ends, select, survey
+
+LONGEST = ("max_target_positions", "max_position_embeddings")  # settings that bound the length of a causal sequence
+NOT_SELECTED = "not selected by where"
+
+State = list[tuple[nn.Module, Site, AstrocyteAttention]]
+
+
+def patch(model: nn.Module, config: AstroConfig | None = None, where: Where | None = None) -> PatchReport:
+    """Replace the self-attention of a model by astrocytes, in place, and report what became of every attention module.
+
+    No parameter changes, and no `state_dict` key. A module that needs something an astrocyte does not represent stays
+    exact, and the report says why. Patching again adds modules, or gives them a new config; with the same config it
+    changes nothing. If anything fails, the model is left as it was.
+
+    A call that turns out to need more than an astrocyte represents (a dense mask, for example) is answered by the
+    model's own attention, with a warning the first time; `fallbacks` counts them. Attention dropout is not applied by
+    an astrocyte. While a transformers model is patched, `output_attentions=True` raises.
+
+    Args:
+        model: any module that holds attention modules of transformers, timm or torch.nn. A short forward on made-up
+            input checks every module, where such input can be made up; the model is in eval mode for it.
+        config: what the astrocytes do; None is `AstroConfig()`.
+        where: which modules; None is all of them. An index or several into the self-attention modules in module order
+            (negative from the end), a name pattern or several (`"encoder.layer.[0-5].*"`), or a
+            predicate `(name, module) -> bool`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a part of `where` matches nothing; the model has no attention module; no module can be patched
+            (the message has every reason).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if config is not None and not isinstance(config, AstroConfig):
+        raise TypeError(f"config: expected an AstroConfig or None, got {type(config).__name__}")
+    config = config or AstroConfig()
+    found = survey(model)
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} has no attention module")
+    selected = select(found, where)
+    before = _capture(model)
+    try:
+        reasons, note = _patch(model, config, found, selected)
+    except BaseException:
+        _restore(model, before)
+        raise
+    return _report(model, found, selected, reasons, note)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Make a patched model bit for bit what it was; a model that is not patched is left alone.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _restore(model, [])
+
+
+@contextmanager
+def patched(model: nn.Module, config: AstroConfig | None = None, where: Where | None = None) -> Iterator[PatchReport]:
+    """`patch` for the length of a block; afterwards the model is as it was, patched before or not."""
+    before = _capture(model)
+    report = patch(model, config, where)
+    try:
+        yield report
+    finally:
+        _restore(model, before)
+
+
+def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
+    """What the astrocytes of a patched model could not do: number of calls by module name and reason."""
+    sites = [site for module in model.modules() if (site := site_of(module)) is not None]
+    return {site.name: dict(site.fallbacks) for site in sites if site.fallbacks}
+
+
+def _patch(
+    model: nn.Module, config: AstroConfig, found: list[Found], selected: list[Found]
+) -> tuple[dict[str, str], str]:
+    """Put astrocytes into the selected modules; returns why those that stay exact do, and how the probe went."""
+    reasons = {each.name: each.refusal for each in selected if each.refusal is not None}
+    fresh = [each for each in selected if each.refusal is None and not _has(each.module, config)]
+    for each in fresh:
+        if site_of(each.module) is not None:
+            remove(each.module)
+    _settle(model)
+    note = "nothing was new"
+    if fresh:
+        inputs, expected, note = _run_original(model)
+        _install(model, fresh, config)
+        if inputs is not None:
+            reasons |= _probe(model, fresh, inputs, expected)
+        reasons |= {each.name: reason for each in fresh if (reason := _causal_refusal(each, config))}
+        for each in fresh:
+            if each.name in reasons:
+                remove(each.module)
+            else:
+                _site(each).seen = None
+        _settle(model)
+    if all(site_of(each.module) is None for each in selected):
+        report = _report(model, found, selected, reasons, note)
+        raise ValueError(f"model: none of the selected attention modules can be patched\n{report}")
+    return reasons, note
+
+
+def _run_original(model: nn.Module) -> tuple[dict[str, Any] | None, list[Tensor], str]:
+    """Made-up input and what the model makes of it, or None and the reason."""
+    try:
+        inputs = probe.make_inputs(model)
+        return inputs, probe.run(model, inputs), "every astrocyte was checked against softmax on made-up input"
+    except probe.NoProbe as error:
+        reason = str(error)
+    except Exception as error:  # whatever a model raises on input that does not suit it
+        reason = f"the model does not run on made-up input: {_line(error)}"
+    return None, [], f"none, {reason}"
+
+
+def _probe(
+    model: nn.Module, fresh: list[Found], inputs: dict[str, Any], expected: list[Tensor]
+) -> dict[str, str]:
+    """Run the patched model on the same input, its own attention answering; returns why modules must stay exact."""
+    for each in fresh:
+        _site(each).seen = []
+    try:
+        changed = "changes" if probe.differ(expected, probe.run(model, inputs)) else None
+    except Exception as error:
+        changed = f"fails ({_line(error)})"
+    if changed:
+        return dict.fromkeys((each.name for each in fresh), f"the model {changed} when its attention is taken over")
+    reasons = {}
+    for each in fresh:
+        core = getattr(each.module, CORE)
+        if reason := probe.verdict(_site(each)):
+            reasons[each.name] = reason
+        elif (shape := _site(each).seen[0].shape) != (core.num_heads, core.head_dim):
+            setattr(each.module, CORE, _core(each.module, shape, core.config))
+    return reasons
+
+
+def _install(model: nn.Module, fresh: list[Found], config: AstroConfig) -> None:
+    modules = dict(model.named_modules())
+    sites = [site for module in modules.values() if (site := site_of(module)) is not None]
+    grids = {id(site.grid.conv): site.grid for site in sites if site.grid is not None}
+    for each in fresh:
+        assert each.front_end is not None
+        grid = None
+        if each.front_end.sees_patches(each.module) and (source := find_grid(modules, each.name)) is not None:
+            grid = grids.setdefault(id(source[0]), PatchGrid(*source))
+        shape = each.front_end.shape(each.module) or (1, 1)  # the probe corrects it
+        site = each.front_end(each.name, type(each.module).__name__, grid)
+        install(site, each.module, _core(each.module, shape, config))
+    _settle(model)
+
+
+def _core(module: nn.Module, shape: tuple[int, int], config: AstroConfig) -> AstrocyteAttention:
+    core = AstrocyteAttention(*shape, config).train(module.training)
+    parameter = next(module.parameters(), None)
+    return core if parameter is None else core.to(parameter.device)
+
+
+def _causal_refusal(each: Found, config: AstroConfig) -> str | None:
+    """Why the config cannot serve a causal module. Hebbian weights come from the whole sequence."""
+    site = _site(each)
+    causal = site.seen[0].causal if site.seen else type(site).is_causal(each.module)
+    if not causal or config.hidden != "hebbian":
+        return None
+    settings = getattr(each.module, "config", None)
+    lengths = [getattr(settings, name, None) for name in LONGEST]
+    if any(isinstance(longest, int) and config.near >= longest for longest in lengths):
+        return None
+    return "causal attention needs a static hidden layer (hidden='random')"
+
+
+def _has(module: nn.Module, config: AstroConfig) -> bool:
+    return site_of(module) is not None and getattr(module, CORE).config == config
+
+
+def _site(each: Found) -> Site:
+    site = site_of(each.module)
+    assert site is not None
+    return site
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _settle(model: nn.Module) -> None:
+    for front_end in front_ends():
+        front_end.settle(model)
+
+
+def _capture(model: nn.Module) -> State:
+    """Everything that patching has put into a model."""
+    sites = [(module, site) for module in model.modules() if (site := site_of(module)) is not None]
+    return [(module, site, getattr(module, CORE)) for module, site in sites]
+
+
+def _restore(model: nn.Module, state: State) -> None:
+    """Make a model hold exactly that."""
+    for module, _, _ in _capture(model):
+        remove(module)
+    for module, site, core in state:
+        site.seen = None
+        install(site, module, core)
+    _settle(model)
+
+
+def _report(
+    model: nn.Module, found: list[Found], selected: list[Found], reasons: dict[str, str], note: str
+) -> PatchReport:
+    rows = []
+    chosen = {each.name for each in selected}
+    numbers = iter(range(len(found)))
+    for each in found:
+        site = site_of(each.module)
+        shape: tuple[int | None, int | None] = (None, None)
+        if site is not None:
+            core = getattr(each.module, CORE)
+            shape, reason = (core.num_heads, core.head_dim), ""
+        else:
+            reason = reasons.get(each.name) or each.refusal or ("" if each.name in chosen else NOT_SELECTED)
+            if each.front_end is not None:
+                shape = each.front_end.shape(each.module) or shape
+        rows.append(
+            Row(
+                name=each.name,
+                class_name=site.class_name if site is not None else type(each.module).__name__,
+                status="exact" if site is None else "astrocyte",
+                reason=reason,
+                heads=shape[0],
+                head_dim=shape[1],
+                index=next(numbers) if each.is_self_attention else None,
+            )
+        )
+    return PatchReport(type(model).__name__, tuple(rows), note)

@@ -1,0 +1,144 @@
+"""`torch.nn.MultiheadAttention`, also inside `TransformerEncoderLayer` and `TransformerEncoder`.
+
+Its scores are out of reach (its fast paths are one fused kernel each), so the projections are written out here. A
+TransformerEncoderLayer leaves its own fast path, which never calls `self_attn`, because a module below it has a
+forward hook; a TransformerEncoder must not make nested tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, key_mask, site_of
+
+NESTED = "astroattn_use_nested_tensor"  # a TransformerEncoder's use_nested_tensor before it was patched
+
+
+@dataclass(eq=False)
+class MhaSite(Site):
+    """A `torch.nn.MultiheadAttention`."""
+
+    library: ClassVar[str] = "torch.nn"
+    handle: Any = None
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+    @classmethod
+    def refusal(cls, name: str, module: nn.Module) -> str | None:
+        assert isinstance(module, nn.MultiheadAttention)
+        reasons = {
+            "a subclass of torch.nn.MultiheadAttention": type(module) is not nn.MultiheadAttention,
+            "cross attention": name.rpartition(".")[2] == "multihead_attn",
+            "keys and values of other widths (kdim, vdim)": not module._qkv_same_embed_dim,
+            "extra key and value (add_bias_kv)": module.bias_k is not None,
+            "extra zero key (add_zero_attn)": module.add_zero_attn,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    @classmethod
+    def shape(cls, module: nn.Module) -> tuple[int, int] | None:
+        assert isinstance(module, nn.MultiheadAttention)
+        return module.num_heads, module.head_dim
+
+    @classmethod
+    def settle(cls, model: nn.Module) -> None:
+        for encoder in model.modules():
+            if not isinstance(encoder, nn.TransformerEncoder):
+                continue
+            before = encoder.__dict__.pop(NESTED, encoder.use_nested_tensor)
+            encoder.use_nested_tensor = before
+            if any(isinstance(site_of(module), MhaSite) for module in encoder.modules()):
+                setattr(encoder, NESTED, before)
+                encoder.use_nested_tensor = False
+
+    def take(self, module: nn.Module) -> None:
+        module.__class__ = AstrocyteMultiheadAttention
+        self.handle = module.register_forward_pre_hook(keep_off_fast_path)
+
+    def release(self, module: nn.Module) -> None:
+        self.handle.remove()
+        module.__class__ = nn.MultiheadAttention
+
+
+def keep_off_fast_path(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook that does nothing: with one below it, a TransformerEncoderLayer calls its modules."""
+
+
+class AstrocyteMultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` with its projections written out and its scores left to an astrocyte."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `torch.nn.MultiheadAttention.forward`; what an astrocyte cannot represent is computed by that."""
+        mask, refusal = _key_mask(key_padding_mask)
+        refusals = {
+            "tensors without a batch or nested": query.dim() != 3 or query.is_nested,
+            "cross attention": query is not key,
+            "need_weights=True": need_weights,
+            "a dense mask over queries and keys": attn_mask is not None and not is_causal,
+            "is_causal without attn_mask": attn_mask is None and is_causal,
+        }
+        refusal = next((reason for reason, holds in refusals.items() if holds), refusal)
+        if refusal is not None:
+            fall_back(getattr(self, RECORD), refusal)
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
+        q, k, v = self._project(query, key, value)
+        call = Call(q, k, v, mask, is_causal, dropout=self.dropout if self.training else 0.0)
+        output = attend(self, call, lambda: _softmax(call))
+        output = output.transpose(1, 2).flatten(2)  # [B, N, E]
+        output = self.out_proj(output if self.batch_first else output.transpose(0, 1))
+        return output, None
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Queries, keys and values [B, H, N, D]."""
+        if query is key and key is value:
+            parts = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            weights = self.in_proj_weight.chunk(3)
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            parts = tuple(map(F.linear, (query, key, value), weights, biases))
+        if not self.batch_first:
+            parts = tuple(part.transpose(0, 1) for part in parts)
+        return [part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in parts]
+
+
+def _key_mask(padding: Tensor | None) -> tuple[Tensor | None, str | None]:
+    """The padding mask of torch.nn (bool with True for padding, or a float bias) as a mask of keys, or a reason."""
+    if padding is None:
+        return None, None
+    mask = ~padding if padding.dtype == torch.bool else padding
+    return key_mask(mask[:, None, None, :], padding.shape[0], padding.shape[-1])
+
+
+def _softmax(call: Call) -> Tensor:
+    """What the host computes, for the probe forward."""
+    mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
+    if call.causal:
+        causal = torch.ones(call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=call.query.device).tril()
+        mask = causal if mask is None else causal & mask
+    return F.scaled_dot_product_attention(call.query, call.key, call.value, attn_mask=mask)

@@ -1,0 +1,206 @@
+"""A short forward on made-up input, to see what the attention modules of a model are really given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from astroattn.patching.site import Site
+
+TOKENS = 9  # of a made-up text; its second row is padded at both ends
+DECODER_TOKENS = 7
+
+# Largest difference to the host, relative to its largest value, that is rounding.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class NoProbe(Exception):
+    """No input can be made up for this model; the message says why."""
+
+
+def make_inputs(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments for a short forward of the model.
+
+    Raises:
+        NoProbe: none can be made up.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise NoProbe("the weights are on the meta device")
+    if hasattr(model, "config") and hasattr(model, "main_input_name"):
+        inputs = _transformers_inputs(model)
+    elif isinstance(getattr(model, "pretrained_cfg", None), dict):
+        inputs = _timm_inputs(model)
+    elif isinstance(model, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+        inputs = _torch_inputs(model)
+    else:
+        raise NoProbe(f"no input can be made up for a {type(model).__name__}")
+    first = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))
+    return {
+        key: value.to(first.device, first.dtype if value.is_floating_point() else None)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in inputs.items()
+    }
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """The floating-point tensors a model puts out, in eval mode, with a fixed seed, changing no state."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with _eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(0)  # some models draw a mask in eval mode
+        return list(_tensors(model(**inputs)))
+
+
+def differ(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether two outputs of `run` differ by more than rounding."""
+    if [each.shape for each in one] != [each.shape for each in other]:
+        return True
+    pairs = zip(one, other, strict=True)
+    return not all(
+        torch.allclose(a, b, rtol=0, atol=TOLERANCES[a.dtype] * _largest(a), equal_nan=True) for a, b in pairs
+    )
+
+
+def verdict(site: Site) -> str | None:
+    """Why a site must stay exact after what the probe forward saw of it, None if it need not."""
+    if not site.seen:
+        return "the probe forward did not call it"
+    for seen in site.seen:
+        if seen.refusal is not None:
+            return seen.refusal
+        if seen.queries == 1:
+            return "one query (attention pooling)"
+        if seen.difference > TOLERANCES[seen.dtype]:
+            return f"plain softmax in its place differs by {seen.difference:.1e}: it does more than we read of it"
+    if len({seen.shape for seen in site.seen}) > 1:
+        return "its calls differ in heads or head dimension"
+    return None
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in training:
+            module.training = False
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, (list, tuple)):
+        for each in output:
+            yield from _tensors(each)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.nan_to_num().abs().max()) if tensor.numel() else 0.0
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _torch_inputs(model: nn.Module) -> dict[str, Any]:
+    attention = next(module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
+    tokens = _noise(TOKENS, TOKENS, attention.embed_dim)  # square, whatever batch_first says
+    if model is attention:
+        return {"query": tokens, "key": tokens, "value": tokens, "need_weights": False}
+    return {"src": tokens}
+
+
+def _timm_inputs(model: nn.Module) -> dict[str, Any]:
+    cfg: Any = model.pretrained_cfg
+    channels, *size = cfg.get("input_size", (3, 224, 224))
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    name = next(iter(inspect.signature(model.forward).parameters))
+    return {name: _noise(2, conv.in_channels if conv is not None else channels, *size)}
+
+
+def _transformers_inputs(model: nn.Module) -> dict[str, Any]:
+    wanted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {}
+    for name, make in _MAKERS.items():
+        if name in wanted:
+            inputs |= make(model.config)
+    if model.main_input_name not in inputs:
+        raise NoProbe(f"no {model.main_input_name} can be made up for a {type(model).__name__}")
+    if "attention_mask" in inputs and "attention_mask" not in wanted:
+        del inputs["attention_mask"]
+    return inputs
+
+
+def _find(config: Any, *names: str) -> Any:
+    """The first of these settings that the config or one of its sub-configs has."""
+    subs = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
+    for owner in (config, *filter(None, subs)):
+        for name in names:
+            if (value := getattr(owner, name, None)) is not None:
+                return value
+    return None
+
+
+def _ids(config: Any, tokens: int) -> Tensor | None:
+    vocabulary = _find(config, "vocab_size")
+    if not isinstance(vocabulary, int):
+        return None
+    special = {_find(config, f"{kind}_token_id") for kind in ("pad", "bos", "eos", "sep", "cls", "mask")}
+    plain = [token for token in range(min(vocabulary, 100)) if token not in special]
+    longest = _find(config, "max_position_embeddings")
+    tokens = min(tokens, longest) if isinstance(longest, int) else tokens
+    return torch.tensor(plain)[torch.arange(2 * tokens) % len(plain)].view(2, tokens)
+
+
+def _input_ids(config: Any) -> dict[str, Any]:
+    ids = _ids(config, TOKENS)
+    if ids is None:
+        return {}
+    mask = torch.ones_like(ids)
+    mask[1, 0] = mask[1, -1] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _decoder_input_ids(config: Any) -> dict[str, Any]:
+    ids = _ids(config, DECODER_TOKENS)
+    return {} if ids is None else {"decoder_input_ids": ids}
+
+
+def _pixel_values(config: Any) -> dict[str, Any]:
+    size = _find(config, "image_size")
+    if size is None:
+        cfg = getattr(config, "pretrained_cfg", None) or {}  # TimmWrapper
+        return {"pixel_values": _noise(2, *cfg["input_size"])} if "input_size" in cfg else {}
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return {"pixel_values": _noise(2, _find(config, "num_channels") or 3, height, width)}
+
+
+def _input_features(config: Any) -> dict[str, Any]:
+    bins, positions = _find(config, "num_mel_bins"), _find(config, "max_source_positions")
+    return {"input_features": _noise(2, bins, 2 * positions)} if bins and positions else {}
+
+
+def _input_values(config: Any) -> dict[str, Any]:
+    bins, frames = _find(config, "num_mel_bins"), _find(config, "max_length")
+    return {"input_values": _noise(2, frames, bins) if bins and frames else _noise(2, 4000)}
+
+
+_MAKERS = {
+    "input_ids": _input_ids,
+    "decoder_input_ids": _decoder_input_ids,
+    "pixel_values": _pixel_values,
+    "input_features": _input_features,
+    "input_values": _input_values,
+}

@@ -1,0 +1,57 @@
+"""What patching did to every attention module of a model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention module: what it is now ("astrocyte" or "exact"), and if exact, why."""
+
+    name: str
+    class_name: str
+    status: str
+    reason: str
+    heads: int | None
+    head_dim: int | None
+    index: int | None  # what `where` calls it; None for cross attention and pooling
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """Every attention module of a patched model, in module order, and how the probe forward went."""
+
+    model: str
+    rows: tuple[Row, ...]
+    probe: str
+
+    @property
+    def patched(self) -> list[Row]:
+        """The modules an astrocyte answers for."""
+        return [row for row in self.rows if row.status == "astrocyte"]
+
+    @property
+    def exact(self) -> list[Row]:
+        """The modules that were left as they were."""
+        return [row for row in self.rows if row.status == "exact"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        head = f"{self.model}: {len(self.patched)} of {len(self.rows)} attention modules are astrocytes"
+        return "\n".join([head, *_table(self.rows), f"probe: {self.probe}"])
+
+
+def _table(rows: tuple[Row, ...]) -> list[str]:
+    cells = [("#", "module", "class", "heads", "now", "why")]
+    for row in rows:
+        heads = f"{row.heads} x {row.head_dim}" if row.heads else "-"
+        index = "-" if row.index is None else str(row.index)
+        cells.append((index, row.name or "(the model itself)", row.class_name, heads, row.status, row.reason))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

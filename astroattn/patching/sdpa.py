@@ -1,0 +1,201 @@
+"""Classes that call `torch.nn.functional.scaled_dot_product_attention` themselves: those of timm.
+
+The class of a module is swapped for a subclass that runs the original forward under a TorchFunctionMode, which hands
+that one call to the astrocyte. Projections, norms, gates and rotary embeddings stay the class's own code. Classes are
+named here, not imported: a module of such a class cannot exist unless its library was imported.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from astroattn.patching.site import CORE, RECORD, Call, Site, attend, fall_back, key_mask, site_of
+
+# Global self-attention over all tokens without a bias, and how the module's input holds them.
+LAYOUTS = {
+    "timm.layers.attention.Attention": "tokens",
+    "timm.layers.attention.AttentionRope": "tokens",
+    "timm.models.eva.EvaAttention": "tokens",
+    "timm.models.vision_transformer.ParallelScalingBlock": "tokens",
+    "timm.models.metaformer.Attention": "tokens",
+    "timm.models.volo.Attention": "rows, columns, channels",
+    "timm.models.fastvit.Attention": "channels, rows, columns",
+    "timm.models.visformer.Attention": "channels, rows, columns",
+}
+
+BIAS = "relative position bias"
+WINDOW = "attention within windows"
+STRIDED = "keys of another length than the queries (strided)"
+POOLING = "one query (attention pooling)"
+CHANNELS = "attention over channels, not tokens"
+DIFFERENTIAL = "difference of two attention maps"
+HAND_WRITTEN = "softmax written out by hand, with nothing to take hold of"
+
+# Attention classes that stay exact, and why.
+REFUSALS = {
+    "timm.models.beit.Attention": BIAS,
+    "timm.models.vision_transformer_relpos.RelPosAttention": BIAS,
+    "timm.models.vision_transformer_sam.Attention": BIAS,
+    "timm.models.maxxvit.Attention2d": BIAS,
+    "timm.models.maxxvit.AttentionCl": BIAS,
+    "timm.models.tiny_vit.Attention": BIAS,
+    "timm.models.swin_transformer.WindowAttention": f"{WINDOW}, {BIAS}",
+    "timm.models.swin_transformer_v2.WindowAttention": f"{WINDOW}, {BIAS}",
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": f"{WINDOW}, {BIAS}",
+    "timm.models.hiera.MaskUnitAttention": WINDOW,
+    "timm.models.hieradet_sam2.MultiScaleAttention": WINDOW,
+    "timm.models.davit.WindowAttention": WINDOW,
+    "timm.models.nest.Attention": WINDOW,
+    "timm.models.iformer.SHMA": WINDOW,
+    "timm.models.twins.LocallyGroupedAttn": WINDOW,
+    "timm.models.twins.GlobalSubSampleAttn": STRIDED,
+    "timm.models.pvt_v2.Attention": STRIDED,
+    "timm.models.nextvit.EfficientAttention": STRIDED,
+    "timm.layers.attention2d.MultiQueryAttention2d": STRIDED,
+    "timm.layers.attention_pool.AttentionPoolLatent": POOLING,
+    "timm.layers.attention_pool2d.AttentionPool2d": POOLING,
+    "timm.layers.attention_pool2d.RotAttentionPool2d": POOLING,
+    "timm.models.cait.ClassAttn": POOLING,
+    "timm.models.volo.ClassAttention": POOLING,
+    "timm.models.xcit.XCA": CHANNELS,
+    "timm.models.davit.ChannelAttention": CHANNELS,
+    "timm.models.davit.ChannelAttentionV2": CHANNELS,
+    "timm.models.edgenext.CrossCovarianceAttn": CHANNELS,
+    "timm.layers.diff_attention.DiffAttention": DIFFERENTIAL,
+    "timm.models.vision_transformer.DiffParallelScalingBlock": DIFFERENTIAL,
+    "timm.models.crossvit.CrossAttention": "cross attention",
+    "timm.models.levit.Attention": f"{HAND_WRITTEN}, {BIAS}",
+    "timm.models.cait.TalkingHeadAttn": HAND_WRITTEN,
+}
+
+
+@dataclass(eq=False)
+class SdpaSite(Site):
+    """A module whose forward calls `F.scaled_dot_product_attention` once."""
+
+    library: ClassVar[str] = "timm"
+    fused: bool | None = None  # the module's fused_attn before it was patched
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        name = qualified_name(type(module))
+        return name in LAYOUTS or name in REFUSALS
+
+    @classmethod
+    def refusal(cls, name: str, module: nn.Module) -> str | None:
+        return REFUSALS.get(qualified_name(type(module)))
+
+    @classmethod
+    def shape(cls, module: nn.Module) -> tuple[int, int] | None:
+        heads = getattr(module, "num_heads", None)
+        head_dim = getattr(module, "head_dim", None)
+        if head_dim is None and heads and isinstance(qkv := getattr(module, "qkv", None), nn.Linear):
+            head_dim = qkv.out_features // (3 * heads)
+        return (heads, head_dim) if heads and head_dim else None
+
+    @classmethod
+    def sees_patches(cls, module: nn.Module) -> bool:
+        return LAYOUTS.get(qualified_name(type(module))) == "tokens"
+
+    def take(self, module: nn.Module) -> None:
+        module.__class__ = astrocyte_class(type(module))
+        self.fused = getattr(module, "fused_attn", None)
+        if self.fused is not None:
+            module.fused_attn = True  # the other branch writes the softmax out by hand
+
+    def release(self, module: nn.Module) -> None:
+        module.__class__ = type(module).__bases__[0]
+        if self.fused is not None:
+            module.fused_attn = self.fused
+
+
+class Reroute(TorchFunctionMode):
+    """While active, hands calls of `F.scaled_dot_product_attention` to a module's astrocyte."""
+
+    def __init__(self, module: nn.Module, grid: tuple[int, int] | None, calls: list[Call]) -> None:
+        super().__init__()
+        self.module = module
+        self.grid = grid
+        self.calls = calls  # those handed over
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        call = _read(*args, **kwargs)
+        call.grid = self.grid
+        self.calls.append(call)
+        return attend(self.module, call, lambda: function(*args, **kwargs))
+
+
+def _read(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Call:
+    """A call of `F.scaled_dot_product_attention`, in our words."""
+    if query.dim() != 4:
+        shape = list(query.shape)
+        return Call(query, key, value, refusal=f"queries of shape {shape}, not [batch, heads, tokens, head dimension]")
+    keys = key.shape[2]
+    mask, refusal = key_mask(attn_mask, query.shape[0], keys)
+    if refusal is None and query.shape[2] != keys:
+        refusal = "keys of another length than the queries"
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if refusal is None and key.shape[:2] != query.shape[:2]:
+        refusal = "keys broadcast over batch or heads"
+    return Call(query, key, value, mask, is_causal, scale, dropout_p, refusal=refusal)
+
+
+@functools.cache
+def astrocyte_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an attention class whose scores go to the astrocyte."""
+    layout = LAYOUTS[qualified_name(base)]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls: list[Call] = []
+        with Reroute(self, _grid(layout, args), calls):
+            output = base.forward(self, *args, **kwargs)
+        if not calls:
+            fall_back(getattr(self, RECORD), "scaled_dot_product_attention was not called")
+        return output
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _rebuild, (base,), self.__dict__
+
+    return type(f"Astrocyte{base.__name__}", (base,), {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__})
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    """An empty module of the subclass, for copies and pickles: the subclass itself has no importable name."""
+    cls = astrocyte_class(base)
+    return cls.__new__(cls)
+
+
+def _grid(layout: str, args: tuple[Any, ...]) -> tuple[int, int] | None:
+    if layout == "tokens" or not args:
+        return None
+    axes = layout.split(", ")
+    shape = args[0].shape[1:]
+    return shape[axes.index("rows")], shape[axes.index("columns")]
+
+
+def qualified_name(cls: type) -> str:
+    """Module and name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,115 @@
+"""Which attention modules a model has, which of them can be taken over, and which of them are meant."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from astroattn.attention import AstrocyteAttention
+from astroattn.patching.mha import MhaSite
+from astroattn.patching.sdpa import POOLING, SdpaSite
+from astroattn.patching.site import Site, site_of
+
+Where = int | str | Sequence[int] | Sequence[str] | Callable[[str, nn.Module], bool]
+
+ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
+POOLING_CLASS = re.compile("pooling", re.IGNORECASE)  # of the module around the attention
+UNKNOWN = "no front-end for this attention class"
+
+
+@dataclass
+class Found:
+    """An attention module of a model. `front_end` is None and `refusal` a text where none can take it over."""
+
+    name: str
+    module: nn.Module
+    front_end: type[Site] | None
+    refusal: str | None
+
+    @property
+    def is_self_attention(self) -> bool:
+        """False for cross attention and pooling, which the indices of `where` pass over."""
+        return not (self.refusal or "").startswith(("cross attention", "one query"))
+
+
+def survey(model: nn.Module) -> list[Found]:
+    """Every attention module of the model, in module order."""
+    found = []
+    available = front_ends()
+    ours = {id(part) for each in model.modules() if isinstance(each, AstrocyteAttention) for part in each.modules()}
+    for name, module in model.named_modules():
+        if id(module) in ours:
+            continue
+        site = site_of(module)
+        front_end = type(site) if site else next((each for each in available if each.claims(module)), None)
+        if front_end is not None:
+            parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            refusal = POOLING if POOLING_CLASS.search(parent) else front_end.refusal(name, module)
+            found.append(Found(name, module, front_end, None if site else refusal))
+        elif ATTENTION_CLASS.search(type(module).__name__) and not any(_is_attention(available, module)):
+            found.append(Found(name, module, None, UNKNOWN))
+    return found
+
+
+def front_ends() -> list[type[Site]]:
+    """The front-ends that can matter: a model of a library exists only where the library was imported."""
+    available: list[type[Site]] = [SdpaSite, MhaSite]
+    if "transformers.modeling_utils" in sys.modules:
+        from astroattn.patching.interface import InterfaceSite
+
+        available.insert(0, InterfaceSite)
+    return available
+
+
+def _is_attention(available: list[type[Site]], module: nn.Module) -> list[bool]:
+    """For each module below this one, whether it is an attention module: then this one only wraps it."""
+    below = [child for child in module.modules() if child is not module]
+    return [
+        bool(ATTENTION_CLASS.search(type(child).__name__)) or any(each.claims(child) for each in available)
+        for child in below
+    ]
+
+
+def select(found: list[Found], where: Where | None) -> list[Found]:
+    """The modules that `where` means.
+
+    Raises:
+        TypeError: `where` is of none of the kinds allowed.
+        ValueError: a part of `where` matches no attention module; it is named.
+    """
+    if where is None:
+        return found
+    if callable(where):
+        chosen = [each for each in found if where(each.name, each.module)]
+        if not chosen:
+            raise ValueError(f"where: the predicate {where!r} holds for none of {len(found)} attention modules")
+        return chosen
+    if isinstance(where, (int, str)):
+        where = [where]
+    if not isinstance(where, Iterable):
+        raise TypeError(f"where: expected indices, name patterns or a predicate, got {type(where).__name__}")
+    parts = list(where)
+    if not parts:
+        raise ValueError("where: an empty sequence selects no attention module")
+    ids = {id(each) for part in parts for each in _match(found, part)}
+    return [each for each in found if id(each) in ids]
+
+
+def _match(found: list[Found], part: object) -> list[Found]:
+    if isinstance(part, bool) or not isinstance(part, (int, str)):
+        raise TypeError(f"where: {part!r} is neither an index nor a name pattern, nor is it a predicate(name, module)")
+    if isinstance(part, int):
+        indexed = [each for each in found if each.is_self_attention]
+        if not -len(indexed) <= part < len(indexed):
+            raise ValueError(f"where: index {part} is out of range for {len(indexed)} self-attention modules")
+        return [indexed[part]]
+    chosen = [each for each in found if fnmatch.fnmatchcase(each.name, part)]
+    if not chosen:
+        names = ", ".join(each.name for each in found[:3])
+        raise ValueError(f"where: {part!r} matches none of {len(found)} attention modules ({names}, ...)")
+    return chosen

@@ -1,0 +1,214 @@
+"""Recipes: a pretrained model, the settings it is patched with, and the data it is compared on, as one TOML file."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from astroattn.config import AstroConfig
+from astroattn.data import load_data
+from astroattn.fidelity import Fidelity, compare
+from astroattn.models import LoadedModel, load_model
+from astroattn.patching import PatchReport, patch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+NOT_MEASURED = "not measured here"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where the items come from and how they are prepared; see `load_data`.
+
+    Args:
+        source: a path, `datasets:NAME` or `python-docs`; empty where it must be given on the command line.
+        tokens, half, limit, classes: as in `load_data`.
+        size: pixels per side of the photos.
+        pooling: as in `compare`.
+        batch_size: items per batch.
+        preprocessing: in words, for people.
+    """
+
+    source: str = ""
+    tokens: int | None = None
+    half: str | None = None
+    limit: int | None = None
+    classes: str | None = None
+    size: int | None = None
+    pooling: str = "auto"
+    batch_size: int = 32
+    preprocessing: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What a command printed: its data, its date, and the figures by their names in `fidelity.METRICS`."""
+
+    command: str
+    data: str
+    date: str
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One pretrained model and how it is patched.
+
+    Args:
+        id: what `load_model` takes.
+        library: `"transformers"` or `"timm"`.
+        title: what people call it.
+        layers: which attention modules: `"all"`, indices and ranges (`"0-5,8"`), or a name pattern.
+        settings: fields of `AstroConfig`; those left out have their defaults.
+        data: `DataSettings`.
+        measured: what was measured with these settings; empty for nothing.
+    """
+
+    id: str
+    library: str = ""
+    title: str = ""
+    layers: str = "all"
+    settings: AstroConfig = field(default_factory=AstroConfig)
+    data: DataSettings = field(default_factory=DataSettings)
+    measured: tuple[Measurement, ...] = ()
+
+    def load(self, weights: str | Path | None = None, device: str | None = None, dtype: str = "float32") -> LoadedModel:
+        """The model, not yet patched; on a GPU where there is one, unless `device` says otherwise."""
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return load_model(self.id, weights=weights, size=self.data.size, dtype=DTYPES[dtype], device=device)
+
+    def patch(self, loaded: LoadedModel) -> PatchReport:
+        """Patch the model in place."""
+        return patch(loaded.model, self.settings, parse_layers(self.layers))
+
+    def compare(self, loaded: LoadedModel, *, diagnose: int = 4, seed: int = 0, progress: bool = True) -> Fidelity:
+        """Compare the model with a patched copy on the data of the recipe."""
+        data, settings = self.data, self.settings
+        if not data.source:
+            raise ValueError("data: say what to compare on")
+        found = load_data(
+            data.source,
+            loaded.kind,
+            tokenizer=loaded.tokenizer,
+            tokens=data.tokens,
+            max_tokens=loaded.max_tokens,
+            classes=data.classes,
+            class_names=loaded.classes,
+            num_classes=loaded.num_classes,
+            half=data.half,
+            limit=data.limit,
+        )
+        return compare(
+            loaded.model,
+            found.batches(loaded.encode, data.batch_size),
+            settings,
+            where=parse_layers(self.layers),
+            labels=found.labels,
+            scores=found.scores,
+            pooling=data.pooling,
+            diagnose=diagnose,
+            seed=seed,
+            name=loaded.name,
+            data="; ".join([found.name, *found.notes, *loaded.notes, f"batches of {data.batch_size}"]),
+            progress=progress,
+        )
+
+
+def open_recipe(model: str) -> Recipe:
+    """A recipe file by its path (it ends in .toml), or the default settings for the model of that name."""
+    if model.endswith(".toml"):
+        return load_recipe(model)
+    return Recipe(id=model, library="timm" if model.startswith("timm:") else "transformers")
+
+
+def override(recipe: Recipe, settings: Mapping[str, Any], data: Mapping[str, Any], layers: str | None) -> Recipe:
+    """The recipe with other values; None leaves what it says."""
+    return replace(
+        recipe,
+        settings=replace(recipe.settings, **{name: value for name, value in settings.items() if value is not None}),
+        data=replace(recipe.data, **{name: value for name, value in data.items() if value is not None}),
+        layers=layers or recipe.layers,
+    )
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe and check it.
+
+    Raises:
+        ValueError: a file that cannot be read, an unknown key or a value of the wrong type, naming it.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"recipe: cannot read {str(path)!r}: {error}") from None
+    try:
+        return parse_recipe(table)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recipe: {Path(path).name}: {error}") from None
+
+
+def parse_recipe(table: Mapping[str, Any]) -> Recipe:
+    """A recipe from the tables of its TOML file."""
+    table = dict(table)
+    measured = table.pop("measured", None)
+    if measured is None:
+        raise ValueError(f"measured: is missing; write {NOT_MEASURED!r} where nothing was")
+    if measured == NOT_MEASURED:
+        measured = []
+    if not isinstance(measured, list):
+        raise ValueError(f"measured: must be {NOT_MEASURED!r} or [[measured]] tables, got {measured!r}")
+    parts = {
+        "settings": _read(AstroConfig, table.pop("settings", {}), "settings."),
+        "data": _read(DataSettings, table.pop("data", {}), "data."),
+        "measured": tuple(_read(Measurement, row, f"measured[{n}].") for n, row in enumerate(measured)),
+    }
+    recipe: Recipe = _read(Recipe, table | parts)
+    if recipe.library not in ("transformers", "timm"):
+        raise ValueError(f"library: must be transformers or timm, got {recipe.library!r}")
+    parse_layers(recipe.layers)
+    return recipe
+
+
+def parse_layers(text: str) -> list[int] | str | None:
+    """`where` of `patch`: None for `"all"`, indices for `"0-5,8"`, else the name pattern itself."""
+    text = text.strip()
+    if not text:
+        raise ValueError("layers: must be all, indices such as 0-5,8 or a name pattern, got nothing")
+    if text == "all":
+        return None
+    if not re.fullmatch(r"[\d\s,-]+", text):
+        return text
+    indices: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"layers: {part.strip()!r} is neither an index nor a range such as 0-5")
+        indices += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return indices
+
+
+def _read(kind: type, table: Any, prefix: str = "") -> Any:
+    """Make a dataclass of a TOML table; unknown keys and wrong types are errors that name the key."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{prefix.rstrip('.')}: must be a table, got {table!r}")
+    types = get_type_hints(kind)
+    names = [each.name for each in fields(kind)]
+    for name, value in table.items():
+        if name not in names:
+            raise ValueError(f"{prefix}{name}: is not known; there are {', '.join(names)}")
+        allowed = get_args(types[name]) if isinstance(types[name], UnionType) else (types[name],)
+        if isinstance(value, bool | int | float | str) and type(value) not in allowed:
+            wanted = " or ".join(each.__name__ for each in allowed if each is not type(None))
+            raise ValueError(f"{prefix}{name}: must be {wanted}, got {value!r}")
+    try:
+        return kind(**table)
+    except TypeError as error:  # a field without a default that is missing
+        raise ValueError(f"{prefix.rstrip('.') or 'recipe'}: {str(error).split(') ')[-1]}") from None

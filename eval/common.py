@@ -1,0 +1,61 @@
+"""What every script of this folder shares: its options, and how a result is written.
+
+A script is run as `python -m eval.NAME [--json FILE] [--figure FILE] [--limit N] [--seed S]`. It has
+`measure() -> rows` (a list of dicts of plain values), `plot(rows) -> Figure` and `main()`, which takes the options
+below and is run by `typer.run(main)`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from astroattn.fidelity.environment import describe_device, describe_versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the rows and what they depend on to this file.")]
+FigureOption = Annotated[Path | None, typer.Option("--figure", help="Draw the figure into this file (PNG, PDF, SVG).")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use at most this many examples.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
+
+
+def provenance(seed: int, device: str = "cpu") -> dict[str, Any]:
+    """What a figure depends on besides the code: command, seed, versions and device, as plain values."""
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "seed": seed,
+        "versions": describe_versions(),
+        "device": describe_device(torch.device(device)),
+    }
+
+
+def write_json(path: Path, rows: list[dict[str, Any]], *, seed: int, device: str = "cpu") -> None:
+    """Write `{"rows": rows, **provenance(seed, device)}`, making the folder where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"rows": rows, **provenance(seed, device)}, indent=2) + "\n", encoding="utf-8")
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Save a figure, making the folder where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def print_rows(rows: list[dict[str, Any]], *, title: str) -> None:
+    """Print rows as a table with one column per key of the first row; floats get four digits."""
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in rows[0]))
+    Console().print(table)

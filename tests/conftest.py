@@ -1,0 +1,40 @@
+"""Shared by all tests: no network, few threads, a fixed seed, and where the real data lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers, timm or datasets are imported
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+import torch
+
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real models and data that ASTROATTN_DATA names; a test that needs it is skipped where unset."""
+    folder = os.environ.get("ASTROATTN_DATA")
+    if not folder:
+        pytest.skip("needs real models and data: ASTROATTN_DATA is not set")
+    path = Path(folder)
+    assert path.is_dir(), f"ASTROATTN_DATA names {folder!r}, which is not a folder"
+    return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

