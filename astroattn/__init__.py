@@ -1,4 +1,16 @@
+"""astroattn: softmax self-attention of pretrained models replaced by the neuron-astrocyte network.
+
+    report = astroattn.patch(model)     # in place
+    astroattn.unpatch(model)            # bit for bit the original again
+
+Importing it imports torch and nothing heavier.
+"""
+
 from astroattn.attention import AstrocyteAttention
 from astroattn.config import AstroConfig
+from astroattn.cost import Cost
+from astroattn.patching import PatchReport, patch, patched, unpatch
 
 __version__ = "0.1.0"
+
+__all__ = ["AstroConfig", "AstrocyteAttention", "Cost", "PatchReport", "__version__", "patch", "patched", "unpatch"]

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from astroattn.checks import check_call
 from astroattn.config import AstroConfig
 from astroattn.cost import Cost, count_cost, covers, prefix_length
-from astroattn.checks import check_call
 from astroattn.hidden import RandomHidden
 from astroattn.ops.near_far import exact_rows, near_far_attention, zero_padding
 from astroattn.ops.static import Hidden, causal_linear_attention, linear_attention, near_linear_attention
@@ -163,10 +163,12 @@ class AstrocyteAttention(nn.Module):
         # Fewer queries than keys: the queries are the last tokens, so stand-ins take the place of the earlier ones.
         q = F.pad(q, (0, 0, k.shape[2] - num_queries, 0))
         mask = None if key_mask is None else key_mask.repeat_interleave(heads, 0)
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        hidden = None if self.hidden is None else self.hidden.expand(batch, q.dtype)
-        out, normaliser, _ = causal_linear_attention(*flat, hidden, near=self.config.near, key_mask=mask)
-        return tuple(x[:, -num_queries:].unflatten(0, (batch, heads)) for x in (out, normaliser))
+        assert self.hidden is not None  # `refusal` lets no other kind come here
+        hidden = self.hidden.expand(batch, q.dtype)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        out, normaliser, _ = causal_linear_attention(q, k, v, hidden, near=self.config.near, key_mask=mask)
+        out, normaliser = out[:, -num_queries:], normaliser[:, -num_queries:]
+        return out.unflatten(0, (batch, heads)), normaliser.unflatten(0, (batch, heads))
 
     def _attend_bidirectional(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: tuple[int, int] | None

@@ -16,6 +16,7 @@ import astroattn
 from astroattn.config import HIDDEN
 from astroattn.data import PYTHON_DOCS
 from astroattn.fidelity.environment import describe_device, describe_versions
+from astroattn.fidelity.figure import check_path
 from astroattn.fidelity.passes import POOLINGS
 from astroattn.recipes import DTYPES, open_recipe, override
 
@@ -141,6 +142,8 @@ def compare_model(
         },
         layers,
     )
+    if figure:
+        check_path(figure)
     result = recipe.compare(recipe.load(weights, device, dtype), diagnose=diagnose, seed=seed or 0)
     print(result)
     if json_path:

@@ -58,4 +58,5 @@ def draw_orthogonal(shape: tuple[int, int, int], generator: torch.Generator) -> 
     q, r = torch.linalg.qr(gaussian)
     q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
     lengths = torch.randn(heads, blocks, dim, dim, generator=generator, dtype=torch.float64).norm(dim=-1)
-    return (q.mT * lengths[..., None]).flatten(1, 2)[:, :m].float()
+    weight: Tensor = (q.mT * lengths[..., None]).flatten(1, 2)[:, :m].float()
+    return weight

@@ -143,9 +143,7 @@ CAUSAL_MODELS = {
         padded=True,
     ),
     "llama": Tiny(of(t.LlamaForCausalLM, t.LlamaConfig, **CAUSAL), text, 2, causal=True, padded=True),
-    "qwen3": Tiny(
-        of(t.Qwen3ForCausalLM, t.Qwen3Config, **CAUSAL, head_dim=8), text, 2, causal=True, padded=True
-    ),
+    "qwen3": Tiny(of(t.Qwen3ForCausalLM, t.Qwen3Config, **CAUSAL, head_dim=8), text, 2, causal=True, padded=True),
 }
 
 MIXED = {  # bidirectional and causal attention in one model
@@ -185,9 +183,20 @@ LEFT_EXACT = {  # nothing an astrocyte represents: patching raises, with the rea
         2,
         "windows, relative position bias",
     ),
-    "beit": Tiny(of(t.BeitModel, t.BeitConfig, **VISION, **IMAGE, use_relative_position_bias=True), pixels, 0, 2, "bias"),
+    "beit": Tiny(
+        of(t.BeitModel, t.BeitConfig, **VISION, **IMAGE, use_relative_position_bias=True), pixels, 0, 2, "bias"
+    ),
     "swin": Tiny(
-        of(t.SwinModel, t.SwinConfig, image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4),
+        of(
+            t.SwinModel,
+            t.SwinConfig,
+            image_size=32,
+            patch_size=4,
+            embed_dim=16,
+            depths=[1, 1],
+            num_heads=[2, 4],
+            window_size=4,
+        ),
         pixels,
         0,
         2,

@@ -266,7 +266,13 @@ def test_generate_follows_the_original(name: str) -> None:
     ids = text()["input_ids"]
     mask = torch.ones_like(ids)
     mask[1, :4] = 0  # left padded
-    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     before = model.generate(ids, **settings)
     patch(model, replace(EXACT, hidden="random"))
     calls = record(model)

@@ -50,7 +50,10 @@ CASES = {
     "encoder": (encoder, {}),
     "encoder, padded": (encoder, {"src_key_padding_mask": PADDING}),
     "encoder, sequence first, padded": (lambda: encoder(batch_first=False), {"src_key_padding_mask": PADDING}),
-    "encoder, causal and padded": (encoder, {"mask": CAUSAL, "src_key_padding_mask": PADDING.float().log().neg().log()}),
+    "encoder, causal and padded": (
+        encoder,
+        {"mask": CAUSAL, "src_key_padding_mask": PADDING.float().log().neg().log()},
+    ),
 }
 CASES["encoder, causal and padded"] = (
     encoder,

@@ -57,7 +57,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
-def forward(model: nn.Module, inputs: Any) -> Outputs:
+def forward(model: Any, inputs: Any) -> Outputs:
     """Run the model as its users do and keep what it computed on the way to its result.
 
     timm models run as `forward_head(forward_features(x))`, which is their `forward`. Models of transformers run as they
@@ -88,7 +88,7 @@ def forward(model: nn.Module, inputs: Any) -> Outputs:
     )
 
 
-def pool(model: nn.Module, outputs: Outputs, mask: Tensor | None, pooling: str) -> Tensor | None:
+def pool(model: Any, outputs: Outputs, mask: Tensor | None, pooling: str) -> Tensor | None:
     """The embedding [B, D] of every item, in float32.
 
     `mean`: the mean of the last hidden state over real tokens; `cls`: its first token; `model`: the model's own pooling
@@ -100,7 +100,8 @@ def pool(model: nn.Module, outputs: Outputs, mask: Tensor | None, pooling: str) 
     if pooling == "auto":
         pooling = "mean" if mask is not None else "model" if is_timm or outputs.pooled is not None else "cls"
     if pooling == "model" and is_timm:
-        return model.forward_head(hidden, pre_logits=True).float()
+        embedding: Tensor = model.forward_head(hidden, pre_logits=True)
+        return embedding.float()
     if pooling == "model":
         if outputs.pooled is None:
             raise ValueError(
@@ -113,5 +114,7 @@ def pool(model: nn.Module, outputs: Outputs, mask: Tensor | None, pooling: str) 
         raise ValueError(f"pooling: {pooling!r} needs hidden states [B, N, D], the model gives {tuple(hidden.shape)}")
     if pooling == "cls":
         return hidden[:, 0].float()
-    weight = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden.dtype)
-    return (hidden.float() * weight.unsqueeze(-1)).sum(1) / weight.float().sum(1, keepdim=True)
+    if mask is None:
+        return hidden.float().mean(1)
+    # a select, as a product would spread NaN from padding
+    return hidden.float().masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)

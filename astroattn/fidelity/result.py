@@ -75,8 +75,7 @@ class Fidelity:
         draw(self, path)
 
     def __rich__(self) -> Group:
-        title = f"{self.model}: {self.items} items of {self.data}"
-        parts: list[Any] = [_summary_table(self, title)]
+        parts: list[Any] = [f"{self.model}: {self.items} items of {self.data}", _summary_table(self)]
         if self.layers:
             parts.append(_layer_table(self))
         parts += [f"note: {note}" for note in self.notes]
@@ -88,8 +87,8 @@ class Fidelity:
         return text.getvalue().rstrip()
 
 
-def _summary_table(result: Fidelity, title: str) -> Table:
-    table = Table(title=title, title_justify="left", caption="[low, high]: 95 % interval", caption_justify="left")
+def _summary_table(result: Fidelity) -> Table:
+    table = Table(caption="[low, high]: 95 % interval", caption_justify="left")
     table.add_column("")
     for name in result.rows:
         table.add_column(name, justify="right")

@@ -59,8 +59,7 @@ def constant(drive: Tensor, half_square: Tensor, phase: Tensor, m: int) -> tuple
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    f.__name__: f
-    for f in (positive_exp, cosine, positive_cosine, clipped_sine, linear, truncated_exp, elu1, constant)
+    f.__name__: f for f in (positive_exp, cosine, positive_cosine, clipped_sine, linear, truncated_exp, elu1, constant)
 }
 
 

@@ -7,7 +7,9 @@ far keys is
 
 The far keys are clustered, and in cluster j exp(r.k_i) is taken as exp(r.w_j), w_j the mean of its keys:
 
-    sum_j exp(r.w_j) s_j   with   s_j = sum_{i in j} exp(u.k_i) v_i   and, for the normaliser, z_j = sum_{i in j} exp(u.k_i).
+    sum_j exp(r.w_j) s_j   with   s_j = sum_{i in j} exp(u.k_i) v_i,
+
+and for the normaliser with z_j = sum_{i in j} exp(u.k_i) in place of s_j.
 
 So the mean query of a group reads every key without error, and a tile is plain attention over
 [its exact keys ; m hidden neurons with weights w_j, bias log z_j and values s_j / z_j].
@@ -96,7 +98,7 @@ def near_far_attention(
 def assemble(
     out: Tensor, normaliser: Tensor, tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    """Put the tiles' rows [Z, T, t, Dv] into the order of the tokens, with the prefix's before and zeros for padding."""
+    """Put the tiles' rows [Z, T, t, Dv] into the order of the tokens, behind the prefix's; zeros for padding."""
     out, normaliser = (x.flatten(1, 2)[:, tiles.inverse] for x in (out, normaliser))
     if layout.prefix:
         head, head_normaliser = exact_rows(query[:, : layout.prefix], key, value, layout.lengths)
@@ -154,7 +156,7 @@ def _count_near(tiles: Tiles, count: int) -> Tensor:
     place = tiles.group[..., None] * count + tiles.near
     near = torch.zeros(len(place), tiles.num_groups * count, dtype=torch.long, device=place.device)
     near.scatter_add_(1, place.flatten(1), tiles.near_mask.expand_as(place).flatten(1).long())
-    return near.unflatten(1, (tiles.num_groups, count))
+    return near.view(-1, tiles.num_groups, count)
 
 
 def learn_hidden(

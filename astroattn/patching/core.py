@@ -133,9 +133,7 @@ def _run_original(model: nn.Module) -> tuple[dict[str, Any] | None, list[Tensor]
     return None, [], f"none, {reason}"
 
 
-def _probe(
-    model: nn.Module, fresh: list[Found], inputs: dict[str, Any], expected: list[Tensor]
-) -> dict[str, str]:
+def _probe(model: nn.Module, fresh: list[Found], inputs: dict[str, Any], expected: list[Tensor]) -> dict[str, str]:
     """Run the patched model on the same input, its own attention answering; returns why modules must stay exact."""
     for each in fresh:
         _site(each).seen = []

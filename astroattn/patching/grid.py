@@ -64,7 +64,9 @@ def find_grid(modules: dict[str, nn.Module], name: str) -> tuple[nn.Conv2d, int]
     while name:
         name = name.rpartition(".")[0]
         tower = modules[name]
-        convs = {key: conv for key, conv in tower.named_modules() if isinstance(conv, nn.Conv2d) and max(conv.stride) > 1}
+        convs = {
+            key: conv for key, conv in tower.named_modules() if isinstance(conv, nn.Conv2d) and max(conv.stride) > 1
+        }
         if convs:
             break
     else:

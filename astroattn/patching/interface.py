@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, causal_mask_function
 
-from astroattn.patching.site import CORE, Call, Site, attend, key_mask, site_of
+from astroattn.patching.site import CORE, RECORD, Call, Site, attend, key_mask, site_of
 
 HOSTS = ("sdpa", "eager")
 PREFIX = "astroattn_"
+WEIGHTS_HANDLE = "astroattn_handle"  # the attribute of a patched model that holds the handle of `refuse_weights`
 
 CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
 # an attribute of the module that is not None, False or 0, and what it means
@@ -115,27 +116,36 @@ class InterfaceSite(Site):
                 config._attn_implementation_internal = PREFIX + host
             elif id(config) not in used and _host(config) != host:
                 config._attn_implementation_internal = _host(config)
+            if isinstance(module, PreTrainedModel):
+                if (handle := vars(module).pop(WEIGHTS_HANDLE, None)) is not None:
+                    handle.remove()
+                if any(isinstance(site_of(part), InterfaceSite) for part in module.modules()):
+                    setattr(module, WEIGHTS_HANDLE, module.register_forward_pre_hook(refuse_weights, with_kwargs=True))
 
     @classmethod
     def sees_patches(cls, module: nn.Module) -> bool:
         return hasattr(module.config, "patch_size")
 
     def take(self, module: nn.Module) -> None:
-        self.handle = module.register_forward_pre_hook(check_route, with_kwargs=True)
+        self.handle = module.register_forward_pre_hook(check_route)
 
     def release(self, module: nn.Module) -> None:
         self.handle.remove()
 
 
-def check_route(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def check_route(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of a patched module: raise where its astrocyte would be passed by."""
     name = module.config._attn_implementation
-    if not (name or "").startswith(PREFIX):
+    if not str(name).startswith(PREFIX):
         raise RuntimeError(
-            f"{site_of(module).name}: the attention implementation of this patched model was changed to {name!r}, which "  # type: ignore[union-attr]
-            "would pass its astrocytes by; call astroattn.unpatch(model) first, or astroattn.patch(model) again"
+            f"{getattr(module, RECORD).name}: the attention implementation of this patched model was changed to "
+            f"{name!r}, which would pass its astrocytes by; call astroattn.unpatch(model) and patch it again"
         )
-    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+
+
+def refuse_weights(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a patched model: raise where attention weights are asked for, as none are formed."""
+    if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError(
             "output_attentions=True: a patched model forms no attention weights; call astroattn.unpatch(model) first"
         )

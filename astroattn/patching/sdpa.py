@@ -179,7 +179,9 @@ def astrocyte_class(base: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _rebuild, (base,), self.__dict__
 
-    return type(f"Astrocyte{base.__name__}", (base,), {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__})
+    return type(
+        f"Astrocyte{base.__name__}", (base,), {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__}
+    )
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
