@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from astroattn.checks import check_call
+from astroattn.checks import check_call, check_grid, check_size
 from astroattn.config import AstroConfig
 from astroattn.cost import Cost, count_cost, covers, prefix_length
 from astroattn.hidden import RandomHidden
-from astroattn.ops.near_far import exact_rows, near_far_attention, zero_padding
+from astroattn.ops.near_far import near_far_attention, zero_padding
 from astroattn.ops.static import Hidden, causal_linear_attention, linear_attention, near_linear_attention
 from astroattn.ops.tiles import Layout, real_tokens
 
@@ -44,11 +44,8 @@ class AstrocyteAttention(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, config: AstroConfig | None = None) -> None:
         super().__init__()
-        for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name}: {size!r} of type {type(size).__name__}; expected int")
-            if size < 1:
-                raise ValueError(f"{name}: {size}; must be at least 1")
+        check_size("num_heads", num_heads)
+        check_size("head_dim", head_dim)
         config = AstroConfig() if config is None else config
         if not isinstance(config, AstroConfig):
             raise TypeError(f"config: {type(config).__name__}; expected AstroConfig")
@@ -73,8 +70,8 @@ class AstrocyteAttention(nn.Module):
 
         Args:
             query: [B, H, Nq, D]. key: [B, H, Nk, D]. value: [B, H, Nk, Dv]. float32, float64, bfloat16 or float16.
-            key_mask: [B, Nk] bool, True = a real token. Padding does not move results: queries that are padding
-                (where Nq = Nk) and sequences without a real token give zeros.
+            key_mask: [B, Nk] bool, True = a real token. Padding does not move the results of real tokens. Sequences
+                without a real token give zeros, and so do queries that are padding, except in softmax attention.
             causal: a query sees no later key; with Nq < Nk the queries are the last tokens.
             scale: multiplies q.k; None is D^-0.5.
             grid: (rows, columns) of a ViT's patches, the last rows * columns tokens; the others come before them.
@@ -114,12 +111,21 @@ class AstrocyteAttention(nn.Module):
             return "causal attention needs a static hidden layer (hidden='random')"
         if self.config.exact_keys and self.config.near:
             return "causal attention cannot choose exact keys per tile (exact_keys=0)"
+        if self.config.exact_queries:
+            return "causal attention has no exact queries (exact_queries=0)"
         return None
 
     def cost(
         self, num_queries: int, num_keys: int, *, causal: bool = False, grid: tuple[int, int] | None = None
     ) -> Cost:
-        """Positions and products per query, counted from the configuration for a sequence of this length."""
+        """Positions and products per query, counted from the configuration for a sequence of this length.
+
+        Raises:
+            TypeError, ValueError: numbers that are not positive integers, a grid that does not fit.
+        """
+        check_size("num_queries", num_queries)
+        check_size("num_keys", num_keys)
+        check_grid(grid, num_keys)
         if self.exact:
             return Cost(num_keys, 2 * num_keys, 2 * num_keys)
         return count_cost(self.config, self.head_dim, num_queries, num_keys, causal, grid)
@@ -152,39 +158,53 @@ class AstrocyteAttention(nn.Module):
             # Means, sums and logarithms of thousands of terms are kept in float32 at least.
             work = torch.promote_types(dtype, torch.float32)
             q, k, v = query.to(work) * scale**0.5, key.to(work) * scale**0.5, value.to(work)
-            if causal:
-                out, normaliser = self._attend_causal(q, k, v, key_mask)
-            else:
-                out, normaliser = self._attend_bidirectional(q, k, v, key_mask, grid)
+            out, normaliser = self._attend_real_first(q, k, v, key_mask, causal, grid)
         return out.to(dtype), normaliser
 
-    def _attend_causal(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        batch, heads, num_queries, _ = q.shape
-        # Fewer queries than keys: the queries are the last tokens, so stand-ins take the place of the earlier ones.
-        q = F.pad(q, (0, 0, k.shape[2] - num_queries, 0))
-        mask = None if key_mask is None else key_mask.repeat_interleave(heads, 0)
-        assert self.hidden is not None  # `refusal` lets no other kind come here
-        hidden = self.hidden.expand(batch, q.dtype)
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        out, normaliser, _ = causal_linear_attention(q, k, v, hidden, near=self.config.near, key_mask=mask)
-        out, normaliser = out[:, -num_queries:], normaliser[:, -num_queries:]
-        return out.unflatten(0, (batch, heads)), normaliser.unflatten(0, (batch, heads))
-
-    def _attend_bidirectional(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: tuple[int, int] | None
+    def _attend_real_first(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        causal: bool,
+        grid: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
+        """Attend with the real tokens moved to the front, and move the results back."""
         batch, heads, num_queries, _ = q.shape
+        if causal:
+            # Fewer queries than keys: the queries are the last tokens, so stand-ins take the place of the earlier ones.
+            q = F.pad(q, (0, 0, k.shape[2] - num_queries, 0))
+        same_tokens = q.shape[2] == k.shape[2]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         order = lengths = None
         if key_mask is not None:
-            # Real tokens first: tiles then hold the same tokens wherever the padding was.
+            # Real tokens first: tiles and near fields then hold the same tokens wherever the padding was.
             order = (~key_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, None].expand(-1, heads, -1).flatten(0, 1)
             lengths = key_mask.sum(1).repeat_interleave(heads)
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        if order is not None:
             k, v = _in_order(k, order), _in_order(v, order)
-            q = _in_order(q, order) if num_queries == k.shape[1] else q
+            q = _in_order(q, order) if same_tokens else q
         hidden = None if self.hidden is None else self.hidden.expand(batch, q.dtype)
+        if causal and hidden is not None:  # `refusal` has turned the others away
+            real = None if lengths is None else real_tokens(k.shape[1], lengths)
+            out, normaliser, _ = causal_linear_attention(q, k, v, hidden, near=self.config.near, key_mask=real)
+            out, normaliser = (out, normaliser) if real is None else zero_padding(out, normaliser, real)
+        else:
+            out, normaliser = self._attend_bidirectional(q, k, v, hidden, lengths, grid)
+        if order is not None and same_tokens:
+            back = order.argsort(dim=1)
+            out, normaliser = _in_order(out, back), normaliser.gather(1, back)
+        return tuple(x[:, -num_queries:].unflatten(0, (batch, heads)) for x in (out, normaliser))
 
+    def _attend_bidirectional(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Hidden | None,
+        lengths: Tensor | None,
+        grid: tuple[int, int] | None,
+    ) -> tuple[Tensor, Tensor]:
         parts = [
             _bidirectional(
                 self.config,
@@ -198,10 +218,7 @@ class AstrocyteAttention(nn.Module):
             for part in _slices(self.config, len(q), k.shape[1], q.shape[-1])
         ]
         out, normaliser = (torch.cat(each) for each in zip(*parts, strict=True))
-        if order is not None and num_queries == k.shape[1]:
-            back = order.argsort(dim=1)
-            out, normaliser = _in_order(out, back), normaliser.gather(1, back)
-        return out.unflatten(0, (batch, heads)), normaliser.unflatten(0, (batch, heads))
+        return out, normaliser
 
 
 def _bidirectional(
@@ -216,11 +233,9 @@ def _bidirectional(
     """Attention of sequences flattened over batch and heads [Z, N, D], real tokens first."""
     num_keys = k.shape[1]
     prefix = prefix_length(config, num_keys, grid)
-    if hidden is not None and config.near == 0:
+    if hidden is not None and config.near == 0 and prefix == 0:
         real = None if lengths is None else real_tokens(num_keys, lengths)
-        out, normaliser = linear_attention(q[:, prefix:], k, v, hidden, key_mask=real)
-        head, head_normaliser = exact_rows(q[:, :prefix], k, v, lengths)
-        out, normaliser = torch.cat([head, out], 1), torch.cat([head_normaliser, normaliser], 1)
+        out, normaliser = linear_attention(q, k, v, hidden, key_mask=real)
         return (out, normaliser) if real is None or q.shape[1] != num_keys else zero_padding(out, normaliser, real)
     tiled = config.near > 0
     layout = Layout(
@@ -260,7 +275,8 @@ def _softmax_attention(
         out = out.masked_fill(~key_mask.any(1)[:, None, None, None], 0)
     if not with_normaliser:
         return out, query.new_empty(0)
-    logits = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    work = torch.promote_types(query.dtype, torch.float32)
+    logits = query.to(work) @ key.to(work).mT * scale
     if causal and mask is None:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()
     if mask is not None:

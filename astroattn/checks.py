@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from astroattn.attention import AstrocyteAttention
+    from astroattn.config import AstroConfig
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -41,17 +42,24 @@ def check_call(
             raise TypeError(f"key_mask: {came}; expected a bool tensor, True for real tokens")
         if key_mask.shape != (len(key), num_keys):
             raise ValueError(f"key_mask: shape {tuple(key_mask.shape)}; expected [B, Nk] = {(len(key), num_keys)}")
-    if scale is not None and not (isfinite(scale) and scale > 0):
-        raise ValueError(f"scale: {scale}; must be positive and finite")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: {type(causal).__name__}; expected bool")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale: {type(scale).__name__}; expected a number or None")
+        if not (isfinite(scale) and scale > 0):
+            raise ValueError(f"scale: {scale}; must be positive and finite")
     if causal and num_queries > num_keys:
         raise ValueError(f"query: {num_queries} tokens, more than the {num_keys} keys; causal needs at most as many")
     config = module.config
-    if num_queries != num_keys and not causal and not module.exact and (config.hidden != "random" or config.near):
+    if num_queries != num_keys and not causal and not module.exact and not _reads_any_queries(config):
         raise ValueError(
             f"query: {num_queries} tokens and {num_keys} keys; tiles and Hebbian learning need self-attention "
-            "(as many queries as keys); hidden='random' with near=0 does not"
+            "(as many queries as keys); hidden='random' with near=0 and exact_queries=0 does not"
         )
-    _check_grid(grid, num_keys, key_mask, causal)
+    check_grid(grid, num_keys)
+    if grid is not None and (key_mask is not None or causal):
+        raise ValueError(f"grid: {tuple(grid)}; a patch grid takes neither key_mask nor causal")
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int) -> None:
@@ -71,11 +79,25 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int) -> N
         raise ValueError(f"{name}: vectors of length 0; needs at least 1")
 
 
-def _check_grid(grid: tuple[int, int] | None, num_keys: int, key_mask: Tensor | None, causal: bool) -> None:
+def _reads_any_queries(config: AstroConfig) -> bool:
+    """Whether the queries need not be those of the keys' own tokens."""
+    return config.hidden == "random" and not config.near and not config.exact_queries
+
+
+def check_grid(grid: tuple[int, int] | None, num_keys: int) -> None:
+    """Raise TypeError or ValueError for a patch grid that is none, or that has more patches than there are keys."""
     if grid is None:
         return
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(side) is not int for side in grid):
+        raise TypeError(f"grid: {grid!r}; expected (rows, columns), two ints")
     rows, columns = grid
     if rows < 1 or columns < 1 or rows * columns > num_keys:
         raise ValueError(f"grid: {(rows, columns)}; needs rows and columns of at least 1, at most {num_keys} patches")
-    if key_mask is not None or causal:
-        raise ValueError(f"grid: {(rows, columns)}; a patch grid takes neither key_mask nor causal")
+
+
+def check_size(name: str, size: int) -> None:
+    """Raise TypeError or ValueError unless a size is a positive int."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name}: {size!r} of type {type(size).__name__}; expected int")
+    if size < 1:
+        raise ValueError(f"{name}: {size}; must be at least 1")

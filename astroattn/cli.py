@@ -114,7 +114,7 @@ def compare_model(
         Path | None, typer.Option(help="List of classes (index, wnid, name); classes.tsv beside photos is found.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help=f"Embedding: {', '.join(POOLINGS)}.")] = None,
-    diagnose: Annotated[int, typer.Option(min=0, help="Batches to measure per layer and head.")] = 4,
+    diagnose: Annotated[int, typer.Option(min=0, help="Batches to measure per layer and head.")] = 2,
     device: Device = None,
     dtype: Dtype = "float32",
     size: Size = None,

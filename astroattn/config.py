@@ -42,8 +42,9 @@ class AstroConfig:
             the sequence length gives softmax attention. 0 turns tiles off, and exact keys with them: every key is
             read through the hidden layer.
         exact_keys: keys beyond the near field that each tile attends exactly, chosen by content.
-        exact_queries: number of leading tokens that attend exactly to all, and that all attend to exactly. The prefix
-            tokens of a patch grid (CLS, registers) always do, unless near is 0.
+        exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to
+            exactly. In a patch grid these are its prefix tokens (CLS, registers) whatever is set here; without tiles
+            (near 0) a grid is a sequence.
         tile: tokens per tile of queries, 2 x 2 patches for 4.
         steps: Hebbian learning steps of the "hebbian" layer (k-means iterations).
         groups: most groups of tiles in a sequence that choose their own exact keys; bounds the time to groups * N.
@@ -77,5 +78,7 @@ class AstroConfig:
         for name, allowed in (("hidden", HIDDEN), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r}; must be one of {', '.join(allowed)}")
+        if self.seed >= 2**64:
+            raise ValueError(f"seed: {self.seed}; must be less than 2**64")
         if self.hidden == "none" and self.near == 0:
             raise ValueError("near: 0 with hidden='none' leaves a query no key at all; must be at least 1")

@@ -52,10 +52,8 @@ def count_cost(
         per_query = 4 * m + chunk * (1 + m / head_dim) + (chunk if config.near else 0)
         return Cost(exact + m, per_query, 2 * num_keys)
     if config.hidden == "random":
-        per_query = 4 * m * num_keys / num_queries
-        if not config.near:
-            per_query = m * (2 + 2 * num_keys / num_queries)
-            return Cost(m, per_query, 2 * num_keys)
+        if not config.near and not prefix:
+            return Cost(m, m * (2 + 2 * num_keys / num_queries), 2 * num_keys)
         total = body * (4 * m + exact * (2 + m / head_dim)) + groups * num_keys
     elif config.hidden == "hebbian":
         block, blocks = block_layout(body, m)
@@ -75,7 +73,7 @@ def count_cost(
 def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> bool:
     """Whether near field and exact keys together hold every key, so that attention is softmax attention."""
     if config.near == 0:
-        return False
+        return config.exact_queries >= num_keys
     prefix = prefix_length(config, num_keys, grid)
     rows, columns = grid or (1, num_keys - prefix)
     if rows * columns <= 0 or config.near >= num_keys:
@@ -85,7 +83,7 @@ def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> 
 
 
 def prefix_length(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> int:
-    """Tokens outside the tiles: those before the patch grid, and at least `exact_queries`."""
+    """Tokens outside the tiles: those before the patch grid, or the first `exact_queries` of a sequence."""
     if grid is None or config.near == 0:
         return min(config.exact_queries, num_keys)
     return num_keys - grid[0] * grid[1]

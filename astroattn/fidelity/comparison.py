@@ -37,7 +37,7 @@ def compare(
     labels: Sequence[int] | None = None,
     scores: Sequence[float] | None = None,
     pooling: str = "auto",
-    diagnose: int = 4,
+    diagnose: int = 2,
     controls: bool = True,
     seed: int = 0,
     name: str | None = None,

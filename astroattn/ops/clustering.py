@@ -80,13 +80,13 @@ def cluster_sums(weights: Tensor, values: Tensor, winners: Tensor, num_clusters:
     owner = owner.clamp(max=num_clusters - 1)  # blocks that nobody owns hold zeros
 
     c = F.pad(weights, (0, 1)).gather(2, source[:, None].expand(-1, rows, -1)).unflatten(2, (num_blocks, block))
-    v = F.pad(values, (0, 0, 0, 1)).gather(1, source[..., None].expand(-1, -1, dim)).unflatten(1, (num_blocks, block))
-    sums = c.transpose(1, 2) @ v  # [Z, blocks, R, Dv]
-    s = sums.new_zeros(size, num_clusters, rows, dim)
-    s = s.scatter_add(1, owner[:, :, None, None].expand_as(sums), sums)
-    z = weights.new_zeros(size, rows, num_clusters)
-    z = z.scatter_add(2, owner[:, None].expand(-1, rows, -1), c.sum(-1))
-    return z, s.transpose(1, 2)
+    v = F.pad(F.pad(values, (0, 1), value=1), (0, 0, 0, 1))  # a column of ones: z is s of the value 1
+    v = v.gather(1, source[..., None].expand(-1, -1, dim + 1)).unflatten(1, (num_blocks, block))
+    sums = c.transpose(1, 2) @ v  # [Z, blocks, R, Dv + 1]
+    owner_row = (owner + torch.arange(size, device=device)[:, None] * num_clusters).flatten()
+    s = sums.new_zeros(size * num_clusters, rows, dim + 1).index_add(0, owner_row, sums.flatten(0, 1))
+    s = s.unflatten(0, (size, num_clusters)).transpose(1, 2)
+    return s[..., -1], s[..., :-1]
 
 
 def block_layout(count: int, num_clusters: int) -> tuple[int, int]:

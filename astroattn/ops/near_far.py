@@ -63,11 +63,13 @@ class Exact:
 
 @dataclass(frozen=True)
 class Far:
-    """The hidden layer as the tiles read it: w [Z, m, D], log z [Z, T, m], s / z [Z, T, m, Dv]."""
+    """The hidden layer as the tiles read it: w [Z, m, D], z exp(-top) and its logarithm with top [Z, T, m], s exp(-top)
+    [Z, T, m, Dv], top the largest u.k of a far key of the cluster."""
 
     weights: Tensor
+    z: Tensor
     log_z: Tensor
-    values: Tensor
+    s: Tensor
 
 
 def near_far_attention(
@@ -138,7 +140,7 @@ def read_tiles(query: Tensor, key: Tensor, layout: Layout, tiles: Tiles) -> Read
     mass = (logits - normaliser.clamp(min=torch.finfo(logits.dtype).min)).exp()
 
     near_count = _count_near(tiles, count)
-    tiles_in_group = tiles.sum_groups(torch.ones_like(tiles.group)[..., None])
+    tiles_in_group = tiles.sum_groups(tiles.slot_mask.any(-1, keepdim=True).long())  # those that hold a real token
     return Reading(
         rest=rest,
         mean=mean,
@@ -196,9 +198,11 @@ def write_hidden(
     """Write the far keys into the hidden layer (w, z and s of the module's formula): R * n products of length D."""
     far = torch.isfinite(reading.logits) & ~reading.near_all
     far = far & ~torch.zeros_like(far).scatter(-1, exact.group_keys, exact.group_chosen)
-    top = reading.logits.detach().masked_fill(~far, -torch.inf).amax(-1, keepdim=True)
-    top = top.clamp(min=torch.finfo(top.dtype).min)
-    c = (reading.logits - top).masked_fill(~far, -torch.inf).exp()
+    logits = reading.logits.masked_fill(~far, -torch.inf)
+    owner = winners[:, None].expand_as(logits)
+    top = logits.new_full((*logits.shape[:2], num_hidden), torch.finfo(logits.dtype).min)
+    top = top.scatter_reduce(2, owner, logits.detach(), "amax")  # of each cluster, so that none underflows
+    c = (logits - top.gather(2, owner)).exp()
     mass = (reading.mass.masked_fill(~far, 0) * reading.share[..., None]).sum(1)
     weights = weighted_means(key, mass, winners, num_hidden)[1]
 
@@ -211,7 +215,7 @@ def write_hidden(
     alive = z > 16 * torch.finfo(z.dtype).eps * whole  # less than the rounding of what was taken out is nothing
     safe = z.masked_fill(~alive, 1)
     log_z = (safe.log() + top).masked_fill(~alive, -torch.inf)
-    return Far(weights, log_z, s.masked_fill(~alive[..., None], 0) / safe[..., None])
+    return Far(weights, safe, log_z, s)
 
 
 def _near_sums(tiles: Tiles, c: Tensor, value: Tensor, winners: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +255,7 @@ def _attend(
     shares = logits.softmax(-1).split(sizes, -1)
     out = shares[0] @ head_value + shares[1] @ take_rows(body_value, exact.keys)
     if far is not None:
-        out = out + shares[2] @ far.values
+        out = out + (shares[2] / far.z[:, :, None]) @ far.s
     normaliser = logits.logsumexp(-1) + top[..., 0]
     return out, normaliser
 

@@ -18,6 +18,9 @@ from astroattn.ops.features import respond
 from astroattn.ops.near_far import assemble, choose_exact_keys, read_tiles, take_rows
 from astroattn.ops.tiles import Layout, make_tiles
 
+# Most that the gains of one chunk may rise above what a query of it sees: exp(-40) is far from float32's underflow.
+GAIN_RANGE = 40
+
 
 class Hidden(NamedTuple):
     """A static hidden layer: weights [Z, m, D], phases [Z, m] (used by the cosines) and the name of phi."""
@@ -114,10 +117,14 @@ def near_linear_attention(
     logits = (query[:, slots] @ take_rows(key, index).mT).masked_fill(~chosen, -torch.inf)
     overlap = (phi_query @ take_rows(phi_key, index).mT).masked_fill(~chosen, 0)
 
+    total = phi_query @ phi_key.sum(1)[:, None, :, None]
+    # Where every key is exact, taking them out of phi leaves rounding: it has no weight, however large phi was.
+    left = chosen.sum(-1, keepdim=True) < (num_tokens if real is None else real.sum(1)[:, None, None, None])
+    best = best.masked_fill(~left, torch.finfo(best.dtype).min)
     high = torch.maximum(logits.detach().amax(-1, keepdim=True), best)
     fade = (best - high).exp()
     shares = (logits - high).exp() - fade * overlap
-    process = shares.sum(-1, keepdim=True) + fade * (phi_query @ phi_key.sum(1)[:, None, :, None])
+    process = shares.sum(-1, keepdim=True) + fade * total
     out = shares @ take_rows(value, index) + fade * (phi_query @ (phi_key.mT @ value)[:, None])
     return assemble(*_divide(out, process, high), tiles, query, key, value, layout)
 
@@ -182,14 +189,39 @@ def _add(old: State, new: State) -> State:
 def _read_chunk(
     query: Tensor, key: Tensor, value: Tensor, state: State, hidden: Hidden, near: int, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    phi_key, top = _key_features(key, hidden, key_mask, state.top)
-    phi_query, best = _query_features(query, hidden, top)
+    """Queries that are the last tokens of the keys read the state and, pair by pair, the keys that they see.
+
+    A feature is measured from its largest gain over the keys that the last query sees. Where an earlier query sees
+    only gains so much smaller that they could underflow, the queries are read in two halves.
+    """
+    queries, keys = query.shape[1], key.shape[1]
+    gain, base = respond(key, hidden.weight, hidden.phase, hidden.activation)
+    position = torch.arange(keys, device=key.device)
+    far = (position < keys - near)[None] if key_mask is None else (position < keys - near) & key_mask
+    gain = gain.masked_fill(~far[..., None], -torch.inf).expand_as(base)
+    highest = torch.cat([state.top, gain.detach()], 1).cummax(1).values
+    seen_top = highest[:, (position[keys - queries :] + 1 - near).clamp(min=0)]  # what each query sees [Z, queries, m]
+    top = seen_top[:, -1:]
+    some = seen_top > torch.finfo(key.dtype).min / 4  # False where there is no far key yet
+    if queries > 1 and ((top - seen_top).masked_fill(~some, 0) > GAIN_RANGE).any():
+        half = queries // 2
+        early = slice(keys - queries + half)
+        mask = None if key_mask is None else key_mask[:, early]
+        parts = (
+            _read_chunk(query[:, :half], key[:, early], value[:, early], state, hidden, near, mask),
+            _read_chunk(query[:, half:], key, value, state, hidden, near, key_mask),
+        )
+        return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
+
+    phi_key = (gain - top).exp() * base
+    gain, base = respond(query, hidden.weight, hidden.phase, hidden.activation)
+    best = (gain.detach() + seen_top).amax(-1, keepdim=True)
+    phi_query = (gain + top - best).masked_fill(~some, -torch.inf).exp() * base
     fade = (state.top - top).exp()
     process = phi_query @ (state.z_state * fade[:, 0])[..., None]
     out = phi_query @ (state.kv_state * fade.mT)
 
-    queries, keys = query.shape[1], key.shape[1]
-    distance = torch.arange(keys - queries, keys, device=key.device)[:, None] - torch.arange(keys, device=key.device)
+    distance = position[keys - queries :, None] - position
     seen = (distance >= 0)[None] if key_mask is None else (distance >= 0) & key_mask[:, None]
     shares = (phi_query @ phi_key.mT).masked_fill(~seen, 0)
     high = best

@@ -129,7 +129,9 @@ def make_tiles(layout: Layout, num_tokens: int, device: torch.device) -> Tiles:
     window_high, window_wide = near_shape(near, rows, columns)
     first_row = (top + (high - window_high) // 2).clamp(0, rows - window_high)
     ends = torch.full((1, 1), columns, device=device) if lengths is None else lengths[:, None]
-    first_column = torch.minimum(left + (wide - window_wide) // 2, ends - window_wide).clamp(min=0)
+    # Around what the tile holds: a tile longer than its sequence has the same window however long the padding is.
+    middle = left + ((ends - left).clamp(max=wide) - window_wide) // 2
+    first_column = torch.minimum(middle, ends - window_wide).clamp(min=0)
     near_row = first_row[:, None] + torch.arange(window_high, device=device)
     near_column = first_column[..., None] + torch.arange(window_wide, device=device)
     near_index = (near_row[:, :, None] * columns + near_column[..., None, :]).flatten(2)
@@ -139,7 +141,8 @@ def make_tiles(layout: Layout, num_tokens: int, device: torch.device) -> Tiles:
     count = torch.full((1, 1), len(tiles), device=device)
     if lengths is not None:
         slot_mask = slot_mask & (slots < lengths[:, None, None])
-        count = -(-lengths[:, None] // slots.shape[1]).clamp(min=1)
+        near_mask = near_mask & slot_mask.any(-1, keepdim=True)  # a tile of padding has no window
+        count = (-(-lengths[:, None] // slots.shape[1])).clamp(min=1)
     num_groups = min(layout.groups, len(tiles))
     # A sequence of few tiles has one group a tile whatever the batch it is padded in.
     group = torch.where(count <= num_groups, tiles, tiles * num_groups // count).clamp(max=num_groups - 1)

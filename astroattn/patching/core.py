@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
 from astroattn.config import AstroConfig
-from astroattn.patching.grid import PatchGrid, find_grid
 from astroattn.patching import probe
+from astroattn.patching.grid import PatchGrid, find_grid
 from astroattn.patching.report import PatchReport, Row
 from astroattn.patching.site import CORE, Site, install, remove, site_of
 from astroattn.patching.survey import Found, Where, front_ends, select, survey
@@ -53,7 +53,7 @@ def patch(model: nn.Module, config: AstroConfig | None = None, where: Where | No
     config = config or AstroConfig()
     found = survey(model)
     if not found:
-        raise ValueError(f"model: {type(model).__name__} has no attention module")
+        raise ValueError(f"model: {type(model).__name__} has no attention module that astroattn recognises")
     selected = select(found, where)
     before = _capture(model)
     try:
@@ -102,7 +102,7 @@ def _patch(
         if site_of(each.module) is not None:
             remove(each.module)
     _settle(model)
-    note = "nothing was new"
+    note = "not needed"
     if fresh:
         inputs, expected, note = _run_original(model)
         _install(model, fresh, config)
@@ -146,9 +146,10 @@ def _probe(model: nn.Module, fresh: list[Found], inputs: dict[str, Any], expecte
     reasons = {}
     for each in fresh:
         core = getattr(each.module, CORE)
-        if reason := probe.verdict(_site(each)):
+        seen = _site(each).seen or []
+        if reason := probe.verdict(seen):
             reasons[each.name] = reason
-        elif (shape := _site(each).seen[0].shape) != (core.num_heads, core.head_dim):
+        elif (shape := seen[0].shape) != (core.num_heads, core.head_dim):
             setattr(each.module, CORE, _core(each.module, shape, core.config))
     return reasons
 

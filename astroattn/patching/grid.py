@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -58,27 +58,23 @@ class PatchGrid:
 def find_grid(modules: dict[str, nn.Module], name: str) -> tuple[nn.Conv2d, int] | None:
     """The convolution of the patch embedding that feeds the module of that name, and the number of prefix tokens.
 
-    It is the only strided convolution below the module's nearest ancestor that has any; the prefix tokens are that
-    ancestor's `num_prefix_tokens` (timm), or are counted from the parameters beside the convolution (transformers).
+    In timm both are attributes of the model. In transformers it is the only strided convolution below the module's
+    nearest ancestor that has any, and the prefix tokens are counted from the parameters beside it.
     """
     while name:
         name = name.rpartition(".")[0]
         tower = modules[name]
-        convs = {
-            key: conv for key, conv in tower.named_modules() if isinstance(conv, nn.Conv2d) and max(conv.stride) > 1
-        }
+        proj = getattr(getattr(tower, "patch_embed", None), "proj", None)
+        if isinstance(proj, nn.Conv2d) and hasattr(tower, "num_prefix_tokens"):
+            return proj, cast(int, tower.num_prefix_tokens)
+        convs = [path for path, conv in tower.named_modules() if isinstance(conv, nn.Conv2d) and max(conv.stride) > 1]
+        if len(convs) > 1:
+            return None
         if convs:
-            break
-    else:
-        return None
-    if len(convs) > 1:
-        return None
-    path, conv = next(iter(convs.items()))
-    prefix = getattr(tower, "num_prefix_tokens", None)
-    if prefix is None:
-        embeddings = tower.get_submodule(path.partition(".")[0])
-        prefix = sum(_tokens(key, value) for key, value in embeddings.named_parameters())
-    return conv, prefix
+            embeddings = tower.get_submodule(convs[0].partition(".")[0])
+            prefix = sum(_tokens(key, value) for key, value in embeddings.named_parameters())
+            return cast(nn.Conv2d, tower.get_submodule(convs[0])), prefix
+    return None
 
 
 def _tokens(name: str, parameter: Tensor) -> int:

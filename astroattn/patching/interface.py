@@ -3,12 +3,6 @@
 Import this module only where transformers is installed. While a model is patched, its configs name one of the two
 attention implementations below, after the host implementation ("sdpa" or "eager") the model had. Modules with an
 astrocyte are answered by it; all others run exactly what they ran before, on the mask they had before.
-
-Masks. A plain padding mask reaches the attention modules as keys only, never as N x N:
-    None                  nothing is padded; the module's own `is_causal` decides, as for SDPA
-    bool  [B, 1, 1, K]    the keys that are real tokens; complete, as every bool mask is for SDPA
-    uint8 [B, 1, 1, K]    the same under a causal mask aligned bottom-right, which is still to be added
-Everything else (sliding windows, packed sequences, static caches, masks of the user) is the host's own mask.
 """
 
 from __future__ import annotations
@@ -18,13 +12,12 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, causal_mask_function
 
+from astroattn.patching.masks import CAUSAL, attention_mask, host_mask
 from astroattn.patching.site import CORE, RECORD, Call, Site, attend, key_mask, site_of
 
 HOSTS = ("sdpa", "eager")
@@ -61,21 +54,16 @@ REFUSED_ARGUMENTS = {
 class InterfaceSite(Site):
     """An attention module that looks its attention function up in `ALL_ATTENTION_FUNCTIONS`."""
 
-    library: ClassVar[str] = "transformers"
     handle: Any = None
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        config = getattr(module, "config", None)
-        return (
-            hasattr(config, "_attn_implementation")
-            and not isinstance(module, PreTrainedModel)
-            and _lookup(type(module)) is not None
-        )
+        model = isinstance(module, PreTrainedModel)  # it only chooses the implementation
+        return not model and _config(module) is not None and _lookup(type(module)) is not None
 
     @classmethod
     def refusal(cls, name: str, module: nn.Module) -> str | None:
-        host = _host(module.config)
+        host = _host(_config(module))
         if host not in HOSTS:
             return f"attention implementation {host!r} (set it to 'sdpa' or 'eager' before patching)"
         parameters = inspect.signature(type(module).forward).parameters
@@ -94,10 +82,10 @@ class InterfaceSite(Site):
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
-        config = module.config
-        heads = _first((module, config), "num_attention_heads", "num_heads", "n_heads", "n_head")
-        head_dim = _first((module, config), "head_dim", "attention_head_size", "attention_head_dim", "dim_per_head")
-        width = _first((module, config), "embed_dim", "hidden_size")
+        owners = (module, _config(module))
+        heads = _first(owners, "num_attention_heads", "num_heads", "n_heads", "n_head")
+        head_dim = _first(owners, "head_dim", "attention_head_size", "attention_head_dim", "dim_per_head")
+        width = _first(owners, "embed_dim", "hidden_size")
         if heads is None or (head_dim is None and width is None):
             return None
         return heads, head_dim or width // heads
@@ -108,23 +96,24 @@ class InterfaceSite(Site):
 
     @classmethod
     def settle(cls, model: nn.Module) -> None:
-        used = {id(module.config) for module in model.modules() if isinstance(site_of(module), InterfaceSite)}
+        used = {id(_config(module)) for module in model.modules() if isinstance(site_of(module), InterfaceSite)}
         for module in model.modules():
-            config = getattr(module, "config", None)
-            host = getattr(config, "_attn_implementation", None)
-            if id(config) in used and host in HOSTS:
-                config._attn_implementation_internal = PREFIX + host
-            elif id(config) not in used and _host(config) != host:
-                config._attn_implementation_internal = _host(config)
+            config = _config(module)
+            if config is None:
+                continue
+            host = _host(config)
+            if id(config) in used:
+                config._attn_implementation_internal = f"{PREFIX}{host}"
+                if cls.claims(module):
+                    _host_function(type(module), str(host))  # known before a graph is compiled
+            elif config._attn_implementation != host:
+                config._attn_implementation_internal = host
             if isinstance(module, PreTrainedModel):
-                if (handle := vars(module).pop(WEIGHTS_HANDLE, None)) is not None:
-                    handle.remove()
-                if any(isinstance(site_of(part), InterfaceSite) for part in module.modules()):
-                    setattr(module, WEIGHTS_HANDLE, module.register_forward_pre_hook(refuse_weights, with_kwargs=True))
+                _refuse_weights_of(module)
 
     @classmethod
     def sees_patches(cls, module: nn.Module) -> bool:
-        return hasattr(module.config, "patch_size")
+        return hasattr(_config(module), "patch_size")
 
     def take(self, module: nn.Module) -> None:
         self.handle = module.register_forward_pre_hook(check_route)
@@ -135,7 +124,7 @@ class InterfaceSite(Site):
 
 def check_route(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of a patched module: raise where its astrocyte would be passed by."""
-    name = module.config._attn_implementation
+    name = _config(module)._attn_implementation
     if not str(name).startswith(PREFIX):
         raise RuntimeError(
             f"{getattr(module, RECORD).name}: the attention implementation of this patched model was changed to "
@@ -143,9 +132,17 @@ def check_route(module: nn.Module, args: Any) -> None:
         )
 
 
+def _refuse_weights_of(model: nn.Module) -> None:
+    """Put the hook below on a model that has a patched module, and take it from one that has none."""
+    if (handle := vars(model).pop(WEIGHTS_HANDLE, None)) is not None:
+        handle.remove()
+    if any(isinstance(site_of(module), InterfaceSite) for module in model.modules()):
+        setattr(model, WEIGHTS_HANDLE, model.register_forward_pre_hook(refuse_weights, with_kwargs=True))
+
+
 def refuse_weights(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a patched model: raise where attention weights are asked for, as none are formed."""
-    if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
+    if kwargs.get("output_attentions") or getattr(_config(model), "output_attentions", False):
         raise ValueError(
             "output_attentions=True: a patched model forms no attention weights; call astroattn.unpatch(model) first"
         )
@@ -156,7 +153,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     *,
     host: str,
     dropout: float = 0.0,
@@ -169,14 +166,15 @@ def attention(
 
     def run_host() -> Tensor:
         nonlocal weights
-        mask = _host_mask(module, query, key, attention_mask, is_causal, host)
+        output: Tensor
         given = kwargs if is_causal is None else {**kwargs, "is_causal": is_causal}
-        function = _host_function(type(module), host)
-        output, weights = function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **given)
+        function, its_mask = _host_function(type(module), host), host_mask(mask, query, key, host)
+        output, weights = function(module, query, key, value, its_mask, dropout=dropout, scaling=scaling, **given)
         return output.transpose(1, 2)
 
     if hasattr(module, CORE):
-        call = _read(module, query, key, value, attention_mask, is_causal, kwargs)
+        causal = mask is None and host == "sdpa" and _is_causal(module, is_causal)
+        call = _read(query, key, value, mask, causal, kwargs)
         call.scale, call.dropout = scaling, dropout
         output = attend(module, call, run_host)
     else:
@@ -184,117 +182,48 @@ def attention(
     return output.transpose(1, 2).contiguous(), weights
 
 
-def attention_mask(
-    *,
-    host: str,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask function that transformers calls; see its AttentionMaskInterface and the head of this file."""
-    causal = mask_function is causal_mask_function and allow_is_causal_skip
-    plain = causal or (mask_function is bidirectional_mask_function and allow_is_bidirectional_skip)
-    whole = isinstance(q_offset, int) and kv_offset == 0 and (not causal or q_offset + q_length == kv_length)
-    fits = attention_mask is None or (attention_mask.dim() == 2 and attention_mask.shape[-1] == kv_length)
-    if not (plain and whole and fits):
-        return ALL_MASK_ATTENTION_FUNCTIONS[host](  # type: ignore[no-any-return]
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=allow_is_causal_skip,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-            **kwargs,
-        )
-    if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
-        attention_mask = None
-    if not causal:
-        return None if attention_mask is None else attention_mask[:, None, None, :].bool()
-    if attention_mask is None:
-        if q_length in (1, kv_length):
-            return None  # SDPA's is_causal means the same
-        device = kwargs.get("device", "cpu")
-        return torch.ones(batch_size, 1, 1, kv_length, dtype=torch.uint8, device=device)
-    return attention_mask[:, None, None, :].to(torch.uint8)
-
-
 def _read(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool | None,
-    kwargs: dict[str, Any],
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, arguments: dict[str, Any]
 ) -> Call:
     """The call in our words, or with the reason why it cannot be."""
     queries, keys = query.shape[2], key.shape[2]
-    causal = _is_causal(module, is_causal) if mask is None else mask.dtype == torch.uint8
-    groups = query.shape[1] // key.shape[1]
-    real, refusal = key_mask(mask.bool() if mask is not None and causal else mask, query.shape[0], keys)
-    # a causal mask of ours is aligned bottom-right; without one, that is sure only for one query
-    if refusal is None and queries != keys and not (causal and (mask is not None or queries == 1)):
+    if mask is not None and mask.dtype == CAUSAL:
+        mask, causal = mask.bool(), True
+        aligned = True
+    else:
+        aligned = queries == 1 and causal
+    real, refusal = key_mask(mask, query.shape[0], keys)
+    if refusal is None and queries != keys and not aligned:
         refusal = "keys of another length than the queries (cross attention or a static cache)"
     for argument, reason in REFUSED_ARGUMENTS.items():
-        if kwargs.get(argument) is not None:
+        if arguments.get(argument) is not None:
             refusal = reason
-    if groups > 1:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and refusal is None:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return Call(query, key, value, real, causal, refusal=refusal)
 
 
 def _is_causal(module: nn.Module, given: bool | None) -> bool:
-    """SDPA's rule in transformers: what is given, else the module's attribute."""
-    if given is None:
-        given = getattr(module, "is_causal", getattr(module.config, "is_decoder", False))
-    return bool(given)
+    """SDPA's rule in transformers: what is given, else the module's attribute, else yes."""
+    return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-def _host_mask(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None, host: str
-) -> Tensor | None:
-    """The mask that the host implementation would have been given."""
-    queries, keys = query.shape[2], key.shape[2]
-    causal = _is_causal(module, is_causal) and host == "eager" if mask is None else mask.dtype == torch.uint8
-    if causal and queries > 1:
-        allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-        mask = allowed[None, None] if mask is None else allowed & mask.bool()
-    if mask is None or mask.is_floating_point():
-        return mask
-    mask = mask.bool()
-    if mask.dim() == 4:
-        mask = mask.expand(query.shape[0], -1, queries, -1)
-    if host == "eager":
-        zero = torch.zeros((), dtype=query.dtype, device=query.device)
-        return torch.where(mask, zero, torch.finfo(query.dtype).min)
-    return mask
-
-
-@functools.cache
-def _lookup(cls: type[nn.Module]) -> dict[str, Any] | None:
-    """The globals of the method that looks the attention function up, None for a class that does not."""
-    for base in cls.__mro__:
-        for method in vars(base).values():
-            code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-            if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
-                return inspect.unwrap(method).__globals__
-    return None
-
-
+_scopes: dict[type, dict[str, Any] | None] = {}
 _host_functions: dict[tuple[type, str], Callable[..., Any]] = {}
 
 
-def _host_function(cls: type[nn.Module], host: str) -> Callable[..., Any]:
+def _lookup(cls: type) -> dict[str, Any] | None:
+    """The globals of the method that looks the attention function up, None for a class that does not."""
+    if cls not in _scopes:
+        methods = [inspect.unwrap(each) for base in cls.__mro__ for each in vars(base).values() if callable(each)]
+        functions = [each for each in methods if inspect.isfunction(each)]
+        users = [each for each in functions if "ALL_ATTENTION_FUNCTIONS" in each.__code__.co_names]
+        _scopes[cls] = users[0].__globals__ if users else None
+    return _scopes[cls]
+
+
+def _host_function(cls: type, host: str) -> Callable[..., Any]:
     """What a class runs under that attention implementation."""
     if (cls, host) not in _host_functions:
         scope = _lookup(cls)
@@ -304,9 +233,15 @@ def _host_function(cls: type[nn.Module], host: str) -> Callable[..., Any]:
     return _host_functions[cls, host]
 
 
+def _config(module: nn.Module) -> Any:
+    """The config of a module of transformers, None for any other module."""
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "_attn_implementation") else None
+
+
 def _host(config: Any) -> str | None:
     """The attention implementation of a config before it was patched."""
-    name = getattr(config, "_attn_implementation", None)
+    name = config._attn_implementation
     return name.removeprefix(PREFIX) if isinstance(name, str) else name
 
 

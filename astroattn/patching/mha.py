@@ -8,13 +8,13 @@ forward hook; a TransformerEncoder must not make nested tensors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, key_mask, site_of
+from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, key_mask, replaced_forward, site_of
 
 NESTED = "astroattn_use_nested_tensor"  # a TransformerEncoder's use_nested_tensor before it was patched
 
@@ -23,7 +23,6 @@ NESTED = "astroattn_use_nested_tensor"  # a TransformerEncoder's use_nested_tens
 class MhaSite(Site):
     """A `torch.nn.MultiheadAttention`."""
 
-    library: ClassVar[str] = "torch.nn"
     handle: Any = None
 
     @classmethod
@@ -40,7 +39,7 @@ class MhaSite(Site):
             "extra key and value (add_bias_kv)": module.bias_k is not None,
             "extra zero key (add_zero_attn)": module.add_zero_attn,
         }
-        return next((reason for reason, holds in reasons.items() if holds), None)
+        return next((reason for reason, holds in reasons.items() if holds), replaced_forward(module))
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
@@ -59,7 +58,7 @@ class MhaSite(Site):
                 encoder.use_nested_tensor = False
 
     def take(self, module: nn.Module) -> None:
-        module.__class__ = AstrocyteMultiheadAttention
+        module.__class__ = MultiheadAttentionWithAstrocyte
         self.handle = module.register_forward_pre_hook(keep_off_fast_path)
 
     def release(self, module: nn.Module) -> None:
@@ -71,7 +70,7 @@ def keep_off_fast_path(module: nn.Module, args: Any) -> None:
     """Forward pre-hook that does nothing: with one below it, a TransformerEncoderLayer calls its modules."""
 
 
-class AstrocyteMultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` with its projections written out and its scores left to an astrocyte."""
 
     def forward(

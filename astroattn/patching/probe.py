@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from astroattn.patching.site import Site
+from astroattn.patching.site import Seen
 
 TOKENS = 9  # of a made-up text; its second row is padded at both ends
 DECODER_TOKENS = 7
@@ -66,18 +66,18 @@ def differ(one: list[Tensor], other: list[Tensor]) -> bool:
     )
 
 
-def verdict(site: Site) -> str | None:
-    """Why a site must stay exact after what the probe forward saw of it, None if it need not."""
-    if not site.seen:
+def verdict(calls: list[Seen]) -> str | None:
+    """Why a module must stay exact after what the probe forward saw of its calls, None if it need not."""
+    if not calls:
         return "the probe forward did not call it"
-    for seen in site.seen:
+    for seen in calls:
         if seen.refusal is not None:
             return seen.refusal
         if seen.queries == 1:
             return "one query (attention pooling)"
         if seen.difference > TOLERANCES[seen.dtype]:
             return f"plain softmax in its place differs by {seen.difference:.1e}: it does more than we read of it"
-    if len({seen.shape for seen in site.seen}) > 1:
+    if len({seen.shape for seen in calls}) > 1:
         return "its calls differ in heads or head dimension"
     return None
 
@@ -127,7 +127,7 @@ def _timm_inputs(model: nn.Module) -> dict[str, Any]:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
     conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     name = next(iter(inspect.signature(model.forward).parameters))
-    return {name: _noise(2, conv.in_channels if conv is not None else channels, *size)}
+    return {name: _noise(1, conv.in_channels if conv is not None else channels, *size)}
 
 
 def _transformers_inputs(model: nn.Module) -> dict[str, Any]:
@@ -136,6 +136,8 @@ def _transformers_inputs(model: nn.Module) -> dict[str, Any]:
     for name, make in _MAKERS.items():
         if name in wanted:
             inputs |= make(model.config)
+    if "input_ids" not in inputs:  # one image will do; a text has a padded row beside a whole one
+        inputs = {key: value[:1] for key, value in inputs.items()}
     if model.main_input_name not in inputs:
         raise NoProbe(f"no {model.main_input_name} can be made up for a {type(model).__name__}")
     if "attention_mask" in inputs and "attention_mask" not in wanted:

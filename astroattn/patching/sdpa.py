@@ -7,16 +7,15 @@ named here, not imported: a module of such a class cannot exist unless its libra
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from astroattn.patching.site import CORE, RECORD, Call, Site, attend, fall_back, key_mask, site_of
+from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, key_mask, replaced_forward
 
 # Global self-attention over all tokens without a bias, and how the module's input holds them.
 LAYOUTS = {
@@ -29,6 +28,8 @@ LAYOUTS = {
     "timm.models.fastvit.Attention": "channels, rows, columns",
     "timm.models.visformer.Attention": "channels, rows, columns",
 }
+
+FUSED = "fused_attn"
 
 BIAS = "relative position bias"
 WINDOW = "attention within windows"
@@ -80,7 +81,6 @@ REFUSALS = {
 class SdpaSite(Site):
     """A module whose forward calls `F.scaled_dot_product_attention` once."""
 
-    library: ClassVar[str] = "timm"
     fused: bool | None = None  # the module's fused_attn before it was patched
 
     @classmethod
@@ -90,7 +90,7 @@ class SdpaSite(Site):
 
     @classmethod
     def refusal(cls, name: str, module: nn.Module) -> str | None:
-        return REFUSALS.get(qualified_name(type(module)))
+        return REFUSALS.get(qualified_name(type(module))) or replaced_forward(module)
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
@@ -105,15 +105,15 @@ class SdpaSite(Site):
         return LAYOUTS.get(qualified_name(type(module))) == "tokens"
 
     def take(self, module: nn.Module) -> None:
-        module.__class__ = astrocyte_class(type(module))
-        self.fused = getattr(module, "fused_attn", None)
+        module.__class__ = class_with_astrocyte(type(module))
+        self.fused = getattr(module, FUSED, None)
         if self.fused is not None:
-            module.fused_attn = True  # the other branch writes the softmax out by hand
+            setattr(module, FUSED, True)  # the other branch writes the softmax out by hand
 
     def release(self, module: nn.Module) -> None:
         module.__class__ = type(module).__bases__[0]
         if self.fused is not None:
-            module.fused_attn = self.fused
+            setattr(module, FUSED, self.fused)
 
 
 class Reroute(TorchFunctionMode):
@@ -163,9 +163,17 @@ def _read(
     return Call(query, key, value, mask, is_causal, scale, dropout_p, refusal=refusal)
 
 
-@functools.cache
-def astrocyte_class(base: type[nn.Module]) -> type[nn.Module]:
+_classes: dict[type, type[nn.Module]] = {}
+
+
+def class_with_astrocyte(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an attention class whose scores go to the astrocyte."""
+    if base not in _classes:
+        _classes[base] = _make_class(base)
+    return _classes[base]
+
+
+def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     layout = LAYOUTS[qualified_name(base)]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -180,13 +188,13 @@ def astrocyte_class(base: type[nn.Module]) -> type[nn.Module]:
         return _rebuild, (base,), self.__dict__
 
     return type(
-        f"Astrocyte{base.__name__}", (base,), {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__}
+        f"{base.__name__}WithAstrocyte", (base,), {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__}
     )
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
     """An empty module of the subclass, for copies and pickles: the subclass itself has no importable name."""
-    cls = astrocyte_class(base)
+    cls = class_with_astrocyte(base)
     return cls.__new__(cls)
 
 

@@ -1,4 +1,4 @@
-"""What every front-end shares: one attention call, the record kept on a patched module, and the way from one to the other."""
+"""What the front-ends share: an attention call, the record kept on a patched module, and who answers the call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +61,6 @@ class Site:
     grid: PatchGrid | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls the host answered, by reason
     seen: list[Seen] | None = None  # a list during the probe forward
-
-    library: ClassVar[str]
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
@@ -127,6 +124,11 @@ def site_of(module: nn.Module) -> Site | None:
     return getattr(module, RECORD, None)
 
 
+def replaced_forward(module: nn.Module) -> str | None:
+    """Why a class cannot be swapped where an instance has a forward of its own, which would be run instead."""
+    return "its forward was replaced on the instance (accelerate's hooks do so)" if "forward" in vars(module) else None
+
+
 def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
     """Answer one call `[B, H, Nq, Dv]`: by the astrocyte, or by the host where the call cannot be represented."""
     site: Site = getattr(module, RECORD)
@@ -137,11 +139,11 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
         fall_back(site, call.refusal)
         return host()
     if call.dropout > 0:
-        _warn_once(site, DROPOUT)
+        _count(site, DROPOUT, DROPOUT)
     grid = call.grid
     if grid is None and site.grid is not None:
         grid = site.grid.of(call.query.shape[2])
-    return core(
+    answer: Tensor = core(
         call.query,
         call.key,
         call.value,
@@ -150,6 +152,7 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
         scale=call.scale,
         grid=grid,
     )
+    return answer
 
 
 def fall_back(site: Site, reason: str) -> None:
@@ -157,15 +160,15 @@ def fall_back(site: Site, reason: str) -> None:
     if site.seen is not None:
         site.seen.append(Seen(reason))
         return
-    _warn_once(site, f"left to the model's own attention: {reason}")
+    _count(site, reason, f"{site.name}: left to the model's own attention: {reason}")
 
 
-def _warn_once(site: Site, message: str) -> None:
+def _count(site: Site, reason: str, message: str) -> None:
     if torch.compiler.is_compiling():
-        return  # a graph has no side effects; the probe and the first eager call have said it
-    site.fallbacks[message] += 1
-    if site.fallbacks[message] == 1:
-        warnings.warn(f"{site.name}: {message}", stacklevel=3)
+        return  # a graph has no such side effects
+    site.fallbacks[reason] += 1
+    if site.fallbacks[reason] == 1:
+        warnings.warn(message, stacklevel=3)
 
 
 def _observe(site: Site, core: AstrocyteAttention, call: Call, host: Callable[[], Tensor]) -> Tensor:

