@@ -109,7 +109,9 @@ def compare_model(
     limit: Annotated[int | None, typer.Option(min=1, help="Most items.")] = None,
     half: Annotated[str | None, typer.Option(help="even or odd: every second item only.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Items per batch.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Cut long texts into chunks of so many tokens.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Cut long texts into chunks of so many tokens; 0: do not cut.")
+    ] = None,
     classes: Annotated[
         Path | None, typer.Option(help="List of classes (index, wnid, name); classes.tsv beside photos is found.")
     ] = None,
@@ -144,6 +146,8 @@ def compare_model(
     )
     if figure:
         check_path(figure)
+    if json_path and not json_path.parent.is_dir():
+        raise ValueError(f"json: there is no folder {str(json_path.parent)!r}")
     result = recipe.compare(recipe.load(weights, device, dtype), diagnose=diagnose, seed=seed or 0)
     print(result)
     if json_path:

@@ -36,7 +36,7 @@ class DataSettings:
     """
 
     source: str = ""
-    tokens: int | None = None
+    tokens: int = 0
     half: str | None = None
     limit: int | None = None
     classes: str | None = None

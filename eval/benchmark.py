@@ -125,7 +125,8 @@ def main(
 ) -> None:
     """Time attention and measure its peak memory against SDPA."""
     rows = measure(limit, heads, repeats, seed, device)
-    print_rows(rows, title=f"Forward, 1 sequence, {heads} heads of {HEAD_DIM}, float32, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    print_rows(rows, title=f"Forward, 1 sequence, {heads} heads of {HEAD_DIM}, float32, {threads} threads")
     for name in CONFIGS:
         print(f"{name}: faster than SDPA from {find_crossover(rows, name) or 'no measured length'} tokens on")
     if json:

@@ -1,8 +1,8 @@
 """The frontier that the default config was chosen on: error against positions, for MiniLM and ViT-tiny.
 
-Choices are made on the even half of the data; what is reported elsewhere is measured on the odd half or on all. ViT-tiny needs
-its weights and photos: a folder with `vit_tiny_patch16_224/model.safetensors` and `imagenet_photos/photos.tar`, named by
-the environment variable ASTROATTN_DATA; without it, MiniLM only.
+Choices are made on the even half of the data; what is reported elsewhere is measured on the odd half or on all.
+ViT-tiny needs its weights and photos: a folder with `vit_tiny_patch16_224/model.safetensors` and
+`imagenet_photos/photos.tar`, named by the environment variable ASTROATTN_DATA; without it, MiniLM only.
 
     python -m eval.frontier --json out/frontier.json --figure out/frontier.png
 """

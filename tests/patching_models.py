@@ -157,9 +157,9 @@ MIXED = {  # bidirectional and causal attention in one model
 TIMM = {
     "timm vit": Tiny(timm_model("vit_tiny_patch16_224", **TIMM_VIT), timm_image(32), 2),
     "timm deit": Tiny(timm_model("deit_tiny_distilled_patch16_224", **TIMM_VIT), timm_image(32), 2),
-    "timm eva02": Tiny(timm_model("eva02_tiny_patch14_224", **SMALL, img_size=28), timm_image(28), 2),
+    "timm eva02": Tiny(timm_model("eva02_tiny_patch14_224", **SMALL, img_size=56), timm_image(56), 2),
     "timm dinov2 with registers": Tiny(
-        timm_model("vit_small_patch14_reg4_dinov2", **SMALL, img_size=28), timm_image(28), 2
+        timm_model("vit_small_patch14_reg4_dinov2", **SMALL, img_size=56), timm_image(56), 2
     ),
     "timm dinov3": Tiny(timm_model("vit_small_patch16_dinov3", **SMALL, img_size=64), timm_image(64), 2),
     "timm siglip": Tiny(

@@ -139,6 +139,8 @@ def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "BERT", "--data", "nowhere.txt"], "there is no file or folder 'nowhere.txt'"),
         (["compare", "BERT", "--data", "PHOTOS"], r"no .txt files"),
         (["compare", "BERT", "--data", "TEXTS", "--figure", "a.docx"], "figure: must end in"),
+        (["compare", "BERT", "--data", "TEXTS", "--figure", "no/such/a.png"], "figure: there is no folder 'no/such'"),
+        (["compare", "BERT", "--data", "TEXTS", "--json", "no/such/a.json"], "json: there is no folder 'no/such'"),
         (["compare", "BERT", "--data", "TEXTS", "--half", "left"], "half: must be even or odd"),
         (["compare", "BERT", "--data", "TEXTS", "--tokens", "999"], "tokens: must be 8 to 64"),
         (["compare", "BERT", "--data", "TEXTS", "--pooling", "max"], "pooling: must be one of"),

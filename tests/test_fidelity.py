@@ -169,7 +169,7 @@ def test_padding_is_in_no_figure() -> None:
         {name: value[row : row + 1, :length] for name, value in padded.items()}
         for row, length in enumerate((30, 13, 21))
     ]
-    together, apart = run(bert, [padded]), run(bert, alone)
+    together, apart = run(bert, [padded]), run(bert, alone, diagnose=3)
     for name in ("embedding_cosine", "same_neighbour", "similarity_r", "keys", "positions", "cost"):
         assert together.value(name) == pytest.approx(apart.value(name), rel=1e-4), name
     for one, other in zip(together.layers, apart.layers, strict=True):
@@ -403,11 +403,14 @@ def test_batches_are_read_once_and_the_diagnosis_stops() -> None:
 
 
 def test_memory_is_the_peak_of_what_is_alive() -> None:
+    weight = torch.zeros(1000, 1000)
+
     def work() -> None:
-        kept = torch.zeros(1000, 1000)
+        kept = weight + 1
         passing = kept + 1  # 8 MB are alive here
         del passing
-        kept.add_(1).view(-1)  # neither makes a tensor of its own
+        weight.view(-1).add_(1)  # this makes no tensor of its own
+        kept.mul(2)
 
     with torch.inference_mode():
         assert measure_memory(work, torch.device("cpu")) == 8_000_000

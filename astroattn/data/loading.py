@@ -63,7 +63,7 @@ def load_data(
     kind: str,
     *,
     tokenizer: Any = None,
-    tokens: int | None = None,
+    tokens: int = 0,
     max_tokens: int = 0,
     classes: str | Path | None = None,
     class_names: Mapping[str, int] | None = None,
@@ -78,7 +78,7 @@ def load_data(
             with `:SPLIT` if wanted; `python-docs` for docstrings of Python's standard library.
         kind: `"text"` or `"image"`, what the model reads.
         tokenizer: of the model, for `tokens`.
-        tokens: cut long texts into chunks of so many tokens.
+        tokens: cut long texts into chunks of so many tokens; 0 does not cut.
         max_tokens: most tokens that the model takes, 0 for any number.
         classes: a list of classes for photos, as `classes.tsv` (which is found by itself beside them).
         class_names: class index by lower-case name, as the model knows them.
@@ -95,7 +95,7 @@ def load_data(
         raise ValueError(f"half: must be even or odd, got {half!r}")
     wanted = None if limit is None else limit * (2 if half else 1)
     found: list[Photo] | Texts | list[list[int]]
-    if tokens is not None and kind != "text":
+    if tokens and kind != "text":
         raise ValueError("tokens: is for texts, this model reads photos")
     if source.startswith(DATASETS):
         found = read_dataset(source.removeprefix(DATASETS), wanted)
@@ -123,8 +123,8 @@ def load_data(
     return Data(f"{name}, chunks of {tokens} tokens", _not_empty(items))
 
 
-def _read_text(source: str, tokenizer: Any, tokens: int | None, max_tokens: int) -> Texts | list[list[int]]:
-    if tokens is None:
+def _read_text(source: str, tokenizer: Any, tokens: int, max_tokens: int) -> Texts | list[list[int]]:
+    if not tokens:
         if source == PYTHON_DOCS:
             raise ValueError(f"tokens: {PYTHON_DOCS} is long text, say into how many tokens to cut it")
         path = _existing(source)

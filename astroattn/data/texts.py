@@ -12,6 +12,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+TABLES = {".csv": ",", ".tsv": "\t"}  # the delimiter by the ending
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question")
 PAIR_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("text1", "text2"), ("question1", "question2"))
 LABEL_COLUMNS = ("label", "labels", "class", "target")
@@ -31,8 +32,8 @@ class Texts:
 def read_texts(path: Path) -> Texts:
     """The texts of a file: CSV or TSV by its ending, else one text per line, or `label text` if every line is so."""
     text = read_file(path)
-    if path.suffix.lower() in (".csv", ".tsv"):
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    if path.suffix.lower() in TABLES:
+        delimiter = TABLES[path.suffix.lower()]
         rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=delimiter) if any(row)]
         return read_table(rows, str(path))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -116,7 +117,9 @@ def read_records(records: Sequence[dict[str, Any]], columns: Sequence[str], sour
 
 
 def read_documents(path: Path) -> list[str]:
-    """Long texts: a file is one, a folder has one per .txt file."""
+    """Long texts: a file is one (of a table, its texts), a folder has one per .txt file."""
+    if path.suffix.lower() in TABLES:
+        return ["\n".join(text for row in read_texts(path).rows for text in row)]
     paths = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not paths:
         raise ValueError(f"data: no .txt files in {str(path)!r}")

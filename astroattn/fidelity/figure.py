@@ -50,6 +50,8 @@ def draw(result: Fidelity, path: str | Path) -> None:
 
 def check_path(path: str | Path) -> None:
     """Raise ValueError where `draw` could not write, so that it is known before a long measurement."""
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"figure: there is no folder {str(Path(path).parent)!r}")
     if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"figure: must end in .png, .pdf or .svg, got {str(path)!r}")
 
@@ -117,6 +119,7 @@ def _draw_bars(axes: Any, result: Fidelity, key: str) -> None:
     better = "lower" if key in LOWER_IS_BETTER else "higher"
     axes.set_title(f"{metric.label} ({better} is better)", fontsize=10, loc="left")
     axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
+    axes.set_xlabel("black lines: 95 % intervals", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -44,12 +44,13 @@ def measure_memory(run: Callable[[], Any], device: torch.device) -> int:
         run()
         peak: int = torch.cuda.max_memory_allocated(device)
         return peak - before
-    with _LiveBytes() as live:
+    live = _LiveBytes()
+    with live:
         run()
     return live.peak
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operators made and that are still alive."""
 
     def __init__(self) -> None:

@@ -88,7 +88,7 @@ class Fidelity:
 
 
 def _summary_table(result: Fidelity) -> Table:
-    table = Table(caption="[low, high]: 95 % interval", caption_justify="left")
+    table = Table(caption=r"\[low, high]: 95 % interval", caption_justify="left")
     table.add_column("")
     for name in result.rows:
         table.add_column(name, justify="right")

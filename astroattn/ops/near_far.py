@@ -35,19 +35,18 @@ class Reading:
     Attributes:
         rest: r, the queries less their group's mean query, by tile [Z, T, t, D].
         logits: u.k [Z, R, n], -inf where padded.
-        mass: softmax of the logits over prefix and body, the expected attention [Z, R, n].
+        log_mass: logarithm of the attention that all queries of a group are expected to give [Z, R, n]: softmax of
+            the logits over prefix and body, times the share of the queries that are in the group.
         near_any, near_all: keys near to any and to every tile of a group [1 or Z, R, n].
-        share: share of the queries that are in each group [1 or Z, R].
         rest_variance: mean square of r in each dimension [Z, D].
     """
 
     rest: Tensor
     mean: Tensor
     logits: Tensor
-    mass: Tensor
+    log_mass: Tensor
     near_any: Tensor
     near_all: Tensor
-    share: Tensor
     rest_variance: Tensor
 
 
@@ -137,7 +136,8 @@ def read_tiles(query: Tensor, key: Tensor, layout: Layout, tiles: Tiles) -> Read
     if lengths is not None:
         logits = logits.masked_fill(~real_tokens(count, lengths)[:, None], -torch.inf)
     normaliser = torch.cat([logits, mean @ prefix_key.mT], -1).logsumexp(-1, keepdim=True)
-    mass = (logits - normaliser.clamp(min=torch.finfo(logits.dtype).min)).exp()
+    share = number / number.sum(1, keepdim=True).clamp(min=1)
+    log_mass = logits - normaliser.clamp(min=torch.finfo(logits.dtype).min) + share.log()
 
     near_count = _count_near(tiles, count)
     tiles_in_group = tiles.sum_groups(tiles.slot_mask.any(-1, keepdim=True).long())  # those that hold a real token
@@ -145,10 +145,9 @@ def read_tiles(query: Tensor, key: Tensor, layout: Layout, tiles: Tiles) -> Read
         rest=rest,
         mean=mean,
         logits=logits,
-        mass=mass,
+        log_mass=log_mass,
         near_any=near_count > 0,
         near_all=near_count >= tiles_in_group.clamp(min=1),
-        share=(number / number.sum(1, keepdim=True).clamp(min=1))[..., 0],
         rest_variance=rest.square().sum((1, 2)) / real.sum((1, 2)).clamp(min=1),
     )
 
@@ -170,7 +169,7 @@ def learn_hidden(
     the root mean square of r. They weigh as much as the attention that the groups expect to give them.
     """
     with torch.no_grad():
-        mass = (reading.mass * reading.share[..., None]).sum(1)
+        mass = reading.log_mass.exp().sum(1)
         points = key * reading.rest_variance.sqrt()[:, None]
         winners, distance = learn_clusters(points, mass, num_hidden, steps, lengths)
         mean_value = weighted_means(value, mass, winners, num_hidden)[1]
@@ -196,14 +195,11 @@ def write_hidden(
     reading: Reading, tiles: Tiles, key: Tensor, value: Tensor, winners: Tensor, num_hidden: int, exact: Exact
 ) -> Far:
     """Write the far keys into the hidden layer (w, z and s of the module's formula): R * n products of length D."""
-    far = torch.isfinite(reading.logits) & ~reading.near_all
+    far = (reading.log_mass != -torch.inf) & ~reading.near_all
     far = far & ~torch.zeros_like(far).scatter(-1, exact.group_keys, exact.group_chosen)
-    logits = reading.logits.masked_fill(~far, -torch.inf)
-    owner = winners[:, None].expand_as(logits)
-    top = logits.new_full((*logits.shape[:2], num_hidden), torch.finfo(logits.dtype).min)
-    top = top.scatter_reduce(2, owner, logits.detach(), "amax")  # of each cluster, so that none underflows
-    c = (logits - top.gather(2, owner)).exp()
-    mass = (reading.mass.masked_fill(~far, 0) * reading.share[..., None]).sum(1)
+    c, top = _from_largest(reading.logits.masked_fill(~far, -torch.inf), winners, num_hidden)
+    log_mass = reading.log_mass.masked_fill(~far, -torch.inf).logsumexp(1, keepdim=True)
+    mass = _from_largest(log_mass, winners, num_hidden)[0][:, 0]
     weights = weighted_means(key, mass, winners, num_hidden)[1]
 
     z, s = cluster_sums(c, value, winners, num_hidden)
@@ -216,6 +212,14 @@ def write_hidden(
     safe = z.masked_fill(~alive, 1)
     log_z = (safe.log() + top).masked_fill(~alive, -torch.inf)
     return Far(weights, safe, log_z, s)
+
+
+def _from_largest(logits: Tensor, winners: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
+    """Exponentials of the logits [Z, R, n] less the largest of their cluster [Z, R, m], so that no cluster underflows."""
+    owner = winners[:, None].expand_as(logits)
+    top = logits.new_full((*logits.shape[:2], num_hidden), torch.finfo(logits.dtype).min)
+    top = top.scatter_reduce(2, owner, logits.detach(), "amax")
+    return (logits - top.gather(2, owner)).exp(), top
 
 
 def _near_sums(tiles: Tiles, c: Tensor, value: Tensor, winners: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ def _patch(
         _install(model, fresh, config)
         if inputs is not None:
             reasons |= _probe(model, fresh, inputs, expected)
-        reasons |= {each.name: reason for each in fresh if (reason := _causal_refusal(each, config))}
+        reasons |= {each.name: reason for each in fresh if (reason := _causal_refusal(each))}
         for each in fresh:
             if each.name in reasons:
                 remove(each.module)
@@ -175,17 +175,16 @@ def _core(module: nn.Module, shape: tuple[int, int], config: AstroConfig) -> Ast
     return core if parameter is None else core.to(parameter.device)
 
 
-def _causal_refusal(each: Found, config: AstroConfig) -> str | None:
-    """Why the config cannot serve a causal module. Hebbian weights come from the whole sequence."""
-    site = _site(each)
+def _causal_refusal(each: Found) -> str | None:
+    """Why the config cannot serve a causal module, unless its near field covers the longest sequence there can be."""
+    site, core = _site(each), getattr(each.module, CORE)
     causal = site.seen[0].causal if site.seen else type(site).is_causal(each.module)
-    if not causal or config.hidden != "hebbian":
-        return None
     settings = getattr(each.module, "config", None)
-    lengths = [getattr(settings, name, None) for name in LONGEST]
-    if any(isinstance(longest, int) and config.near >= longest for longest in lengths):
+    longest = next((value for name in LONGEST if isinstance(value := getattr(settings, name, None), int)), None)
+    if longest is not None and core.config.near >= longest:
         return None
-    return "causal attention needs a static hidden layer (hidden='random')"
+    reason: str | None = core.refusal(causal=causal)
+    return reason
 
 
 def _has(module: nn.Module, config: AstroConfig) -> bool:

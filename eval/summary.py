@@ -1,0 +1,78 @@
+"""The table of measured fidelity in the README, made from the committed results of `astroattn compare`.
+
+    python -m eval.summary        # prints the table; the README must hold it as it is (tested)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+PHOTOS = ("top1_agreement", "logit_error", "accuracy")
+TEXTS = ("embedding_cosine", "similarity_r", "same_neighbour")
+CASES = {
+    "vit_tiny_224": ("ViT-tiny/16, 224 px, 500 photos", PHOTOS),
+    "vit_tiny_224_odd": ("the same, the 250 photos that nothing was chosen on", PHOTOS),
+    "vit_tiny_448": ("ViT-tiny/16 at 448 px, 100 photos", PHOTOS),
+    "minilm_256": ("MiniLM, 128 texts of 256 tokens", TEXTS),
+    "minilm_512": ("MiniLM, 128 texts of 512 tokens", TEXTS),
+    "minilm_stsb": ("MiniLM, STS-B dev, 1,500 pairs", ("spearman",)),
+}
+SHOWN = {
+    "top1_agreement": "top-1 agreement {:.3f}",
+    "logit_error": "logit error {:.3f}",
+    "accuracy": "top-1 {:.1%}",
+    "embedding_cosine": "embedding cosine {:.4f}",
+    "similarity_r": "correlation of similarities {:.3f}",
+    "same_neighbour": "same nearest neighbour {:.1%}",
+    "spearman": "Spearman {:.3f}",
+}
+COMPARED = ("accuracy", "spearman")  # the original has its own
+
+
+def measure() -> list[dict[str, Any]]:
+    """One row per committed result, as text."""
+    rows = []
+    for name, (title, metrics) in CASES.items():
+        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        patched, original, random = (_values(result[row]) for row in ("patched", "original", "random"))
+        rows.append(
+            {
+                "what": title,
+                "positions": f"{patched['positions']:.1f} of {patched['keys']:.0f}",
+                "cost": f"{patched['cost']:.0%}",
+                "patched": ", ".join(_show(metric, patched, original) for metric in metrics),
+                "random features, same m": SHOWN[metrics[0]].format(random[metrics[0]]),
+            }
+        )
+    return rows
+
+
+def _values(row: dict[str, Any]) -> dict[str, float]:
+    return {name: value["value"] for name, value in row["values"].items()}
+
+
+def _show(metric: str, patched: dict[str, float], original: dict[str, float]) -> str:
+    text = SHOWN[metric].format(patched[metric])
+    if metric in COMPARED:
+        text += f" (original {SHOWN[metric].format(original[metric]).split()[-1]})"
+    return text
+
+
+def format_markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Print the README's table of measured fidelity."""
+    print(format_markdown(measure()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,388 @@
+"""The module: softmax attention where every key is exact, padding, dtypes, memory, and life as an nn.Module."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from core_cases import BIDIRECTIONAL, CAUSAL, EVERY, draw, relative
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import astroattn.attention
+from astroattn import AstroConfig, AstrocyteAttention
+from astroattn.ops.tiles import make_tiles
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COVERING = {
+    "hebbian": AstroConfig(near=64),
+    "hebbian, by exact keys": AstroConfig(near=8, exact_keys=64),
+    "random": AstroConfig(hidden="random", near=64),
+    "near alone": AstroConfig(hidden="none", near=64, exact_keys=0),
+    "all queries exact": AstroConfig(near=0, exact_queries=64),
+}
+
+
+def module(config: AstroConfig, heads: int = 2, dim: int = 8) -> AstrocyteAttention:
+    return AstrocyteAttention(heads, dim, config)
+
+
+def padding_mask(tokens: int = 40) -> torch.Tensor:
+    """Right, left and both sides, holes, none at all, and nothing real."""
+    mask = torch.ones(6, tokens, dtype=torch.bool)
+    mask[0, tokens // 2 :] = False
+    mask[1, : tokens // 3] = False
+    mask[2, [0, 1, 5, 6, 7, 20, tokens - 1]] = False
+    mask[3, 1:] = False
+    mask[5] = False
+    return mask
+
+
+@pytest.mark.parametrize("name", COVERING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_is_sdpa_where_every_key_is_exact(name: str, dtype: torch.dtype, causal: bool, masked: bool) -> None:
+    qkv = [x.requires_grad_() for x in draw(6, 2, 40, 8, scale=2.0, dtype=dtype)]
+    mask = padding_mask() if masked else None
+    seen = None if mask is None else mask[:, None, None]
+    if causal and masked:
+        seen = seen & torch.ones(40, 40, dtype=torch.bool).tril()
+    ours, normaliser = module(COVERING[name]).with_normaliser(*qkv, key_mask=mask, causal=causal)
+    theirs = F.scaled_dot_product_attention(*qkv, attn_mask=seen, is_causal=causal and not masked)
+    real = torch.ones(6, 40, dtype=torch.bool) if mask is None else mask
+    torch.testing.assert_close(ours.mT.mT[real[:, None].expand(-1, 2, -1)], theirs[real[:, None].expand(-1, 2, -1)])
+    assert ours.dtype == dtype
+    if masked:
+        assert not ours[5].any()
+    weight = torch.randn_like(ours) * real[:, None, :, None]
+    grads = torch.autograd.grad((ours * weight).sum(), qkv)
+    for grad, expected in zip(grads, torch.autograd.grad((theirs * weight).nan_to_num().sum(), qkv), strict=True):
+        torch.testing.assert_close(grad[:5], expected[:5])
+        assert not masked or not grad[5].any()  # no real token: zeros, not NaN
+    logits = (qkv[0].double() @ qkv[1].double().mT) * 8**-0.5
+    allowed = torch.ones(40, 40, dtype=torch.bool).tril() if causal else torch.ones(40, 40, dtype=torch.bool)
+    allowed = allowed if mask is None else allowed & mask[:, None, None]
+    expected = logits.masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(normaliser.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_exact_switch_is_softmax_attention(name: str) -> None:
+    qkv, attention = draw(2, 2, 90, 8, dtype=torch.float32), module(BIDIRECTIONAL[name])
+    theirs = F.scaled_dot_product_attention(*qkv, scale=0.4)
+    assert relative(attention(*qkv, scale=0.4), theirs) > 1e-3
+    attention.exact = True
+    assert torch.equal(attention(*qkv, scale=0.4), theirs)
+    assert attention(qkv[0][:, :, :7], *qkv[1:]).shape == (2, 2, 7, 8)  # cross lengths are no trouble
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("tokens", [40, 300])
+@pytest.mark.parametrize("kind", ["right", "left", "holes"])
+def test_a_row_padded_in_a_batch_gives_what_it_gives_alone(name: str, tokens: int, kind: str) -> None:
+    config, causal = EVERY[name]
+    attention, qkv = module(config), draw(1, 2, tokens, 8, dtype=torch.float32)
+    longest = tokens + 57
+    places = {
+        "right": torch.arange(tokens),
+        "left": torch.arange(57, longest),
+        "holes": torch.randperm(longest)[:tokens].sort().values,
+    }[kind]
+    padded = draw(3, 2, longest, 8, scale=5.0, dtype=torch.float32)  # what stands in the padding must not matter
+    mask = torch.ones(3, longest, dtype=torch.bool)
+    mask[1], mask[1, places], mask[2, 3:] = False, True, False
+    for x, alone in zip(padded, qkv, strict=True):
+        x[1, :, places] = alone[0]
+    alone = attention.with_normaliser(*qkv, causal=causal)
+    together = attention.with_normaliser(*padded, causal=causal, key_mask=mask)
+    torch.testing.assert_close(together[0][1, :, places], alone[0][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[1][1, :, places], alone[1][0], rtol=1e-5, atol=1e-5)
+    assert not together[0][1, :, ~mask[1]].any()  # queries that are padding
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_row_shorter_than_its_near_field(name: str) -> None:
+    """1 to 12 real tokens among 60: the row alone may be softmax attention, and is that among the others too."""
+    config, causal = EVERY[name]
+    attention, qkv = module(config), draw(12, 2, 60, 8, dtype=torch.float32)
+    mask = torch.arange(60) < torch.arange(1, 13)[:, None]
+    together = attention(*qkv, key_mask=mask, causal=causal)
+    for row in range(12):
+        alone = attention(*(x[row : row + 1, :, : row + 1] for x in qkv), causal=causal)
+        torch.testing.assert_close(together[row, :, : row + 1], alone[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_rows_do_not_see_each_other(name: str) -> None:
+    config, causal = EVERY[name]
+    attention, qkv, mask = module(config), draw(6, 2, 40, 8, dtype=torch.float32), padding_mask()
+    order = torch.randperm(6)
+    out = attention(*qkv, key_mask=mask, causal=causal)
+    torch.testing.assert_close(attention(*(x[order] for x in qkv), key_mask=mask[order], causal=causal), out[order])
+    for row in range(6):
+        one = slice(row, row + 1)
+        alone = attention(*(x[one] for x in qkv), key_mask=mask[one], causal=causal)
+        torch.testing.assert_close(alone, out[one])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_fully_masked_rows_give_zeros_and_finite_gradients(name: str) -> None:
+    config, causal = EVERY[name]
+    qkv, mask = [x.requires_grad_() for x in draw(6, 2, 40, 8, dtype=torch.float32)], padding_mask()
+    out, normaliser = module(config).with_normaliser(*qkv, key_mask=mask, causal=causal)
+    assert not out[5].any()
+    assert (normaliser[5] == -torch.inf).all()
+    assert not out.masked_select(~mask[:, None, :, None]).any()
+    loss = out.square().sum() + normaliser.masked_fill(normaliser.isinf(), 0).sum()
+    for grad in torch.autograd.grad(loss, qkv, materialize_grads=True):
+        assert grad.isfinite().all()
+        assert not grad.masked_select(~mask[:, None, :, None]).any()  # padding has no gradient
+        assert grad[4].any() or config.activation == "constant"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_mask_of_true_is_no_mask(name: str) -> None:
+    config, causal = EVERY[name]
+    attention, qkv = module(config), draw(2, 2, 70, 8, dtype=torch.float32)
+    mask = torch.ones(2, 70, dtype=torch.bool)
+    torch.testing.assert_close(attention(*qkv, key_mask=mask, causal=causal), attention(*qkv, causal=causal))
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_costs_no_more_than_in_softmax_attention(name: str, dtype: torch.dtype) -> None:
+    """Against the same numbers in float32: at most 2 times the error of plain PyTorch, gradients 3 times."""
+    config, causal = EVERY[name]
+    attention, qkv = module(config), [x.requires_grad_() for x in draw(2, 2, 60, 8, dtype=dtype)]
+    weight = torch.randn(2, 2, 60, 8).to(dtype)
+    single = [x.detach().float().requires_grad_() for x in qkv]
+
+    def run(attend: object, inputs: list) -> list:
+        out = attend(*inputs)
+        return [out, *torch.autograd.grad((out.float() * weight.float()).sum(), inputs, materialize_grads=True)]
+
+    def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        logits = query @ key.mT * 8**-0.5
+        seen = torch.ones(60, 60, dtype=torch.bool)
+        return logits.masked_fill(~(seen.tril() if causal else seen), -torch.inf).softmax(-1) @ value
+
+    ours = [run(lambda *x: attention(*x, causal=causal), inputs) for inputs in (qkv, single)]
+    theirs = [run(plain, inputs) for inputs in (qkv, single)]
+    assert ours[0][0].dtype == dtype
+    for index, factor in enumerate((2, 3, 3, 3)):
+        assert relative(ours[0][index], ours[1][index]) <= factor * relative(theirs[0][index], theirs[1][index])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_float32_follows_float64(name: str) -> None:
+    config, causal = EVERY[name]
+    attention, qkv = module(config), draw(2, 2, 90, 8)
+    single = attention(*(x.float() for x in qkv), causal=causal)
+    assert relative(single, attention(*(x.float().double() for x in qkv), causal=causal)) < 1e-5
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "kind", ["hundreds", "thousands", "zeros", "equal keys", "one huge key", "one huge query", "one huge value"]
+)
+def test_extreme_inputs_give_finite_results(name: str, dtype: torch.dtype, kind: str) -> None:
+    config, causal = EVERY[name]
+    query, key, value = draw(2, 2, 60, 8)
+    scale = {"hundreds": 8.0, "thousands": 30.0, "zeros": 0.0}.get(kind, 1.0)
+    query, key = query * scale, key * scale
+    key = key[:, :, :1].expand_as(key).clone() if kind == "equal keys" else key
+    for x, this in ((key, "one huge key"), (query, "one huge query"), (value, "one huge value")):
+        x[:, :, 30] *= 1e4 if kind == this else 1
+    qkv = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+    out, normaliser = module(config).with_normaliser(*qkv, causal=causal)
+    assert out.isfinite().all()
+    assert normaliser.isfinite().all()
+    assert out.abs().max() <= qkv[2].abs().max() * 1.01
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.float().sum(), qkv, materialize_grads=True))
+    if kind == "zeros" and config.hidden != "none":
+        seen = torch.ones(60, 60, dtype=torch.float64).tril() if causal else torch.ones(60, 60, dtype=torch.float64)
+        mean = seen @ qkv[2].double() / seen.sum(-1, keepdim=True)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out.double(), mean, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_causal_and_bidirectional_for_the_last_tokens(name: str) -> None:
+    """Fewer queries than keys: causal queries are the last tokens; bidirectional ones only without tiles."""
+    config, causal = EVERY[name]
+    attention, qkv = module(config), draw(2, 2, 50, 8, dtype=torch.float32)
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[1, :20] = mask[1, 48] = False
+    if not causal and not (config.hidden == "random" and config.near == config.exact_queries == 0):
+        with pytest.raises(ValueError, match=r"^query: 9 tokens and 50 keys; .*need self-attention"):
+            attention(qkv[0][:, :, -9:], *qkv[1:])
+        return
+    for key_mask in (None, mask):
+        whole = attention.with_normaliser(*qkv, key_mask=key_mask, causal=causal)
+        last = attention.with_normaliser(qkv[0][:, :, -9:], *qkv[1:], key_mask=key_mask, causal=causal)
+        rows = torch.ones(2, 9, dtype=torch.bool) if key_mask is None else mask[:, -9:]
+        for ours, theirs in zip(last, whole, strict=True):
+            torch.testing.assert_close(ours.transpose(1, 2)[rows], theirs[:, :, -9:].transpose(1, 2)[rows])
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_a_grid_has_its_prefix_before_it(name: str) -> None:
+    config, qkv = BIDIRECTIONAL[name], draw(2, 2, 53, 8, dtype=torch.float32)
+    attention = module(config)
+    out = attention(*qkv, grid=(6, 8))
+    if config.near:  # the 5 prefix tokens attend to all
+        exact = F.scaled_dot_product_attention(qkv[0][:, :, :5], *qkv[1:])
+        torch.testing.assert_close(out[:, :, :5], exact)
+        assert relative(out, attention(*qkv)) > 1e-3
+    else:
+        torch.testing.assert_close(out, attention(*qkv))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_slices_of_the_batch_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, causal = EVERY[name]
+    attention, qkv = module(config), draw(3, 2, 40, 8, dtype=torch.float32)
+    mask = padding_mask()[:3]
+    whole = attention(*qkv, key_mask=mask, causal=causal)
+    monkeypatch.setattr(astroattn.attention, "WORKSPACE", 1)
+    torch.testing.assert_close(attention(*qkv, key_mask=mask, causal=causal), whole)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest storage that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.numbers = max([self.numbers, *(x.untyped_storage().nbytes() // x.element_size() for x in made)])
+        return out
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_tensor_grows_faster_than_the_sequence(name: str, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, causal = EVERY[name]
+    config = dataclasses.replace(config, groups=min(config.groups, 16))
+    monkeypatch.setattr(astroattn.attention, "WORKSPACE", 2**14)  # one head at a time
+
+    def largest(tokens: int) -> int:
+        qkv = [x.requires_grad_(backward) for x in draw(1, 2, tokens, 8, dtype=torch.float32)]
+        with Largest() as mode:
+            out = module(config)(*qkv, causal=causal)
+            if backward:
+                torch.autograd.grad(out.sum(), qkv, materialize_grads=True)
+        return mode.numbers
+
+    few, many = largest(1024), largest(2048)
+    assert many < 2048**2 / 4
+    assert many <= 2.1 * few
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [AstroConfig(), AstroConfig(hidden="random", near=0)], ids=["default", "random"])
+def test_65536_tokens(config: AstroConfig) -> None:
+    """An N x N matrix would take 16 GiB."""
+    qkv = draw(1, 1, 65_536, 16, dtype=torch.float32)
+    with torch.no_grad(), Largest() as mode:
+        out = AstrocyteAttention(1, 16, config)(*qkv)
+    assert out.isfinite().all()
+    assert mode.numbers <= 2**27
+
+
+def test_uniform_attention_is_a_configuration() -> None:
+    value = draw(2, 2, 40, 8, count=1)[0]
+    out = module(BIDIRECTIONAL["uniform"])(*draw(2, 2, 40, 8, count=2), value)
+    torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(value))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_copies_attend_alike(name: str) -> None:
+    config, causal = EVERY[name]
+    attention, qkv = module(config), draw(2, 2, 40, 8, dtype=torch.float32)
+    out = attention(*qkv, causal=causal)
+    saved = io.BytesIO()
+    torch.save(attention, saved)
+    saved.seek(0)
+    for copied in (
+        copy.deepcopy(attention),
+        pickle.loads(pickle.dumps(attention)),  # noqa: S301
+        torch.load(saved, weights_only=False),
+        module(config),
+    ):
+        assert torch.equal(copied(*qkv, causal=causal), out)
+    assert attention.state_dict() == {}
+    assert list(attention.parameters()) == []
+    assert str(config) in repr(attention)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_moves_to_other_dtypes(name: str) -> None:
+    config, causal = EVERY[name]
+    attention, qkv = module(config), draw(2, 2, 40, 8, dtype=torch.float32)
+    out = attention(*qkv, causal=causal)
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.1)):
+        moved = copy.deepcopy(attention).to(dtype)(*(x.to(dtype) for x in qkv), causal=causal)
+        assert moved.dtype == dtype
+        if config.hidden == "random" or dtype == torch.float64:  # the others' choices depend on rounding
+            assert relative(moved, out) < tolerance
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_autocast_changes_little(name: str) -> None:
+    config, causal = EVERY[name]
+    attention, qkv = module(config), draw(2, 2, 40, 8, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = attention(*qkv, causal=causal)
+    assert relative(cast, attention(*qkv, causal=causal)) < 1e-2
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_gradient_checkpointing(name: str) -> None:
+    config, causal = EVERY[name]
+    attention, qkv = module(config), [x.requires_grad_() for x in draw(2, 2, 40, 8, dtype=torch.float32)]
+    plain = torch.autograd.grad(attention(*qkv, causal=causal).square().sum(), qkv, materialize_grads=True)
+    again = checkpoint(lambda *x: attention(*x, causal=causal), *qkv, use_reentrant=False)
+    for ours, theirs in zip(torch.autograd.grad(again.square().sum(), qkv, materialize_grads=True), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_refusals() -> None:
+    for config in BIDIRECTIONAL.values():
+        reason = module(config).refusal(causal=True)
+        can = config.hidden == "random" and not config.exact_queries and not (config.near and config.exact_keys)
+        assert (reason is None) == can
+        if not can:
+            with pytest.raises(ValueError, match=r"^causal: True with this config; causal attention .*\("):
+                module(config)(*draw(1, 2, 90, 8), causal=True)
+        assert module(config).refusal(causal=False) is None
+    for config in CAUSAL.values():
+        assert module(config).refusal(causal=True) is None
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_layout_of_the_module_is_that_of_the_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tile, near field, exact keys and groups reach the operations as they were set."""
+    config, seen = BIDIRECTIONAL[name], []
+
+    def spy(layout: object, *args: object) -> object:
+        seen.append(layout)
+        return make_tiles(layout, *args)
+
+    monkeypatch.setattr("astroattn.ops.near_far.make_tiles", spy)
+    monkeypatch.setattr("astroattn.ops.static.make_tiles", spy)
+    module(config)(*draw(1, 2, 50, 8))
+    for layout in seen:
+        assert (layout.near, layout.groups, layout.prefix) == (config.near, config.groups, config.exact_queries)
+        assert (layout.tile, layout.exact_keys) == ((config.tile, config.exact_keys) if config.near else (50, 0))

@@ -1,0 +1,84 @@
+"""The configuration: its ranges, its types, and its way through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from core_cases import BIDIRECTIONAL
+from hypothesis import given
+from hypothesis import strategies as st
+
+from astroattn import AstroConfig
+from astroattn.config import ACTIVATIONS, HIDDEN
+
+LEAST = {"num_hidden": 1, "near": 0, "exact_keys": 0, "exact_queries": 0, "tile": 1, "steps": 0, "groups": 1, "seed": 0}
+TYPES = {field.name: {"int": int, "str": str, "bool": bool}[field.type] for field in dataclasses.fields(AstroConfig)}
+
+
+def test_every_number_has_a_range() -> None:
+    assert {name for name, kind in TYPES.items() if kind is int} == set(LEAST)
+
+
+@given(
+    st.fixed_dictionaries(
+        {name: st.integers(least, 10**6) for name, least in LEAST.items()}
+        | {"hidden": st.sampled_from(HIDDEN), "activation": st.sampled_from(ACTIVATIONS), "orthogonal": st.booleans()}
+    )
+)
+def test_json_gives_the_same_configuration(values: dict) -> None:
+    if values["hidden"] == "none" and values["near"] == 0:
+        values["near"] = 1
+    config = AstroConfig(**values)
+    assert dataclasses.asdict(config) == values
+    assert AstroConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert len({config, AstroConfig(**values)}) == 1  # hashable
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_numbers_below_their_range(name: str) -> None:
+    assert getattr(AstroConfig(**{name: LEAST[name]}), name) == LEAST[name]
+    for value in (LEAST[name] - 1, -1, -(10**9)):
+        with pytest.raises(ValueError, match=rf"^{name}: {value}; must be at least {LEAST[name]}$"):
+            AstroConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_values_of_another_type(name: str) -> None:
+    for value in (1, 1.0, "1", True, None, [1], b"cosine"):
+        if type(value) is not TYPES[name]:
+            with pytest.raises(TypeError, match=rf"^{name}: .* of type {type(value).__name__}; expected"):
+                AstroConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["hidden", "activation"])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: 'hebb'; must be one of .*, "):
+        AstroConfig(**{name: "hebb"})
+
+
+def test_seeds_are_those_of_a_generator() -> None:
+    assert AstroConfig(seed=2**64 - 1).seed == 2**64 - 1
+    with pytest.raises(ValueError, match="^seed: "):
+        AstroConfig(seed=2**64)
+
+
+def test_no_key_at_all() -> None:
+    with pytest.raises(ValueError, match="^near: 0 with hidden='none'"):
+        AstroConfig(hidden="none", near=0)
+
+
+def test_is_frozen_and_named() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AstroConfig().near = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        AstroConfig("random")  # type: ignore[misc]
+    with pytest.raises(TypeError, match="nearfield"):
+        AstroConfig(nearfield=3)  # type: ignore[call-arg]
+
+
+def test_controls_are_configurations() -> None:
+    for config in BIDIRECTIONAL.values():
+        near = dataclasses.replace(config, hidden="none", near=max(config.near, 1), exact_keys=0)
+        assert AstroConfig(**dataclasses.asdict(near)) == near
