@@ -101,6 +101,18 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def format_markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a markdown table, one line per config; docs/method.md must hold it as it is (tested)."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = ["| config | " + " | ".join(f"{model}: positions, cost, error" for model in models) + " |"]
+    lines.append("| --- " * (len(models) + 1) + "|")
+    for config in dict.fromkeys(row["config"] for row in rows):
+        cells = [row for row in rows if row["config"] == config]
+        texts = (f"{row['positions']:.0f}, {row['cost']:.0%}, {row['error']:.4f}" for row in cells)
+        lines.append(f"| {config} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
 def main(json: JsonOption = None, figure: FigureOption = None, limit: LimitOption = None, seed: SeedOption = 0) -> None:
     """Measure the candidates for the default config on the even half of the data."""
     rows = measure(limit, seed)

@@ -1,6 +1,6 @@
 """The table of measured fidelity in the README, made from the committed results of `astroattn compare`.
 
-    python -m eval.summary        # prints the table; the README must hold it as it is (tested)
+python -m eval.summary        # prints the table; the README must hold it as it is (tested)
 """
 
 from __future__ import annotations

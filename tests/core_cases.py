@@ -105,5 +105,5 @@ def _one_sequence(
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """L2 error relative to theirs."""
-    theirs = theirs.double()
-    return float((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-300))
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-300))

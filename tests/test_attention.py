@@ -348,6 +348,16 @@ def test_autocast_changes_little(name: str) -> None:
     assert relative(cast, attention(*qkv, causal=causal)) < 1e-2
 
 
+@pytest.mark.parametrize("name", ["hebbian", "hebbian, shared groups", "random", "random, near", *CAUSAL])
+def test_compiles(name: str) -> None:
+    """Without a break in the graph; the causal form decides on its way how to cut a chunk, so it has breaks."""
+    config, causal = EVERY[name]
+    attention, qkv = module(config), draw(2, 2, 40, 8, dtype=torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=not causal)
+    torch.testing.assert_close(compiled(*qkv, causal=causal), attention(*qkv, causal=causal))
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_gradient_checkpointing(name: str) -> None:
     config, causal = EVERY[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -49,7 +51,7 @@ def test_learning_knows_no_padding() -> None:
 def test_each_step_lowers_the_weighted_distance() -> None:
     points, mass = torch.randn(4, 200, 5), torch.rand(4, 200)
     errors = [(learn_clusters(points, mass, 8, steps, None)[1] * mass).sum() for steps in range(6)]
-    assert all(later < earlier for earlier, later in zip(errors[:4], errors[1:5], strict=True))
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
 
 
 def test_mass_draws_the_weights() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
-from eval import common, demo, train_digits
+from astroattn.recipes import load_recipe
+from eval import benchmark, common, demo, error_vs_hidden, frontier, summary, train_digits
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +76,64 @@ def test_demo_ends_with_tables_figures_and_sentences(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         rows = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))["rows"]
         assert {"original", "patched", "uniform", "near alone", "random"} <= set(rows)
+
+
+def test_readme_has_the_measured_table() -> None:
+    readme = (summary.RESULTS.parent.parent / "README.md").read_text("utf-8")
+    assert summary.format_markdown(summary.measure()) in readme
+
+
+def test_method_has_the_measured_frontier() -> None:
+    rows = json.loads((summary.RESULTS / "frontier.json").read_text("utf-8"))["rows"]
+    method = (summary.RESULTS.parent / "method.md").read_text("utf-8")
+    assert frontier.format_markdown(rows) in method
+    assert set(frontier.CONFIGS) == {row["config"] for row in rows}
+
+
+def test_recipes_quote_the_committed_results() -> None:
+    for path in frontier.PATCHES.glob("*.toml"):
+        for measurement in load_recipe(path).measured:
+            name = re.search(r"docs/results/(\w+)\.json", measurement.command)
+            assert name, "a recipe's command says where its result is"
+            result = json.loads((summary.RESULTS / f"{name[1]}.json").read_text("utf-8"))
+            assert result["command"] == measurement.command
+            for metric, value in measurement.values.items():
+                assert value == pytest.approx(result["rows"]["patched"]["values"][metric]["value"], abs=5e-4)
+
+
+def test_benchmark_measures_and_finds_the_crossover(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        typer_app(benchmark.main),
+        ["--limit", "512", "--repeats", "1", "--json", str(tmp_path / "b.json"), "--figure", str(tmp_path / "b.png")],
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "b.json").read_text("utf-8"))["rows"]
+    assert {row["tokens"] for row in rows} == {197, 512}
+    assert (tmp_path / "b.png").stat().st_size > 10_000
+    made_up = [{"tokens": n, "name": "x", "times SDPA": ratio} for n, ratio in ((1, 2.0), (2, 0.5), (4, 1.5), (8, 0.5))]
+    assert benchmark.find_crossover(made_up, "x") == 8
+
+
+def test_committed_peak_memory_grows_linearly() -> None:
+    rows = json.loads((summary.RESULTS / "benchmark.json").read_text("utf-8"))["rows"]
+    for name in benchmark.CONFIGS:
+        peak = {row["tokens"]: row["peak MB"] for row in rows if row["name"] == name}
+        assert max(peak) == 65536
+        assert peak[65536] / peak[16384] < 4.5  # four times the tokens
+
+
+def test_error_of_random_features_falls_as_the_root_of_m() -> None:
+    fits = {fit["weights"]: fit["slope"] for fit in error_vs_hidden.fit_slopes(committed("error_vs_hidden"))}
+    assert -0.6 < fits["independent"] < -0.4
+    assert error_vs_hidden._error(4096, False, 0) < 0.5 * error_vs_hidden._error(256, False, 0)
+
+
+def committed(name: str) -> list[dict]:
+    rows = json.loads((summary.RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
+    return [row for row in rows if "m" in row]
+
+
+def typer_app(function: Callable) -> typer.Typer:
+    app = typer.Typer()
+    app.command()(function)
+    return app

@@ -42,7 +42,12 @@ def standard_errors(draw: object, activation: str, kind: str, layers: int = 8000
 @pytest.mark.parametrize("kind", ["diagonal", "any"])
 @pytest.mark.parametrize(
     ("draw", "activation"),
-    [("independent", "positive_exp"), ("orthogonal", "positive_exp"), ("independent", "cosine"), ("orthogonal", "cosine")],
+    [
+        ("independent", "positive_exp"),
+        ("orthogonal", "positive_exp"),
+        ("independent", "cosine"),
+        ("orthogonal", "cosine"),
+    ],
 )
 def test_estimate_is_unbiased(draw: str, activation: str, kind: str) -> None:
     assert abs(standard_errors(DRAWS[draw], activation, kind)) < 4

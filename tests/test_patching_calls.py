@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier, get_ident
 
 import pytest
 import timm
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.patching import fallbacks, patch, unpatch
+from astroattn.patching.grid import PatchGrid
 
 EXACT = AstroConfig(near=100_000)
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
@@ -350,6 +353,18 @@ def test_grid_comes_from_the_model(build_model: object, size: tuple, settings: d
     assert [call["grid"] for call in calls] == [grid] * 2
 
 
+def test_a_mask_over_patches_stays_exact() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **TIMM_VIT).eval()
+    size = (TIMM_VIT["img_size"],) * 2
+    tokens = model.patch_embed.num_patches + 1
+    mask = torch.arange(tokens).expand(2, 1, 1, -1) < tokens - 3
+    with torch.no_grad():
+        expected = model.forward_features(image(size), attn_mask=mask)
+        patch(model, SHORT)
+        with pytest.warns(UserWarning, match="a mask over a grid of patches"):
+            assert torch.equal(model.forward_features(image(size), attn_mask=mask), expected)
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "whisper encoder"])
 def test_text_and_sound_have_no_grid(name: str) -> None:
     model = build(ALL[name])
@@ -366,6 +381,40 @@ def test_only_the_vision_tower_has_a_grid() -> None:
     ids = torch.randint(5, 90, (2, 16))  # as many tokens as patches
     model(input_ids=ids, **ALL["vit"].inputs())
     assert sorted(str(call["grid"]) for call in calls) == ["(4, 4)"] * 2 + ["None"] * 2
+
+
+def test_grid_fits_the_tokens_or_there_is_none() -> None:
+    conv = nn.Conv2d(3, 4, 8, stride=8)
+    grid = PatchGrid(conv, prefix=1)
+    assert grid.of(17) is None  # no image yet
+    grid.watch()
+    conv(image((32, 32)))
+    assert [grid.of(tokens) for tokens in (16, 17, 18)] == [None, (4, 4), None]
+
+
+def test_threads_see_their_own_grids() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **TIMM_VIT, dynamic_img_size=True).eval()
+    patch(model, SHORT)
+    both = Barrier(2)
+
+    def wait(*args: object) -> None:
+        both.wait(60)  # until both images are laid out
+
+    model.patch_embed.register_forward_hook(wait)
+    seen: dict[int, set] = {}
+
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        seen.setdefault(get_ident(), set()).add(kwargs["grid"])
+
+    for core in cores(model):
+        core.register_forward_hook(note, with_kwargs=True)
+
+    def run(size: tuple[int, int]) -> set:
+        model(image(size))
+        return seen[get_ident()]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, [(24, 48), (48, 24)])) == [{(3, 6)}, {(6, 3)}]
 
 
 def test_gradient_checkpointing_sees_the_same_grid() -> None:

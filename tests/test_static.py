@@ -17,7 +17,6 @@ from astroattn.ops.static import (
     near_linear_attention,
     read,
     recurrent_step,
-    write,
 )
 
 POSITIVE = tuple(name for name in NAMES if name not in ("cosine", "linear"))

@@ -55,7 +55,7 @@ def test_a_grid_by_hand() -> None:
     tiles = make_tiles(layout(grid=(3, 5), prefix=2, near=9), 17, CPU)
     held = [tiles.slots[t][tiles.slot_mask[0, t]].tolist() for t in range(6)]
     assert held == [[0, 1, 5, 6], [2, 3, 7, 8], [4, 9], [10, 11], [12, 13], [14]]
-    windows = [sorted({column for column in (near % 5).tolist()}) for near in tiles.near[0]]
+    windows = [sorted(set((near % 5).tolist())) for near in tiles.near[0]]
     assert windows == [[0, 1, 2], [1, 2, 3], [2, 3, 4]] * 2
     assert all(near.unique().numel() == 9 for near in tiles.near[0])
 

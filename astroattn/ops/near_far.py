@@ -215,7 +215,7 @@ def write_hidden(
 
 
 def _from_largest(logits: Tensor, winners: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
-    """Exponentials of the logits [Z, R, n] less the largest of their cluster [Z, R, m], so that no cluster underflows."""
+    """exp(logits - top) [Z, R, n] and top [Z, R, m], the largest logit of the cluster: so no cluster underflows."""
     owner = winners[:, None].expand_as(logits)
     top = logits.new_full((*logits.shape[:2], num_hidden), torch.finfo(logits.dtype).min)
     top = top.scatter_reduce(2, owner, logits.detach(), "amax")

@@ -135,14 +135,17 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
     core: AstrocyteAttention = getattr(module, CORE)
     if site.seen is not None:
         return _observe(site, core, call, host)
-    if call.refusal is not None:
-        fall_back(site, call.refusal)
-        return host()
-    if call.dropout > 0:
-        _count(site, DROPOUT, DROPOUT)
     grid = call.grid
     if grid is None and site.grid is not None:
         grid = site.grid.of(call.query.shape[2])
+    refusal = call.refusal
+    if grid is not None and (call.key_mask is not None or call.causal):
+        refusal = refusal or "a mask over a grid of patches"
+    if refusal is not None:
+        fall_back(site, refusal)
+        return host()
+    if call.dropout > 0:
+        _count(site, DROPOUT, DROPOUT)
     answer: Tensor = core(
         call.query,
         call.key,
