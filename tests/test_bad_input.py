@@ -97,10 +97,10 @@ def test_bad_combinations() -> None:
         with pytest.raises(ValueError, match=r"^grid: \(7, 7\); a patch grid takes neither key_mask nor causal"):
             call(grid=(7, 7), **more)
     query = torch.zeros(2, 3, 60, 8)
-    with pytest.raises(ValueError, match="^query: 60 tokens, more than the 50 keys; causal needs at most as many"):
+    with pytest.raises(ValueError, match=r"^query: 60 tokens, more than the 50 keys; causal needs at most as many"):
         call(query=query, causal=True, config=AstroConfig(hidden="random", near=0))
     empty = torch.zeros(2, 3, 0, 8)
-    with pytest.raises(ValueError, match="^key: no tokens; needs at least 1"):
+    with pytest.raises(ValueError, match=r"^key: no tokens; needs at least 1"):
         call(key=empty, value=empty)
 
 

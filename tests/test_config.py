@@ -60,12 +60,12 @@ def test_unknown_names(name: str) -> None:
 
 def test_seeds_are_those_of_a_generator() -> None:
     assert AstroConfig(seed=2**64 - 1).seed == 2**64 - 1
-    with pytest.raises(ValueError, match="^seed: "):
+    with pytest.raises(ValueError, match=r"^seed: "):
         AstroConfig(seed=2**64)
 
 
 def test_no_key_at_all() -> None:
-    with pytest.raises(ValueError, match="^near: 0 with hidden='none'"):
+    with pytest.raises(ValueError, match=r"^near: 0 with hidden='none'"):
         AstroConfig(hidden="none", near=0)
 
 

@@ -96,7 +96,7 @@ def test_recipes_quote_the_committed_results() -> None:
             name = re.search(r"docs/results/(\w+)\.json", measurement.command)
             assert name, "a recipe's command says where its result is"
             result = json.loads((summary.RESULTS / f"{name[1]}.json").read_text("utf-8"))
-            assert result["command"] == measurement.command
+            assert result["environment"]["command"] == measurement.command
             for metric, value in measurement.values.items():
                 assert value == pytest.approx(result["rows"]["patched"]["values"][metric]["value"], abs=5e-4)
 

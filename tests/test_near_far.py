@@ -1,4 +1,4 @@
-"""Near and far field by the Hebbian layer, against dense matrices in float64, softmax attention and finite differences."""
+"""Near and far field by the Hebbian layer: dense matrices in float64, softmax attention, finite differences."""
 
 from __future__ import annotations
 

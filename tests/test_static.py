@@ -134,7 +134,7 @@ def test_causal_is_resumed_from_its_state_anywhere(activation: str) -> None:
         second = causal_linear_attention(*(x[:, cut:] for x in qkv), layer, state=first[2], chunk=5)
         check(tuple(torch.cat(pair, 1) for pair in zip(first[:2], second[:2], strict=True)), whole[:2])
         check(read(qkv[0], second[2], layer), read(qkv[0], whole[2], layer))
-    with pytest.raises(ValueError, match="^near: 3;"):
+    with pytest.raises(ValueError, match=r"^near: 3;"):
         causal_linear_attention(*qkv, layer, near=3, state=whole[2])
 
 

@@ -60,6 +60,14 @@ def test_a_grid_by_hand() -> None:
     assert all(near.unique().numel() == 9 for near in tiles.near[0])
 
 
+def test_windows_lie_around_their_tiles() -> None:
+    """A grid of 8 x 8 in tiles of 2 x 2 with windows of 4 x 4: a margin of one patch, less at the borders."""
+    tiles = make_tiles(layout(grid=(8, 8), near=16), 64, CPU)
+    for t, near in enumerate(tiles.near[0].tolist()):
+        row, column = divmod(t, 4)
+        assert [min(near) // 8, min(near) % 8] == [min(max(2 * side - 1, 0), 4) for side in (row, column)]
+
+
 def test_a_sequence_by_hand() -> None:
     """Ten tokens, nine of them after the prefix, in tiles of 4 with windows of 6."""
     tiles = make_tiles(layout(prefix=1, near=6), 10, CPU)
