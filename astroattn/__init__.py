@@ -9,8 +9,18 @@ Importing it imports torch and nothing heavier.
 from astroattn.attention import AstrocyteAttention
 from astroattn.config import AstroConfig
 from astroattn.cost import Cost
-from astroattn.patching import PatchReport, patch, patched, unpatch
+from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["AstroConfig", "AstrocyteAttention", "Cost", "PatchReport", "__version__", "patch", "patched", "unpatch"]
+__all__ = [
+    "AstroConfig",
+    "AstrocyteAttention",
+    "Cost",
+    "PatchReport",
+    "__version__",
+    "fallbacks",
+    "patch",
+    "patched",
+    "unpatch",
+]

@@ -81,23 +81,31 @@ def _models(limit: int | None) -> Iterator[tuple[str, Recipe, Path | None]]:
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
-    """Error against positions, one panel per model."""
+    """Error against cost, one panel per model; the colour is the number of positions."""
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(6 * len(models), 4.5))
+    figure = Figure(figsize=(7 * len(models), 5), layout="constrained")
     for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        for row in (row for row in rows if row["model"] == model):
+        mine = [row for row in rows if row["model"] == model]
+        colours = [row["positions"] for row in mine]
+        points = axis.scatter([100 * row["cost"] for row in mine], [row["error"] for row in mine], c=colours, s=40)
+        figure.colorbar(points, ax=axis, label="positions per query")
+        for row in mine:
             default = row["config"] == "default"
-            axis.plot(row["positions"], row["error"], "D" if default else "o", color="C1" if default else "C0")
             axis.annotate(
-                row["config"], (row["positions"], row["error"]), (5, 3), textcoords="offset points", fontsize=7
+                row["config"],
+                (100 * row["cost"], row["error"]),
+                (0, -13 if default else 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                weight="bold" if default else "normal",
             )
         label = "1 - cosine of the embedding" if "MiniLM" in model else "relative error of the logits"
-        axis.set(xlabel="positions per query", ylabel=label, title=model, yscale="log")
-        axis.margins(x=0.2, y=0.1)
+        axis.set(xlabel="cost, % of softmax's products", ylabel=label, title=model, yscale="log")
+        axis.margins(x=0.15, y=0.1)
         axis.grid(alpha=0.3, which="both")
-    figure.tight_layout()
     return figure
 
 
