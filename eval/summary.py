@@ -16,10 +16,10 @@ PHOTOS = ("top1_agreement", "logit_error", "accuracy")
 TEXTS = ("embedding_cosine", "similarity_r", "same_neighbour")
 CASES = {
     "vit_tiny_224": ("ViT-tiny/16, 224 px, 500 photos", PHOTOS),
-    "vit_tiny_224_odd": ("the same, the 250 photos that nothing was chosen on", PHOTOS),
-    "vit_tiny_448": ("ViT-tiny/16 at 448 px, 100 photos", PHOTOS),
-    "minilm_256": ("MiniLM, 128 texts of 256 tokens", TEXTS),
-    "minilm_512": ("MiniLM, 128 texts of 512 tokens", TEXTS),
+    "vit_tiny_224_odd": ("the same, 250 photos, odd half", PHOTOS),
+    "vit_tiny_448": ("ViT-tiny/16 at 448 px, 100 photos, odd half", PHOTOS),
+    "minilm_256": ("MiniLM, 128 texts of 256 tokens, odd half", TEXTS),
+    "minilm_512": ("MiniLM, 128 texts of 512 tokens, odd half", TEXTS),
     "minilm_stsb": ("MiniLM, STS-B dev, 1,500 pairs", ("spearman",)),
 }
 SHOWN = {

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astroattn.ops.clustering import block_layout, cluster_sums, learn_clusters, weighted_means
@@ -80,6 +80,7 @@ def test_weighted_means() -> None:
     assert mean.tolist() == [[[2.5, 1.5], [0.0, 0.0], [9.0, 9.0], [0.0, 0.0]]]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 80), st.integers(1, 12), st.integers(0, 2**31), st.sampled_from(["any", "one", "last"]))
 def test_cluster_sums_equal_one_hot_products(count: int, m: int, seed: int, kind: str) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -96,6 +97,7 @@ def test_cluster_sums_equal_one_hot_products(count: int, m: int, seed: int, kind
     torch.testing.assert_close(s, torch.einsum("zrn,znm,znd->zrmd", weights, one_hot, values))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30))
 def test_blocks_hold_any_clusters(members: list[int]) -> None:
     block, blocks = block_layout(max(sum(members), 1), len(members))

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from core_cases import BIDIRECTIONAL
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astroattn import AstroConfig
@@ -21,6 +21,7 @@ def test_every_number_has_a_range() -> None:
     assert {name for name, kind in TYPES.items() if kind is int} == set(LEAST)
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {name: st.integers(least, 10**6) for name, least in LEAST.items()}

@@ -72,6 +72,16 @@ def test_equals_dense_matrices(shape: dict, num_hidden: int) -> None:
     torch.testing.assert_close(normaliser, oracle_normaliser, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [SEQUENCES[10], SEQUENCES[12], GRIDS[4], LENGTHS[2]], ids=name)
+def test_equals_dense_matrices_where_near_keys_fill_a_cluster(shape: dict) -> None:
+    """Larger logits: little is left of some sums once the near keys are taken out, and it still counts."""
+    *qkv, where = case(shape, dim=16, scale=2**0.5 * 1.3)
+    out, normaliser = near_far_attention(*qkv, where, num_hidden=7, steps=2)
+    oracle, oracle_normaliser = near_far_oracle(*qkv, where, 7, 2)
+    torch.testing.assert_close(out, oracle, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(normaliser, oracle_normaliser, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("shape", [SEQUENCES[4], SEQUENCES[10], SEQUENCES[11], GRIDS[2], LENGTHS[1]], ids=name)
 def test_choices(shape: dict) -> None:
     """Clusters in the metric of r, weighted by the expected attention; exact keys by exp(u.k) times their error."""

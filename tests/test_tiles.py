@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from core_cases import layout
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astroattn.ops.tiles import make_tiles, near_shape, tile_shape
@@ -85,6 +85,7 @@ def layouts(draw: st.DrawFn) -> tuple:
     return layout(grid=grid, prefix=prefix, **sizes), tokens
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_every_token_is_in_one_tile(case: tuple) -> None:
     where, tokens = case
@@ -95,6 +96,7 @@ def test_every_token_is_in_one_tile(case: tuple) -> None:
     assert tiles.slots.shape[1] <= max(where.tile, 1)
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_windows_have_the_same_size_and_no_token_twice(case: tuple) -> None:
     where, tokens = case
@@ -111,6 +113,7 @@ def test_windows_have_the_same_size_and_no_token_twice(case: tuple) -> None:
             assert set(tiles.slots[t][tiles.slot_mask[0, t]].tolist()) <= set(near)
 
 
+@settings(deadline=None)
 @given(layouts(), st.booleans())
 def test_groups_are_runs_of_tiles_of_about_the_same_number(case: tuple, with_lengths: bool) -> None:
     where, tokens = case
@@ -124,6 +127,7 @@ def test_groups_are_runs_of_tiles_of_about_the_same_number(case: tuple, with_len
     assert len(number) == tiles.num_groups
 
 
+@settings(deadline=None)
 @given(layouts(), st.integers(1, 60))
 def test_a_padded_sequence_has_the_tiles_that_it_has_alone(case: tuple, padding: int) -> None:
     where, tokens = case

@@ -123,8 +123,10 @@ def make_tiles(layout: Layout, num_tokens: int, device: torch.device) -> Tiles:
     slot_column = left[:, None, None] + torch.arange(wide, device=device)
     inside = ((slot_row < rows) & (slot_column < columns)).flatten(1)
     slots = (slot_row.clamp(max=rows - 1) * columns + slot_column.clamp(max=columns - 1)).flatten(1)
-    inverse = torch.empty(rows * columns, dtype=torch.long, device=device)
-    inverse[slots[inside]] = torch.arange(inside.numel(), device=device).view_as(slots)[inside]
+    token = torch.arange(rows * columns, device=device)
+    row, column = token // columns, token % columns
+    tile_of_token, place = row // high * across + column // wide, row % high * wide + column % wide
+    inverse = tile_of_token * (high * wide) + place
 
     window_high, window_wide = near_shape(near, rows, columns)
     first_row = (top + (high - window_high) // 2).clamp(0, rows - window_high)

@@ -27,9 +27,7 @@ def attention_mask(
     *,
     host: str,
     batch_size: int,
-    q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -38,6 +36,7 @@ def attention_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask function that transformers calls in place of the host's; see its AttentionMaskInterface."""
+    q_length, q_offset, device = _queries(kwargs, kv_length)
     causal = mask_function is causal_mask_function and allow_is_causal_skip
     plain = causal or (mask_function is bidirectional_mask_function and allow_is_bidirectional_skip)
     whole = isinstance(q_offset, int) and kv_offset == 0 and (not causal or q_offset + q_length == kv_length)
@@ -45,9 +44,7 @@ def attention_mask(
     if not (plain and whole and fits):
         mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[host](
             batch_size=batch_size,
-            q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -61,8 +58,24 @@ def attention_mask(
     if attention_mask is None:
         if not causal or (host == "sdpa" and q_length in (1, kv_length)):
             return None
-        attention_mask = torch.ones(batch_size, kv_length, device=kwargs.get("device", "cpu"))
+        attention_mask = torch.ones(batch_size, kv_length, device=device)
     return attention_mask[:, None, None, :].to(CAUSAL if causal else torch.bool)
+
+
+def _queries(given: dict[str, Any], kv_length: int) -> tuple[int, int | Tensor, torch.device | str]:
+    """Number of queries, position of the first (a tensor where it cannot be read) and device, from what was given.
+
+    transformers gives `q_length`, `q_offset` and `device` from 5.4 on; 5.0 to 5.3 give the positions as the tensor
+    `cache_position`.
+    """
+    positions = given.get("cache_position")
+    if positions is None:
+        return given["q_length"], given.get("q_offset", 0), given.get("device", "cpu")
+    q_length = positions.shape[0]
+    if q_length == kv_length:
+        return q_length, 0, positions.device  # nothing is cached
+    first = positions[0]
+    return q_length, first if is_tracing(first) else int(first), positions.device
 
 
 def host_mask(mask: Tensor | None, query: Tensor, key: Tensor, host: str) -> Tensor | None:

@@ -93,7 +93,7 @@ class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
             "a dense mask over queries and keys": attn_mask is not None and not is_causal,
             "is_causal without attn_mask": attn_mask is None and is_causal,
         }
-        refusal = next((reason for reason, holds in refusals.items() if holds), refusal)
+        refusal = [*(reason for reason, holds in refusals.items() if holds), refusal][0]
         if refusal is not None:
             fall_back(getattr(self, RECORD), refusal)
             return super().forward(
