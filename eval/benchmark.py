@@ -106,7 +106,8 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
         tokens = [row["tokens"] for row in mine]
         axes[0].plot(tokens, [row["times SDPA"] for row in mine], marker=marker, label=name)
         axes[1].plot(tokens, [row["peak MB"] for row in mine], marker=marker, label=name)
-    for axis, label in zip(axes, ("time of a forward, in times of SDPA", "peak memory beyond the inputs, MB"), strict=True):
+    labels = ("time of a forward, in times of SDPA", "peak memory beyond the inputs, MB")
+    for axis, label in zip(axes, labels, strict=True):
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import transformers as t
-from patching_models import ALL, CAUSAL_MODELS, PATCHED, TIMM_VIT, build, image, outputs, text
+from patching_models import ALL, CAUSAL_MODELS, PATCHED, TIMM_VIT, build, image, need_transformers, outputs, text
 from torch import Tensor, nn
 
 from astroattn import AstroConfig, AstrocyteAttention
@@ -219,6 +219,7 @@ def test_soft_cap_and_sinks_stay_exact() -> None:
 
 
 def test_t5_position_bias_stays_exact() -> None:
+    need_transformers("5.15")
     config = t.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99)
     with pytest.raises(ValueError, match=r"relative position bias[\s\S]*cross attention"):
         patch(t.T5Model(config).eval(), STATIC)
