@@ -73,6 +73,15 @@ def test_is_sdpa_where_every_key_is_exact(name: str, dtype: torch.dtype, causal:
     torch.testing.assert_close(normaliser.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", COVERING)
+def test_causal_queries_are_the_last_tokens_in_softmax_attention_too(name: str) -> None:
+    qkv, attention = draw(2, 2, 40, 8), module(COVERING[name])
+    whole = attention.with_normaliser(*qkv, causal=True)
+    last = attention.with_normaliser(qkv[0][:, :, -9:], *qkv[1:], causal=True)
+    for ours, theirs in zip(last, whole, strict=True):
+        torch.testing.assert_close(ours, theirs[:, :, -9:])
+
+
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
 def test_exact_switch_is_softmax_attention(name: str) -> None:
     qkv, attention = draw(2, 2, 90, 8, dtype=torch.float32), module(BIDIRECTIONAL[name])
@@ -290,6 +299,20 @@ def test_no_tensor_grows_faster_than_the_sequence(name: str, backward: bool, mon
     assert many <= 2.1 * few
 
 
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_no_tensor_grows_with_the_number_of_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the inputs themselves: 16 heads are taken one by one where the workspace holds no more."""
+    config, qkv = BIDIRECTIONAL[name], draw(1, 16, 256, 2, dtype=torch.float32)
+    monkeypatch.setattr(astroattn.attention, "WORKSPACE", 1)
+    with Largest() as sliced:
+        module(config, 16, 2)(*qkv)
+    monkeypatch.setattr(astroattn.attention, "WORKSPACE", 2**40)
+    with Largest() as whole:
+        module(config, 16, 2)(*qkv)
+    inputs = qkv[0].numel()
+    assert sliced.numbers == inputs or sliced.numbers < whole.numbers / 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [AstroConfig(), AstroConfig(hidden="random", near=0)], ids=["default", "random"])
 def test_65536_tokens(config: AstroConfig) -> None:
@@ -393,6 +416,27 @@ def test_layout_of_the_module_is_that_of_the_configuration(name: str, monkeypatc
     monkeypatch.setattr("astroattn.ops.near_far.make_tiles", spy)
     monkeypatch.setattr("astroattn.ops.static.make_tiles", spy)
     module(config)(*draw(1, 2, 50, 8))
+    assert bool(seen) == (name not in ("random", "uniform"))
     for layout in seen:
         assert (layout.near, layout.groups, layout.prefix) == (config.near, config.groups, config.exact_queries)
         assert (layout.tile, layout.exact_keys) == ((config.tile, config.exact_keys) if config.near else (50, 0))
+
+
+def test_every_field_of_the_configuration_counts() -> None:
+    qkv = draw(1, 2, 90, 8)
+    changes = {
+        "num_hidden": 9,
+        "near": 7,
+        "exact_keys": 3,
+        "exact_queries": 2,
+        "tile": 6,
+        "groups": 2,
+        "hidden": "none",
+    }
+    for field, value in (changes | {"steps": 5}).items():
+        changed = dataclasses.replace(AstroConfig(), **{field: value})
+        assert relative(module(changed)(*qkv), module(AstroConfig())(*qkv)) > 1e-4, field
+    random = AstroConfig(hidden="random", near=0)
+    for field, value in {"num_hidden": 9, "activation": "elu1", "orthogonal": False, "seed": 1}.items():
+        changed = dataclasses.replace(random, **{field: value})
+        assert relative(module(changed)(*qkv), module(random)(*qkv)) > 1e-4, field

@@ -26,6 +26,19 @@ def test_softmax_attention() -> None:
         assert (counted.positions, counted.products, counted.softmax, counted.ratio) == (50, 100, 100, 1)
 
 
+def test_one_key_less_is_not_softmax_attention() -> None:
+    qkv = draw(1, 1, 50, 8)
+    exact = AstrocyteAttention(1, 8, AstroConfig(near=50))(*qkv)
+    for config in (
+        AstroConfig(near=10, exact_keys=39),
+        AstroConfig(near=49, exact_keys=0),
+        AstroConfig(exact_queries=49, near=0),
+    ):
+        assert cost(config, 50).products != 100
+        if not config.exact_queries:
+            assert not torch.equal(AstrocyteAttention(1, 8, config)(*qkv), exact)
+
+
 def test_random_by_hand() -> None:
     """A key has m features and m sums to write, a query m features and m sums to read."""
     config = AstroConfig(hidden="random", num_hidden=20, near=0)

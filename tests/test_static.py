@@ -183,6 +183,22 @@ def test_causal_in_single_precision_with_huge_gains(activation: str, near: int) 
     torch.testing.assert_close(ours[0][:, 0], single[2][:, 0])  # the first token sees itself alone
 
 
+@pytest.mark.parametrize(
+    ("activation", "scale", "norms"),
+    [("cosine", 1.0, (0.1, 30.0)), ("cosine", 12.0, (0.1, 30.0)), ("elu1", 14.0, (1, 1))],
+)
+def test_near_keys_are_not_measured_by_what_phi_makes_of_them(activation: str, scale: float, norms: tuple) -> None:
+    """A key that is near has no share in the hidden layer yet, so its gain must neither drown logits nor overflow."""
+    query, _, value = (x.float() for x in draw(2, 40, 6))
+    query = (query / query.norm(dim=-1, keepdim=True) * scale).requires_grad_()
+    key = (-query.detach() * torch.tensor(norms).repeat(20)[:, None]).requires_grad_()
+    layer = Hidden(*(x.float() for x in hidden(activation)[:2]), activation)
+    out, _, _ = causal_linear_attention(query, key, value, layer, near=5)
+    oracle, _ = softmax_attention(query.double(), key.double(), value.double(), triangle(40))
+    torch.testing.assert_close(out[:, :5].double(), oracle[:, :5], rtol=1e-3, atol=1e-3)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out[:, :5].sum(), [query, key]))
+
+
 @pytest.mark.parametrize("activation", POSITIVE)
 @pytest.mark.parametrize("near", [0, 6])
 def test_weights_sum_to_one(activation: str, near: int) -> None:
