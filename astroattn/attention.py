@@ -78,7 +78,7 @@ class AstrocyteAttention(nn.Module):
 
         Returns:
             [B, H, Nq, Dv], in the dtype of the query. Differentiable in query, key and value; which keys are exact
-            and which cluster a key belongs to are choices and constant. NaN or infinity in gives NaN out.
+            and which cluster a key belongs to are choices and constant. NaN and infinity come out as NaN or infinity.
 
         Raises:
             TypeError, ValueError: shapes, dtypes or values that do not fit, naming the argument; or a combination

@@ -31,7 +31,7 @@ class RandomHidden(nn.Module):
         shape = (num_heads, config.num_hidden, head_dim)
         draw = draw_orthogonal if config.orthogonal else draw_independent
         self.register_buffer("weight", draw(shape, generator), persistent=False)
-        phase = torch.rand(shape[:2], generator=generator, dtype=torch.float64) * 2 * pi
+        phase = torch.rand(shape[:2], generator=generator, dtype=torch.float64, device="cpu") * 2 * pi
         self.register_buffer("phase", phase.float(), persistent=False)
         self.activation = config.activation
 
@@ -43,7 +43,7 @@ class RandomHidden(nn.Module):
 
 def draw_independent(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """W [H, m, D] with independent standard normal entries, float32."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64).float()
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").float()
 
 
 def draw_orthogonal(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
@@ -54,9 +54,9 @@ def draw_orthogonal(shape: tuple[int, int, int], generator: torch.Generator) -> 
     """
     heads, m, dim = shape
     blocks = -(-m // dim)
-    gaussian = torch.randn(heads, blocks, dim, dim, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(heads, blocks, dim, dim, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(gaussian)
     q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
-    lengths = torch.randn(heads, blocks, dim, dim, generator=generator, dtype=torch.float64).norm(dim=-1)
+    lengths = torch.randn(heads, blocks, dim, dim, generator=generator, dtype=torch.float64, device="cpu").norm(dim=-1)
     weight: Tensor = (q.mT * lengths[..., None]).flatten(1, 2)[:, :m].float()
     return weight

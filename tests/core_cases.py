@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astroattn import AstroConfig
+from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.ops.near_far import choose_exact_keys, learn_hidden, read_tiles
 from astroattn.ops.reference import cluster_attention, softmax_attention
 from astroattn.ops.tiles import Layout, Tiles, make_tiles
@@ -107,3 +107,18 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     """L2 error relative to theirs."""
     ours, theirs = ours.detach().double(), theirs.detach().double()
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-300))
+
+
+def module(config: AstroConfig, heads: int = 2, dim: int = 8) -> AstrocyteAttention:
+    return AstrocyteAttention(heads, dim, config)
+
+
+def padding_mask(tokens: int = 40) -> torch.Tensor:
+    """Right, left and both sides, holes, none at all, and nothing real."""
+    mask = torch.ones(6, tokens, dtype=torch.bool)
+    mask[0, tokens // 2 :] = False
+    mask[1, : tokens // 3] = False
+    mask[2, [0, 1, 5, 6, 7, 20, tokens - 1]] = False
+    mask[3, 1:] = False
+    mask[5] = False
+    return mask

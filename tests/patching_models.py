@@ -193,7 +193,7 @@ LEFT_EXACT = {  # nothing an astrocyte represents: patching raises, with the rea
         0,
         2,
         "bias",
-        since="5.10",
+        since="5.9",
     ),
     "swin": Tiny(
         of(
@@ -210,7 +210,7 @@ LEFT_EXACT = {  # nothing an astrocyte represents: patching raises, with the rea
         0,
         2,
         "relative position bias",
-        since="5.10",
+        since="5.9",
     ),
     "mpnet": Tiny(of(t.MPNetModel, t.MPNetConfig, **TEXT), text, 0, 2, "no front-end"),
     "deberta-v2": Tiny(of(t.DebertaV2Model, t.DebertaV2Config, **TEXT), text, 0, 2, "no front-end"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.patching import fallbacks, patch, unpatch
 from astroattn.patching.grid import PatchGrid
+from astroattn.patching.masks import CAUSAL, attention_mask
 
 EXACT = AstroConfig(near=100_000)
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
@@ -320,6 +321,24 @@ def test_grouped_key_heads_are_repeated() -> None:
     cores(model)[0].register_forward_hook(lambda module, args, output: shapes.append([each.shape for each in args]))
     model(**text())
     assert shapes == [[torch.Size([2, 4, 20, 8])] * 3]
+
+
+@pytest.mark.parametrize("form", ["q_length and q_offset", "cache_position"])
+@pytest.mark.parametrize(("first", "count", "keys", "plain"), [(0, 6, 6, None), (2, 4, 6, [1] * 6), (5, 1, 6, None)])
+def test_queries_are_told_in_the_words_of_any_version(
+    form: str, first: int, count: int, keys: int, plain: list | None
+) -> None:
+    """transformers 5.0 to 5.3 give the positions of the queries, later ones their number and the first position."""
+    both = {
+        "q_length and q_offset": {"q_length": count, "q_offset": first, "device": "cpu"},
+        "cache_position": {"cache_position": torch.arange(first, first + count)},
+    }
+    given = {"host": "sdpa", "batch_size": 1, "kv_length": keys, **both[form]}
+    mask = attention_mask(**given)
+    assert (mask if mask is None else mask[0, 0, 0].tolist()) == plain
+    padded = attention_mask(**given, attention_mask=torch.arange(keys)[None] > 0)
+    assert padded.dtype == CAUSAL
+    assert padded.tolist() == [[[[0, *[1] * (keys - 1)]]]]
 
 
 # the grid of patches

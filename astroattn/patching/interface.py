@@ -229,6 +229,7 @@ def _host_function(cls: type, host: str) -> Callable[..., Any]:
         scope = _lookup(cls)
         assert scope is not None
         eager = scope.get("eager_attention_forward")
+        # not get_interface, which transformers 5.0 does not have
         _host_functions[cls, host] = scope["ALL_ATTENTION_FUNCTIONS"].get(host, eager)
     return _host_functions[cls, host]
 
