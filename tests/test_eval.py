@@ -122,6 +122,17 @@ def test_committed_peak_memory_grows_linearly() -> None:
         assert peak[65536] / peak[16384] < 4.5  # four times the tokens
 
 
+def test_readme_has_the_measured_crossovers() -> None:
+    rows = json.loads((summary.RESULTS / "benchmark.json").read_text("utf-8"))["rows"]
+    readme = (summary.RESULTS.parent.parent / "README.md").read_text("utf-8")
+    said = readme[readme.index("On a CPU with 2 threads") : readme.index("No GPU has been measured")]
+    crossovers = [benchmark.find_crossover(rows, name) for name in benchmark.CONFIGS]
+    assert re.findall(r"from ([\d,]+)", said)[:3] == [f"{tokens:,}" for tokens in crossovers]
+    last = {row["name"]: row for row in rows if row["tokens"] == 65536}
+    assert f"{last['default']['times SDPA']:.2f} of SDPA's time" in said
+    assert f"{last['default']['peak MB']:.0f} MB where SDPA needs {last['SDPA']['peak MB']:.0f} MB" in said
+
+
 def test_error_of_random_features_falls_as_the_root_of_m() -> None:
     fits = {fit["weights"]: fit["slope"] for fit in error_vs_hidden.fit_slopes(committed("error_vs_hidden"))}
     assert -0.6 < fits["independent"] < -0.4
