@@ -25,6 +25,8 @@ def test_digits_vit_is_as_good_as_its_card_says(card: dict) -> None:
     _, (images, labels) = train_digits.load_split()
     measured = train_digits.accuracy(train_digits.load_digits_vit(), images, labels)
     assert card["held_out"]["images"] == len(labels) == 450
+    readme = (summary.RESULTS.parent.parent / "README.md").read_text("utf-8")
+    assert f"{card['held_out']['accuracy']:.1%} of 450".replace("%", " %") in readme
     assert measured >= 0.97
     assert abs(measured - card["held_out"]["accuracy"]) <= 1 / 450  # one near tie may fall the other way elsewhere
 
