@@ -190,35 +190,23 @@ class AstrocyteAttention(nn.Module):
             out, normaliser, _ = causal_linear_attention(q, k, v, hidden, near=self.config.near, key_mask=real)
             out, normaliser = (out, normaliser) if real is None else zero_padding(out, normaliser, real)
         else:
-            out, normaliser = self._attend_bidirectional(q, k, v, hidden, lengths, grid)
+            parts = [
+                _bidirectional(
+                    self.config,
+                    q[part],
+                    k[part],
+                    v[part],
+                    None if hidden is None else hidden.part(part),
+                    None if lengths is None else lengths[part],
+                    grid,
+                )
+                for part in _slices(self.config, len(q), k.shape[1], q.shape[-1])
+            ]
+            out, normaliser = (torch.cat(each) for each in zip(*parts, strict=True))
         if order is not None and same_tokens:
             back = order.argsort(dim=1)
             out, normaliser = _in_order(out, back), normaliser.gather(1, back)
         return tuple(x[:, -num_queries:].unflatten(0, (batch, heads)) for x in (out, normaliser))
-
-    def _attend_bidirectional(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        hidden: Hidden | None,
-        lengths: Tensor | None,
-        grid: tuple[int, int] | None,
-    ) -> tuple[Tensor, Tensor]:
-        parts = [
-            _bidirectional(
-                self.config,
-                q[part],
-                k[part],
-                v[part],
-                None if hidden is None else Hidden(hidden.weight[part], hidden.phase[part], hidden.activation),
-                None if lengths is None else lengths[part],
-                grid,
-            )
-            for part in _slices(self.config, len(q), k.shape[1], q.shape[-1])
-        ]
-        out, normaliser = (torch.cat(each) for each in zip(*parts, strict=True))
-        return out, normaliser
 
 
 def _bidirectional(

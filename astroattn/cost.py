@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from astroattn.config import AstroConfig
 from astroattn.ops.clustering import block_layout
+from astroattn.ops.static import CHUNK
 from astroattn.ops.tiles import near_shape, tile_shape
 
 
@@ -35,6 +36,8 @@ def count_cost(
     """Count the products of one head of one sequence; an entry of the sum below is (how many, per what)."""
     if covers(config, num_keys, grid):
         return Cost(num_keys, 2 * num_keys, 2 * num_keys)
+    if causal:
+        return _count_causal(config, head_dim, num_keys)
     m = config.num_hidden
     prefix = prefix_length(config, num_keys, grid)
     body = num_keys - prefix
@@ -46,11 +49,6 @@ def count_cost(
     window = near_shape(config.near, rows, columns)
     exact = prefix + window[0] * window[1] + (min(config.exact_keys, body) if config.near else 0)
 
-    if causal:
-        chunk = 2 * max(64, config.near) if config.near else 64
-        exact = min(config.near, num_keys)
-        per_query = 4 * m + chunk * (1 + m / head_dim) + (chunk if config.near else 0)
-        return Cost(exact + m, per_query, 2 * num_keys)
     if config.hidden == "random":
         if not config.near and not prefix:
             return Cost(m, m * (2 + 2 * num_keys / num_queries), 2 * num_keys)
@@ -68,6 +66,13 @@ def count_cost(
     far = 0 if config.hidden == "none" else m
     positions = (body * (exact + far) + prefix * num_keys) / num_keys
     return Cost(positions, (total + prefix * 2 * num_keys) / num_keys, 2 * num_keys)
+
+
+def _count_causal(config: AstroConfig, head_dim: int, num_keys: int) -> Cost:
+    m, near = config.num_hidden, min(config.near, num_keys)
+    pairs = 2 * max(CHUNK, config.near) if near else CHUNK  # a near field reaches into the chunk before
+    products = 4 * m + pairs * (1 + m / head_dim) + (pairs if near else 0)
+    return Cost(near + m, products, 2 * num_keys)
 
 
 def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> bool:

@@ -203,7 +203,8 @@ def write_hidden(
     weights = weighted_means(key, mass, winners, num_hidden)[1]
 
     z, s = cluster_sums(c, value, winners, num_hidden)
-    whole, z, s, top = tiles.of_group(z), tiles.of_group(z), tiles.of_group(s), tiles.of_group(top)
+    z, s, top = (tiles.of_group(x) for x in (z, s, top))
+    whole = z
     if tiles.shared:
         # The sums are the group's: take out the keys that are near to this tile (c is 0 where near to all of them).
         z_near, s_near = _near_sums(tiles, c, value, winners, num_hidden)

@@ -18,6 +18,7 @@ from astroattn.ops.features import respond
 from astroattn.ops.near_far import assemble, choose_exact_keys, read_tiles, take_rows
 from astroattn.ops.tiles import Layout, make_tiles
 
+CHUNK = 64  # tokens that causal attention reads pair by pair, at least
 # Most that the gains of one chunk may rise above what a query of it sees: exp(-40) is far from float32's underflow.
 GAIN_RANGE = 40
 
@@ -28,6 +29,10 @@ class Hidden(NamedTuple):
     weight: Tensor
     phase: Tensor
     activation: str
+
+    def part(self, rows: slice) -> Hidden:
+        """The layer of some of the sequences."""
+        return Hidden(self.weight[rows], self.phase[rows], self.activation)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def causal_linear_attention(
     near: int = 0,
     key_mask: Tensor | None = None,
     state: State | None = None,
-    chunk: int = 64,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, State | None]:
     """Causal attention in chunks: keys of earlier chunks through the state, keys of the same chunk pair by pair.
 
