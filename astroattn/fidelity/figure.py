@@ -71,7 +71,10 @@ def _draw_heads(axes: Any, layers: tuple[LayerFidelity, ...], heads: int) -> Non
     table = np.full((len(layers), heads), np.nan)
     for row, layer in enumerate(layers):
         table[row, : len(layer.isolated_error)] = layer.isolated_error
-    image = axes.imshow(table, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+    # Where every key is exact all errors are 0: the scale must not open below it.
+    image = axes.imshow(
+        table, aspect="auto", cmap="Blues", vmin=0, vmax=np.nanmax(table, initial=1e-6), interpolation="nearest"
+    )
     axes.set_title("error of every head, its layer alone", fontsize=10, loc="left")
     axes.set_xlabel("head")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
