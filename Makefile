@@ -13,18 +13,20 @@ help: ## this list
 
 setup: $(VENV)/.installed ## create .venv and install the library with its tools
 
-# Made anew when the dependencies may have changed; the stamp is written last, so a broken install is tried again.
-$(VENV)/.installed: pyproject.toml
+# Made anew when the dependencies or the C++ kernels may have changed; the stamp is written last, so a broken install
+# is tried again.
+$(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard $(addprefix astroattn/ops/native/,*.cpp *.h build.py))
 	@test -n "$(PYTHON)" || { echo "astroattn needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
 	@touch $@
 
-lint: setup ## ruff, mypy, import-linter
+lint: setup ## ruff, mypy, import-linter, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror astroattn/ops/native/*.h astroattn/ops/native/*.cpp
 
 test: lint ## lint, then the tests (JOBS=2 at a time)
 	$(BIN)/python -m pytest -n $(JOBS)

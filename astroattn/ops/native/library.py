@@ -1,0 +1,70 @@
+"""The shared library of the CPU kernels: which one this machine takes, and how its functions are called."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+Strides = ctypes.c_int64 * 3
+INTEGER, POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The kernels for this CPU, or why there are none."""
+    path = FOLDER / f"kernels_{torch.backends.cpu.get_cpu_capability().lower()}.so"
+    if not path.exists():
+        path = FOLDER / "kernels_default.so"
+    if not path.exists():
+        return "the CPU kernels are not built; `python -m astroattn.ops.native.build` builds them, with a C++ compiler"
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the CPU kernels cannot be loaded: {error}"
+
+
+def refusal(dtype: torch.dtype) -> str | None:
+    """Why the CPU kernels cannot serve this dtype, or None."""
+    if dtype not in TYPES:
+        return f"the CPU kernels take {', '.join(map(str, TYPES))}, not {dtype}"
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def run(function: str, *structures: ctypes.Structure) -> None:
+    """Call one of the kernels' functions.
+
+    Raises:
+        RuntimeError: the kernels are not there, or not enough memory.
+    """
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    if getattr(library, function)(*map(ctypes.byref, structures)):
+        raise RuntimeError("not enough memory for the CPU kernels")
+
+
+def strides(*tensors: Tensor) -> tuple[ctypes.Array[ctypes.c_int64], ...]:
+    """Of batch, head and token, in numbers."""
+    return tuple(Strides(*x.stride()[:3]) for x in tensors)
+
+
+def pointers(*tensors: Tensor | None) -> tuple[int | None, ...]:
+    """Where the numbers are; None stays None."""
+    return tuple(None if x is None else x.data_ptr() for x in tensors)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """The tensor with neighbouring numbers in its rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def empty_rows(like: Tensor, columns: int) -> Tensor:
+    """For results, laid out like `like` where it has as many columns."""
+    return torch.empty_like(like) if like.shape[-1] == columns else like.new_empty(*like.shape[:3], columns)

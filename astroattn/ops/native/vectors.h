@@ -1,0 +1,283 @@
+// Vectors of the widest kind that the target has, and the two small matrix products that everything else is made of.
+// Plain GNU C++ vector extensions: the same source serves AVX-512, AVX2, SSE and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, WIDE = 4, TALL = 6;  // 24 of 32 registers accumulate
+#elif defined(__AVX2__)
+constexpr int LANES = 8, WIDE = 2, TALL = 6;  // 12 of 16
+#else
+constexpr int LANES = 4, WIDE = 2, TALL = 4;  // 8 of 16 (SSE) or 32 (NEON)
+#endif
+constexpr int PANEL = LANES * WIDE;  // columns that one step of a product holds in registers
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+static inline vec load(const float* p) {
+    vec x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+static inline void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
+static inline void store(int32_t* p, ivec x) { memcpy(p, &x, sizeof x); }
+static inline vec spread(float x) { return x - vec{}; }
+static inline ivec spread(int32_t x) { return x - ivec{}; }
+static inline vec larger(vec a, vec b) { return a > b ? a : b; }
+// One bit for each lane of a comparison's result.
+static inline uint32_t bits_of(ivec x) {
+#if defined(__AVX512F__)
+    __m512i bits;
+    memcpy(&bits, &x, sizeof bits);
+    return _mm512_test_epi32_mask(bits, bits);
+#elif defined(__AVX2__)
+    __m256 bits;
+    memcpy(&bits, &x, sizeof bits);
+    return uint32_t(_mm256_movemask_ps(bits));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= uint32_t(x[i] & 1) << i;
+    return bits;
+#endif
+}
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Lane i is lane index(i) of the vectors a and b put one behind the other.
+template <typename Index>
+static inline vec shuffle(vec a, vec b, Index index) {
+#if defined(__clang__)
+    vec out;
+    for (int i = 0; i < LANES; i++) out[i] = index(i) < LANES ? a[index(i)] : b[index(i) - LANES];
+    return out;
+#else
+    ivec mask;
+    for (int i = 0; i < LANES; i++) mask[i] = index(i);
+    return __builtin_shuffle(a, b, mask);
+#endif
+}
+template <int HALF = LANES / 2>
+static inline vec sum_everywhere(vec x) {
+    if constexpr (HALF == 0) return x;
+    else return sum_everywhere<HALF / 2>(x + shuffle(x, x, [](int i) { return i ^ HALF; }));
+}
+template <int HALF = LANES / 2>
+static inline vec largest_everywhere(vec x) {
+    if constexpr (HALF == 0) return x;
+    else return largest_everywhere<HALF / 2>(larger(x, shuffle(x, x, [](int i) { return i ^ HALF; })));
+}
+static inline float sum(vec x) { return sum_everywhere(x)[0]; }
+static inline float largest(vec x) { return largest_everywhere(x)[0]; }
+
+// Rows become columns: each of log2(LANES) rounds deals the rows' lanes like two halves of a pack of cards.
+static inline void transpose(vec* x) {
+    vec y[LANES];
+    for (int round = 1; round < LANES; round *= 2) {
+        for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = shuffle(x[i], x[i + LANES / 2], [](int l) { return l / 2 + l % 2 * LANES; });
+            y[2 * i + 1] = shuffle(x[i], x[i + LANES / 2], [](int l) { return LANES / 2 + l / 2 + l % 2 * LANES; });
+        }
+        for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+}
+
+// exp to 2 units in the last place; 0 below -87; NaN stays NaN. Arguments are never above 88: a maximum was subtracted.
+static inline vec exponential(vec x) {
+    const vec shifter = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    vec shifted = x * 1.44269504f + shifter;  // x / log 2
+    vec whole = shifted - shifter;
+    vec rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec poly = spread(1.9875691500e-4f);
+    poly = poly * rest + 1.3981999507e-3f;
+    poly = poly * rest + 8.3334519073e-3f;
+    poly = poly * rest + 4.1665795894e-2f;
+    poly = poly * rest + 1.6666665459e-1f;
+    poly = poly * rest + 5.0000001201e-1f;
+    poly = poly * rest * rest + rest + 1.0f;
+    ivec bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits << 23) + 0x3f800000;  // 2^whole; the shifter's own bits fall off at the top
+    vec power;
+    memcpy(&power, &bits, sizeof power);
+    return x < -87.0f ? vec{} : poly * power;
+}
+
+// c[r][0 .. PANEL) = a[r] . b, b a panel [depth][PANEL], for `rows` rows; only the first `width` vectors are computed.
+template <int ROWS, int WIDTH>
+static inline void dot_panel(const float* const* a, const float* b, int64_t depth, float* const* c) {
+    vec sums[ROWS][WIDTH] = {};
+    for (int64_t d = 0; d < depth; d++) {
+        vec column[WIDTH];
+        for (int w = 0; w < WIDTH; w++) column[w] = load(b + d * PANEL + w * LANES);
+        for (int r = 0; r < ROWS; r++)
+            for (int w = 0; w < WIDTH; w++) sums[r][w] += a[r][d] * column[w];
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int w = 0; w < WIDTH; w++) store(c[r] + w * LANES, sums[r][w]);
+}
+
+// Which of the two factors of add_rows are read at index[n] instead of n.
+enum Indexed { NEITHER, VALUES, BOTH };
+
+// o[r][0 .. WIDTH * LANES) += sum_n p[r][n] v[n], v of rows.
+template <int ROWS, int WIDTH, Indexed INDEXED>
+static inline void add_rows(const float* const* p, const float* v, int64_t stride, const int32_t* index, int64_t count,
+                            float* const* o) {
+    vec sums[ROWS][WIDTH];
+    for (int r = 0; r < ROWS; r++)
+        for (int w = 0; w < WIDTH; w++) sums[r][w] = load(o[r] + w * LANES);
+    for (int64_t n = 0; n < count; n++) {
+        const int64_t at = INDEXED == NEITHER ? n : index[n];
+        const float* row = v + at * stride;
+        vec part[WIDTH];
+        for (int w = 0; w < WIDTH; w++) part[w] = load(row + w * LANES);
+        for (int r = 0; r < ROWS; r++)
+            for (int w = 0; w < WIDTH; w++) sums[r][w] += p[r][INDEXED == BOTH ? at : n] * part[w];
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int w = 0; w < WIDTH; w++) store(o[r] + w * LANES, sums[r][w]);
+}
+
+// The same for any number of rows and vectors.
+template <int WIDTH>
+static inline void dot_panel(int rows, const float* const* a, const float* b, int64_t depth, float* const* c) {
+    for (; rows >= TALL; rows -= TALL, a += TALL, c += TALL) dot_panel<TALL, WIDTH>(a, b, depth, c);
+    switch (rows) {
+        case 5:
+            if constexpr (TALL > 5) dot_panel<5, WIDTH>(a, b, depth, c);
+            break;
+        case 4:
+            if constexpr (TALL > 4) dot_panel<4, WIDTH>(a, b, depth, c);
+            break;
+        case 3: dot_panel<3, WIDTH>(a, b, depth, c); break;
+        case 2: dot_panel<2, WIDTH>(a, b, depth, c); break;
+        case 1: dot_panel<1, WIDTH>(a, b, depth, c); break;
+    }
+}
+static inline void dot_panel(int rows, int width, const float* const* a, const float* b, int64_t depth,
+                             float* const* c) {
+    if (width == 1) dot_panel<1>(rows, a, b, depth, c);
+    else if (width == 2) dot_panel<2>(rows, a, b, depth, c);
+    else if constexpr (WIDE > 2) width == 3 ? dot_panel<3>(rows, a, b, depth, c) : dot_panel<4>(rows, a, b, depth, c);
+}
+
+template <int WIDTH, Indexed INDEXED>
+static inline void add_rows(int rows, const float* const* p, const float* v, int64_t stride, const int32_t* index,
+                            int64_t count, float* const* o) {
+    for (; rows >= TALL; rows -= TALL, p += TALL, o += TALL)
+        add_rows<TALL, WIDTH, INDEXED>(p, v, stride, index, count, o);
+    switch (rows) {
+        case 5:
+            if constexpr (TALL > 5) add_rows<5, WIDTH, INDEXED>(p, v, stride, index, count, o);
+            break;
+        case 4:
+            if constexpr (TALL > 4) add_rows<4, WIDTH, INDEXED>(p, v, stride, index, count, o);
+            break;
+        case 3: add_rows<3, WIDTH, INDEXED>(p, v, stride, index, count, o); break;
+        case 2: add_rows<2, WIDTH, INDEXED>(p, v, stride, index, count, o); break;
+        case 1: add_rows<1, WIDTH, INDEXED>(p, v, stride, index, count, o); break;
+    }
+}
+
+// o[r] += sum_n p[r][n] v[n] for `rows` rows of `dim` numbers, a multiple of LANES; rows of v are `stride` apart.
+template <Indexed INDEXED>
+static inline void add_rows(int rows, const float* const* p, const float* v, int64_t stride, int64_t dim,
+                            const int32_t* index, int64_t count, float** o) {
+    for (int64_t start = 0; start < dim; start += PANEL) {
+        int width = int(dim - start < PANEL ? (dim - start) / LANES : WIDE);
+        const float* part = v + start;
+        if (width == 1) add_rows<1, INDEXED>(rows, p, part, stride, index, count, o);
+        else if (width == 2) add_rows<2, INDEXED>(rows, p, part, stride, index, count, o);
+        else if constexpr (WIDE > 2) {
+            if (width == 3) add_rows<3, INDEXED>(rows, p, part, stride, index, count, o);
+            else add_rows<4, INDEXED>(rows, p, part, stride, index, count, o);
+        }
+        for (int r = 0; r < rows; r++) o[r] += PANEL;
+    }
+    int64_t steps = (dim + PANEL - 1) / PANEL;
+    for (int r = 0; r < rows; r++) o[r] -= steps * PANEL;
+}
+
+// Two vectors whose segments of 2 * HALF lanes are to be summed become one with segments of HALF lanes, in order.
+template <int HALF>
+static inline vec fold(vec a, vec b) {
+    auto first = [](int i) { return i / HALF * 2 * HALF + i % HALF; };
+    return shuffle(a, b, first) + shuffle(a, b, [&](int i) { return first(i) + HALF; });
+}
+template <int HALF>
+static inline vec fold_all(const vec* x) {
+    if constexpr (HALF == LANES / 2) return fold<HALF>(x[0], x[1]);
+    else return fold<HALF>(fold_all<2 * HALF>(x), fold_all<2 * HALF>(x + LANES / (2 * HALF)));
+}
+// The sums of LANES vectors.
+static inline vec sums_of(const vec* x) { return fold_all<1>(x); }
+
+// c[r][n] = a[r] . k[index[n]] for 4 rows; dim a multiple of LANES; index and c hold a multiple of LANES entries.
+static inline void dot_gathered(const float* const* a, const float* k, int64_t stride, int64_t dim,
+                                const int32_t* index, int64_t count, float* const* c) {
+    constexpr int KEYS = LANES / 4;
+    for (int64_t n = 0; n < count; n += KEYS) {
+        vec sums[LANES] = {};
+        for (int64_t d = 0; d < dim; d += LANES) {
+            vec key[KEYS];
+            for (int i = 0; i < KEYS; i++) key[i] = load(k + index[n + i] * stride + d);
+            for (int r = 0; r < 4; r++) {
+                vec row = load(a[r] + d);
+                for (int i = 0; i < KEYS; i++) sums[r * KEYS + i] += row * key[i];
+            }
+        }
+        vec dots = sums_of(sums);
+        for (int r = 0; r < 4; r++)
+            for (int i = 0; i < KEYS; i++) c[r][n + i] = dots[r * KEYS + i];
+    }
+}
+
+// to[index[n]] += sum_r c[r][n] x[r] for NOW values of n and WIDTH vectors; no index twice.
+template <int NOW, int WIDTH>
+static inline void add_outer(int rows, const float* const* c, const float* const* x, const int32_t* index, int64_t n,
+                             int64_t d, int64_t dim, float* to) {
+    vec sums[NOW][WIDTH];
+    float* at[NOW];
+    for (int i = 0; i < NOW; i++) {
+        at[i] = to + (index ? index[n + i] : n + i) * dim + d;
+        for (int w = 0; w < WIDTH; w++) sums[i][w] = load(at[i] + w * LANES);
+    }
+    for (int r = 0; r < rows; r++) {
+        vec part[WIDTH];
+        for (int w = 0; w < WIDTH; w++) part[w] = load(x[r] + d + w * LANES);
+        for (int i = 0; i < NOW; i++)
+            for (int w = 0; w < WIDTH; w++) sums[i][w] += c[r][n + i] * part[w];
+    }
+    for (int i = 0; i < NOW; i++)
+        for (int w = 0; w < WIDTH; w++) store(at[i] + w * LANES, sums[i][w]);
+}
+// The same for n below count and rows of `dim` numbers, a multiple of LANES.
+static inline void add_outer(int rows, const float* const* c, const float* const* x, const int32_t* index,
+                             int64_t count, int64_t dim, float* to) {
+    for (int64_t d = 0; d < dim; d += PANEL) {
+        const bool whole = dim - d >= PANEL;
+        int64_t n = 0;
+        for (; whole && n + 4 <= count; n += 4) add_outer<4, WIDE>(rows, c, x, index, n, d, dim, to);
+        for (; whole && n < count; n++) add_outer<1, WIDE>(rows, c, x, index, n, d, dim, to);
+        for (int64_t e = d; !whole && e < dim; e += LANES)
+            for (n = 0; n < count; n++) add_outer<1, 1>(rows, c, x, index, n, e, dim, to);
+    }
+}
+
+// Rows [from, from + PANEL) of x, transposed to [depth][PANEL]; zeros from row `end` on. depth a multiple of LANES.
+static inline void fill_panel(const float* x, int64_t stride, int64_t depth, int64_t from, int64_t end, float* panel) {
+    for (int64_t i = 0; i < PANEL; i += LANES)
+        for (int64_t d = 0; d < depth; d += LANES) {
+            vec rows[LANES];
+            for (int64_t e = 0; e < LANES; e++)
+                rows[e] = from + i + e < end ? load(x + (from + i + e) * stride + d) : vec{};
+            transpose(rows);
+            for (int64_t e = 0; e < LANES; e++) store(panel + (d + e) * PANEL + i, rows[e]);
+        }
+}

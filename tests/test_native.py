@@ -1,0 +1,247 @@
+"""The CPU kernels against plain PyTorch in float64, given the kernels' own choices; and their build."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from astroattn.ops import near_far
+from astroattn.ops.native import build, library
+from astroattn.ops.native import near_far as native
+from astroattn.ops.tiles import Layout
+from tests.core_cases import relative
+
+ORDER = ("default", "avx2", "avx512")
+CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
+HERE = [name for name in build.VARIANTS if name == "default" or ORDER.index(name) <= ORDER.index(CAPABILITY)]
+
+REFUSAL = library.refusal(torch.float32)
+
+pytestmark = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+
+# (tokens, D, Dv, what differs from the default config, lengths)
+CASES = {
+    "ViT": (197, 64, 64, {"grid": (14, 14), "prefix": 1}, None),
+    "grid that does not divide": (5 * 7 + 2, 24, 40, {"grid": (5, 7), "prefix": 2, "exact_keys": 5}, None),
+    "sequence": (300, 32, 32, {}, None),
+    "padding": (131, 40, 24, {"prefix": 2, "exact_keys": 8}, [131, 50]),
+    "nothing real": (67, 16, 16, {"exact_keys": 8, "num_hidden": 5}, [0, 67]),
+    "padding, prefix alone real": (67, 16, 16, {"prefix": 3, "num_hidden": 5}, [2, 67]),
+    "large tiles": (500, 64, 64, {"tile": 64, "near": 192, "num_hidden": 64, "exact_keys": 0}, None),
+    "shared groups": (300, 24, 24, {"near": 6, "exact_keys": 5, "groups": 7, "num_hidden": 5}, None),
+    "shared groups, padding": (300, 24, 24, {"near": 6, "exact_keys": 5, "groups": 7, "num_hidden": 5}, [300, 30]),
+    "shared groups, large tiles": (500, 16, 16, {"tile": 20, "near": 60, "groups": 3, "num_hidden": 20}, None),
+    "one tile": (190, 16, 16, {"tile": 190, "near": 0, "exact_keys": 0, "num_hidden": 7}, None),
+    "no far field": (100, 17, 3, {"near": 5, "exact_keys": 6, "num_hidden": 0}, None),
+    "near alone": (63, 8, 8, {"near": 5, "exact_keys": 0, "num_hidden": 0}, None),
+    "more neurons than tokens": (9, 8, 8, {"tile": 2, "near": 2, "exact_keys": 1, "num_hidden": 40}, None),
+    "many tokens": (2500, 16, 16, {"exact_keys": 4}, None),
+}
+
+
+@pytest.fixture(params=HERE)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every variant that this CPU can run."""
+    kernels = ctypes.CDLL(str(library.FOLDER / f"kernels_{request.param}.so"))
+    monkeypatch.setattr(library, "_library", lambda: kernels)
+    return request.param
+
+
+def settings_of(changes: dict[str, object]) -> dict[str, object]:
+    values = {"grid": None, "prefix": 0, "tile": 4, "near": 4, "exact_keys": 32, "groups": 256, "num_hidden": 16}
+    return {**values, "steps": 2} | changes
+
+
+def draw(tokens: int, dim: int, value_dim: int, batch: int = 2, scale: float = 1.5) -> list[Tensor]:
+    """Query, key and value [2, 2, N, D], laid out as [batch, tokens, heads, D]."""
+    return [torch.randn(batch, tokens, 2, d).transpose(1, 2) * scale for d in (dim, dim, value_dim)]
+
+
+def forward(inputs: list[Tensor], lengths: list[int] | None, changes: dict[str, object]) -> tuple[Tensor, ...]:
+    lengths = None if lengths is None else torch.tensor(lengths)
+    return native.near_far_forward(*inputs, lengths, **settings_of(changes), scale=inputs[0].shape[-1] ** -0.5)
+
+
+def given_choices(
+    inputs: list[Tensor], choices: tuple[Tensor, ...], lengths: list[int] | None, changes: dict[str, object]
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch in float64 with the same winners, mass and keys."""
+    values = settings_of(changes)
+    num_hidden = values.pop("num_hidden")
+    del values["steps"]
+    heads = inputs[0].shape[1]
+    layout = Layout(**values, lengths=None if lengths is None else torch.tensor(lengths).repeat_interleave(heads))
+    query, key, value = (x.double().flatten(0, 1) for x in inputs)
+    choice = near_far.Choice(*(x.flatten(0, 1) for x in choices))
+    out = near_far.attend(query * query.shape[-1] ** -0.5, key, value, layout, choice, num_hidden)
+    return tuple(x.unflatten(0, (-1, heads)) for x in out)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_backward_equal_plain_pytorch(name: str, variant: str) -> None:
+    tokens, dim, value_dim, changes, lengths = CASES[name]
+    inputs = draw(tokens, dim, value_dim)
+    out, log_p, *choices = forward(inputs, lengths, changes)
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected, expected_log_p = given_choices(exact, choices, lengths, changes)
+    assert relative(out, expected) < 2e-6
+    real = expected_log_p > -torch.inf
+    torch.testing.assert_close(log_p.double(), expected_log_p, rtol=1e-5, atol=1e-5)
+
+    d_out, d_log_p = torch.randn_like(out), torch.randn_like(log_p)
+    values = settings_of(changes)
+    del values["steps"], values["exact_keys"]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    grads = native.near_far_backward(d_out, d_log_p, *inputs, out, log_p, *choices, lengths, **values, scale=dim**-0.5)
+    wanted = torch.autograd.grad([expected, expected_log_p[real]], exact, [d_out.double(), d_log_p[real].double()])
+    for ours, theirs in zip(grads, wanted, strict=True):
+        assert relative(ours, theirs) < 3e-6
+
+
+# With more neurons than tokens every key is its own cluster, and all errors are rounding.
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][4] is None and not name.startswith("more")])
+def test_choices_are_those_of_plain_pytorch(name: str, variant: str) -> None:
+    tokens, dim, value_dim, changes, _ = CASES[name]
+    inputs = draw(tokens, dim, value_dim)
+    _, _, winners, mass, keys = forward(inputs, None, changes)
+    values = settings_of(changes)
+    learning = {name: values.pop(name) for name in ("num_hidden", "steps")}
+    query, key, value = (x.double().flatten(0, 1) for x in inputs)
+    choice = near_far.choose(query * dim**-0.5, key, value, Layout(**values), **learning)
+    assert keys.shape[2:] == choice.keys.shape[1:]
+    ours = keys.flatten(0, 1).sort(-1).values
+    # Not all: two keys or clusters that are as good as equal may change places in float32.
+    assert (ours == choice.keys.sort(-1).values).double().mean() > 0.99 if ours.numel() else True
+    if learning["num_hidden"]:
+        assert (winners.flatten(0, 1) == choice.winners).double().mean() > 0.99
+        assert mass.min() >= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["ViT", "shared groups", "large tiles"])
+def test_low_precision_errs_no_more_than_pytorch(name: str, dtype: torch.dtype, variant: str) -> None:
+    tokens, dim, value_dim, changes, lengths = CASES[name]
+    inputs = [x.to(dtype) for x in draw(tokens, dim, value_dim)]
+    out, log_p, *choices = forward(inputs, lengths, changes)
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected, _ = given_choices(exact, choices, lengths, changes)
+    low = [x.detach().requires_grad_() for x in inputs]
+    softmax = F.scaled_dot_product_attention(*low)
+    softmax_exact = F.scaled_dot_product_attention(*exact)
+    assert out.dtype == dtype
+    assert relative(out, expected) < 2 * relative(softmax, softmax_exact)
+
+    d_out = torch.randn_like(out)
+    values = settings_of(changes)
+    del values["steps"], values["exact_keys"]
+    grads = native.near_far_backward(
+        d_out, torch.zeros_like(log_p), *inputs, out, log_p, *choices, None, **values, scale=dim**-0.5
+    )
+    wanted = torch.autograd.grad(expected, exact, d_out.double())
+    plain_low = torch.autograd.grad(softmax, low, d_out)
+    plain_exact = torch.autograd.grad(softmax_exact, exact, d_out.double())
+    for ours, theirs, low_grad, exact_grad in zip(grads, wanted, plain_low, plain_exact, strict=True):
+        assert relative(ours, theirs) < 3 * relative(low_grad, exact_grad)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.integers(12, 150),
+    dim=st.integers(1, 70),
+    tile=st.integers(1, 20),
+    near=st.integers(1, 12),
+    exact_keys=st.integers(0, 9),
+    groups=st.integers(1, 40),
+    num_hidden=st.integers(0, 20),
+    steps=st.integers(0, 3),
+    prefix=st.integers(0, 3),
+)
+def test_any_settings(tokens: int, dim: int, **changes: int) -> None:
+    inputs = draw(tokens, dim, dim, batch=1)
+    lengths = [tokens - tokens // 3]
+    out, log_p, *choices = forward(inputs, lengths, changes)
+    expected, expected_log_p = given_choices(inputs, choices, lengths, changes)
+    assert relative(out, expected) < 5e-6
+    torch.testing.assert_close(log_p.double(), expected_log_p, rtol=1e-4, atol=1e-4)
+
+
+def test_layout_of_the_inputs_and_threads_do_not_matter() -> None:
+    inputs = draw(300, 32, 32, batch=3)
+    threads = torch.get_num_threads()
+    first = forward(inputs, None, {})
+    try:
+        for number, other in (
+            (1, inputs),
+            (2, [x.contiguous() for x in inputs]),
+            (4, [x.mT.contiguous().mT for x in inputs]),
+        ):
+            torch.set_num_threads(number)
+            for ours, theirs in zip(forward(other, None, {}), first, strict=True):
+                assert torch.equal(ours, theirs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_memory_that_is_kept_between_calls_holds_nothing_of_the_last() -> None:
+    small, large = draw(70, 16, 16), draw(900, 16, 16)
+    first = [forward(x, None, {"exact_keys": 8})[0] for x in (small, large)]
+    poison = [torch.full_like(x, torch.nan) for x in large]
+    assert forward(poison, None, {"exact_keys": 8})[0].isnan().all()
+    again = [forward(x, None, {"exact_keys": 8})[0] for x in (small, large)]
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_nan_and_infinity_come_out(bad: float, which: int, variant: str) -> None:
+    inputs = draw(120, 16, 16)
+    inputs[which][0, 0, 50] = bad
+    out = forward(inputs, None, {"exact_keys": 8})[0]
+    assert not out[0, 0, 50].isfinite().all()
+    assert out[0, 1].isfinite().all()
+    assert out[1].isfinite().all()
+
+
+def test_large_logits_stay_finite(variant: str) -> None:
+    inputs = draw(200, 32, 32, scale=20)
+    out, log_p, *_ = forward(inputs, None, {})
+    assert out.isfinite().all()
+    assert log_p.isfinite().all()
+    assert out.abs().max() <= 1.001 * inputs[2].abs().max()
+
+
+def test_it_is_softmax_where_every_key_is_exact(variant: str) -> None:
+    inputs = draw(60, 16, 16)
+    out = forward(inputs, None, {"near": 20, "exact_keys": 40})[0]
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_other_dtypes_are_refused() -> None:
+    assert "float64" in library.refusal(torch.float64)
+
+
+def test_build_says_what_the_compiler_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="failed"):
+        build.build(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match="no-such-compiler"):
+        build.build(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_build_the_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    monkeypatch.setattr(library, "_library", library._library.__wrapped__)
+    assert "astroattn.ops.native.build" in library.refusal(torch.float32)
+    (tmp_path / "kernels_default.so").write_bytes(b"not a library")
+    assert "cannot be loaded" in library.refusal(torch.float32)
+    with pytest.raises(RuntimeError, match="cannot be loaded"):
+        forward(draw(50, 16, 16), None, {"exact_keys": 8})
