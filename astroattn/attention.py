@@ -6,16 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from astroattn.checks import check_call, check_grid, check_size
+from astroattn.checks import check_call, check_grid, check_size, check_state
 from astroattn.config import AstroConfig
 from astroattn.cost import Cost, count_cost, covers, prefix_length
 from astroattn.hidden import RandomHidden
-from astroattn.ops.near_far import near_far_attention, zero_padding
-from astroattn.ops.static import Hidden, causal_linear_attention, linear_attention, near_linear_attention
-from astroattn.ops.tiles import Layout, real_tokens
-
-# Most numbers in one intermediate tensor; batch and heads are taken in slices that stay below it.
-WORKSPACE = 2**26
+from astroattn.ops.causal import CausalState
+from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
+from astroattn.ops.tiles import Layout
 
 
 class AstrocyteAttention(nn.Module):
@@ -103,6 +100,56 @@ class AstrocyteAttention(nn.Module):
         """
         return self._attend(query, key, value, key_mask, causal, scale, grid, True)
 
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: CausalState | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, CausalState]:
+        """Causal attention of the next tokens: to themselves, and to all earlier ones through a state of fixed size.
+
+        Whatever the tokens are cut into, the outputs are those of `forward(causal=True)` over all of them; but where
+        padding comes between real tokens of different calls, it takes places in the near field.
+
+        Args:
+            query, key, value: the new tokens [B, H, N, D], [B, H, N, D], [B, H, N, Dv], one or more.
+            state: what the call before has returned; None: these are the first tokens.
+            key_mask, scale: as in `forward`.
+
+        Returns:
+            The output [B, H, N, Dv] and the state for the next call (of float32 at least).
+
+        Raises:
+            TypeError, ValueError: as in `forward`; queries and keys of different lengths; a state that does not fit.
+        """
+        check_call(self, query, key, value, key_mask, True, scale, None)
+        reason = "it is set to exact" if self.exact else self.refusal(causal=True)
+        if reason is not None:
+            raise ValueError(f"decode: this module has no causal state; {reason}")
+        if query.shape[2] != key.shape[2]:
+            raise ValueError(f"query: {query.shape[2]} tokens; key has {key.shape[2]}")
+        check_state(self, state, query, value)
+        order = None
+        if key_mask is not None:
+            order, key_mask = _sort(key_mask)
+            query, key, value = (_in_order(x, order) for x in (query, key, value))
+        out, state = decode(
+            *(query, key, value, *self._layer()),
+            activation=self.config.activation,
+            near=self.config.near,
+            scale=self.head_dim**-0.5 if scale is None else float(scale),
+            key_mask=key_mask,
+            state=state,
+            backend=self.config.backend,
+        )
+        if order is not None and key_mask is not None:
+            out = _in_order(out.masked_fill(~key_mask[:, None, :, None], 0), order.argsort(dim=1))
+        return out, state
+
     def refusal(self, *, causal: bool) -> str | None:
         """Why this configuration cannot serve such attention at every length, or None."""
         if not causal:
@@ -153,92 +200,96 @@ class AstrocyteAttention(nn.Module):
         reason = self.refusal(causal=causal)
         if reason is not None:
             raise ValueError(f"causal: True with this config; {reason}")
-        dtype = query.dtype
-        with torch.autocast(query.device.type, enabled=False):
-            # Means, sums and logarithms of thousands of terms are kept in float32 at least.
-            work = torch.promote_types(dtype, torch.float32)
-            q, k, v = query.to(work) * scale**0.5, key.to(work) * scale**0.5, value.to(work)
-            out, normaliser = self._attend_real_first(q, k, v, key_mask, causal, grid)
-        return out.to(dtype), normaliser
+        if causal:
+            return self._causal(query, key, value, key_mask, scale)
+        return self._bidirectional(query, key, value, key_mask, scale, grid)
 
-    def _attend_real_first(
+    def _causal(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        if num_queries < num_keys:
+            # The queries are the last tokens, so stand-ins take the place of the earlier ones.
+            query = F.pad(query, (0, 0, num_keys - num_queries, 0))
+        order = None
+        if key_mask is not None:
+            # Padding first: a near field then holds the same tokens wherever the padding was.
+            order, key_mask = _sort(key_mask)
+            query, key, value = (_in_order(x, order) for x in (query, key, value))
+        out, normaliser = causal_attention(
+            query,
+            key,
+            value,
+            *self._layer(),
+            activation=self.config.activation,
+            near=self.config.near,
+            scale=scale,
+            key_mask=key_mask,
+            backend=self.config.backend,
+        )
+        if order is not None and key_mask is not None:
+            out, normaliser = _zero_padding(out, normaliser, key_mask)
+            back = order.argsort(dim=1)
+            out, normaliser = _in_order(out, back), _in_order(normaliser, back)
+        if num_queries < num_keys:
+            out, normaliser = out[:, :, -num_queries:], normaliser[:, :, -num_queries:]
+        return out, normaliser
+
+    def _bidirectional(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         key_mask: Tensor | None,
-        causal: bool,
+        scale: float,
         grid: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
-        """Attend with the real tokens moved to the front, and move the results back."""
-        batch, heads, num_queries, _ = q.shape
-        if causal:
-            # Fewer queries than keys: the queries are the last tokens, so stand-ins take the place of the earlier ones.
-            q = F.pad(q, (0, 0, k.shape[2] - num_queries, 0))
-        same_tokens = q.shape[2] == k.shape[2]
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        config, num_keys = self.config, key.shape[2]
+        prefix, tiled = prefix_length(config, num_keys, grid), config.near > 0
+        activation, backend = config.activation, config.backend
+        if self.hidden is not None and not tiled and not prefix:
+            out, normaliser = linear_attention(
+                *(query, key, value, *self._layer()),
+                activation=activation,
+                scale=scale,
+                key_mask=key_mask,
+                backend=backend,
+            )
+            if key_mask is None or query.shape[2] != num_keys:
+                return out, normaliser
+            return _zero_padding(out, normaliser, key_mask)
         order = lengths = None
         if key_mask is not None:
-            # Real tokens first: tiles and near fields then hold the same tokens wherever the padding was.
-            order = (~key_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, None].expand(-1, heads, -1).flatten(0, 1)
-            lengths = key_mask.sum(1).repeat_interleave(heads)
-            k, v = _in_order(k, order), _in_order(v, order)
-            q = _in_order(q, order) if same_tokens else q
-        hidden = None if self.hidden is None else self.hidden.expand(batch, q.dtype)
-        if causal and hidden is not None:  # `refusal` has turned the others away
-            real = None if lengths is None else real_tokens(k.shape[1], lengths)
-            out, normaliser, _ = causal_linear_attention(q, k, v, hidden, near=self.config.near, key_mask=real)
-            out, normaliser = (out, normaliser) if real is None else zero_padding(out, normaliser, real)
+            # Real tokens first: tiles then hold the same tokens wherever the padding was.
+            order, lengths = _sort(~key_mask)[0], key_mask.sum(1)
+            query, key, value = (_in_order(x, order) for x in (query, key, value))
+        layout = Layout(
+            grid=grid if tiled else None,
+            prefix=prefix,
+            tile=config.tile if tiled else num_keys,  # without tiles, the whole sequence is one
+            near=config.near,
+            exact_keys=config.exact_keys if tiled else 0,
+            groups=config.groups,
+            lengths=lengths,
+        )
+        if self.hidden is not None:
+            out, normaliser = near_linear_attention(
+                *(query, key, value, *self._layer(), layout), activation=activation, scale=scale, backend=backend
+            )
         else:
-            parts = [
-                _bidirectional(
-                    self.config,
-                    q[part],
-                    k[part],
-                    v[part],
-                    None if hidden is None else hidden.part(part),
-                    None if lengths is None else lengths[part],
-                    grid,
-                )
-                for part in _slices(self.config, len(q), k.shape[1], q.shape[-1])
-            ]
-            out, normaliser = (torch.cat(each) for each in zip(*parts, strict=True))
-        if order is not None and same_tokens:
+            num_hidden = config.num_hidden if config.hidden == "hebbian" else 0
+            out, normaliser = near_far_attention(
+                *(query, key, value, layout), num_hidden=num_hidden, steps=config.steps, scale=scale, backend=backend
+            )
+        if order is not None:
             back = order.argsort(dim=1)
-            out, normaliser = _in_order(out, back), normaliser.gather(1, back)
-        return tuple(x[:, -num_queries:].unflatten(0, (batch, heads)) for x in (out, normaliser))
+            out, normaliser = _in_order(out, back), _in_order(normaliser, back)
+        return out, normaliser
 
-
-def _bidirectional(
-    config: AstroConfig,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    hidden: Hidden | None,
-    lengths: Tensor | None,
-    grid: tuple[int, int] | None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of sequences flattened over batch and heads [Z, N, D], real tokens first."""
-    num_keys = k.shape[1]
-    prefix = prefix_length(config, num_keys, grid)
-    if hidden is not None and config.near == 0 and prefix == 0:
-        real = None if lengths is None else real_tokens(num_keys, lengths)
-        out, normaliser = linear_attention(q, k, v, hidden, key_mask=real)
-        return (out, normaliser) if real is None or q.shape[1] != num_keys else zero_padding(out, normaliser, real)
-    tiled = config.near > 0
-    layout = Layout(
-        grid=grid if tiled else None,
-        prefix=prefix,
-        tile=config.tile if tiled else num_keys,  # without tiles, the whole sequence is one
-        near=config.near,
-        exact_keys=config.exact_keys if tiled else 0,
-        groups=config.groups,
-        lengths=lengths,
-    )
-    if hidden is not None:
-        return near_linear_attention(q, k, v, hidden, layout)
-    num_hidden = config.num_hidden if config.hidden == "hebbian" else 0
-    return near_far_attention(q, k, v, layout, num_hidden=num_hidden, steps=config.steps)
+    def _layer(self) -> tuple[Tensor, Tensor]:
+        """W [1, H, m, D] and b [1, H, m] of the static hidden layer."""
+        assert self.hidden is not None
+        return self.hidden.weight[None], self.hidden.phase[None]
 
 
 def _softmax_attention(
@@ -272,20 +323,19 @@ def _softmax_attention(
     return out, logits.logsumexp(-1)
 
 
+def _sort(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """The order [B, N] that puts the tokens without a flag first and keeps all else, and the flags in that order."""
+    flags, order = flags.to(torch.uint8).sort(dim=1, stable=True)
+    return order, flags.bool()
+
+
 def _in_order(x: Tensor, order: Tensor) -> Tensor:
-    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+    """The tokens of [B, H, N] or [B, H, N, D] in the order [B, N]."""
+    index = order[:, None] if x.dim() == 3 else order[:, None, :, None]
+    return x.gather(2, index.expand(-1, *x.shape[1:2], -1, *x.shape[3:]))
 
 
-def _slices(config: AstroConfig, size: int, num_keys: int, head_dim: int) -> list[slice]:
-    """Slices of batch and heads whose largest intermediates stay within the workspace."""
-    tiles = -(-num_keys // config.tile)
-    largest = {
-        "random": num_keys * config.num_hidden,
-        "hebbian": max(min(config.groups, tiles) * num_keys, tiles * config.num_hidden * head_dim),
-        "none": min(config.groups, tiles) * num_keys,
-    }[config.hidden]
-    if config.near:
-        gathered = tiles * (config.near + config.exact_keys)
-        largest = max(largest, gathered * (config.num_hidden if config.hidden == "random" else head_dim))
-    step = max(1, WORKSPACE // largest)
-    return [slice(start, start + step) for start in range(0, size, step)]
+def _zero_padding(out: Tensor, normaliser: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros and -inf for queries that are padding [B, N]."""
+    padding = ~real[:, None]
+    return out.masked_fill(padding[..., None], 0), normaliser.masked_fill(padding, -torch.inf)

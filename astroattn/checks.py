@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from astroattn.ops.causal import CausalState
+
 if TYPE_CHECKING:
     from astroattn.attention import AstrocyteAttention
     from astroattn.config import AstroConfig
@@ -60,6 +62,23 @@ def check_call(
     check_grid(grid, num_keys)
     if grid is not None and (key_mask is not None or causal):
         raise ValueError(f"grid: {tuple(grid)}; a patch grid takes neither key_mask nor causal")
+
+
+def check_state(module: AstrocyteAttention, state: CausalState | None, query: Tensor, value: Tensor) -> None:
+    """Raise TypeError or ValueError for a state that is none, or of another module, batch or value dimension."""
+    if state is None:
+        return
+    if not isinstance(state, CausalState):
+        raise TypeError(f"state: {type(state).__name__}; expected what decode has returned, or None")
+    config, shape = module.config, tuple(query.shape[:2])
+    expected = {
+        "kv_state": (*shape, config.num_hidden, value.shape[3]),
+        "key": (*shape, max(config.near - 1, 0), query.shape[3]),
+    }
+    for name, shape in expected.items():
+        came = tuple(getattr(state, name).shape)
+        if came != shape:
+            raise ValueError(f"state: {name} of shape {came}; these tokens and this module need {shape}")
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int) -> None:

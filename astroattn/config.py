@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 HIDDEN = ("hebbian", "random", "none")
+BACKENDS = ("auto", "torch", "triton", "native")
 ACTIVATIONS = (
     "positive_exp",
     "cosine",
@@ -51,6 +52,8 @@ class AstroConfig:
         activation: phi of the "random" layer, one of `ACTIVATIONS`; "constant" gives uniform attention.
         orthogonal: draw the weights of the "random" layer orthogonal in blocks of head_dim, not independent.
         seed: seed of the "random" layer.
+        backend: what computes it. "torch" is plain PyTorch, "triton" the kernels for a GPU, "native" those for a CPU;
+            "auto" takes the fastest that can run. They differ by rounding only.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its range, named.
@@ -67,6 +70,7 @@ class AstroConfig:
     activation: str = "positive_exp"
     orthogonal: bool = True
     seed: int = 0
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -75,7 +79,7 @@ class AstroConfig:
                 raise TypeError(f"{field.name}: {value!r} of type {type(value).__name__}; expected {field.type}")
             if field.name in _LEAST and value < _LEAST[field.name]:
                 raise ValueError(f"{field.name}: {value}; must be at least {_LEAST[field.name]}")
-        for name, allowed in (("hidden", HIDDEN), ("activation", ACTIVATIONS)):
+        for name, allowed in (("hidden", HIDDEN), ("activation", ACTIVATIONS), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r}; must be one of {', '.join(allowed)}")
         if self.seed >= 2**64:

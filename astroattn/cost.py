@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from astroattn.config import AstroConfig
+from astroattn.ops.causal import CHUNK
 from astroattn.ops.clustering import block_layout
-from astroattn.ops.static import CHUNK
 from astroattn.ops.tiles import near_shape, tile_shape
 
 
@@ -70,8 +70,8 @@ def count_cost(
 
 def _count_causal(config: AstroConfig, head_dim: int, num_keys: int) -> Cost:
     m, near = config.num_hidden, min(config.near, num_keys)
-    pairs = 2 * max(CHUNK, config.near) if near else CHUNK  # a near field reaches into the chunk before
-    products = 4 * m + pairs * (1 + m / head_dim) + (pairs if near else 0)
+    pairs = CHUNK * (1 + m / head_dim) + (2 * (CHUNK + near - 1) if near else 0)  # through phi, and exactly
+    products = 4 * m + pairs
     return Cost(near + m, products, 2 * num_keys)
 
 

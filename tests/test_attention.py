@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from core_cases import BIDIRECTIONAL, CAUSAL, EVERY, draw, module, padding_mask, relative
 
-import astroattn.attention
 from astroattn import AstroConfig
+from astroattn.ops import plain
 from astroattn.ops.tiles import make_tiles
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -149,6 +149,65 @@ def test_causal_and_bidirectional_for_the_last_tokens(name: str) -> None:
             torch.testing.assert_close(ours.transpose(1, 2)[rows], theirs[:, :, -9:].transpose(1, 2)[rows])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cuts", [(1, 2, 3, 40), (7, 40), (33, 34, 39, 40)])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_decoding_in_any_pieces_is_causal_attention(name: str, cuts: tuple, masked: bool) -> None:
+    """With padding before the first real token, or in holes of the first piece."""
+    attention, qkv = module(CAUSAL[name]), [x.requires_grad_() for x in draw(2, 2, 40, 8)]
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    if masked:
+        mask[0, :5] = mask[1, : cuts[0] : 2] = False
+    whole = attention(*qkv, causal=True, key_mask=mask if masked else None, scale=0.5)
+    state, parts = None, []
+    for start, stop in zip((0, *cuts), cuts, strict=False):
+        piece = [x[:, :, start:stop] for x in qkv]
+        out, state = attention.decode(*piece, state, key_mask=mask[:, start:stop] if masked else None, scale=0.5)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 2), whole)
+    weight = torch.randn_like(whole)
+    pairs = zip(
+        torch.autograd.grad((torch.cat(parts, 2) * weight).sum(), qkv),
+        torch.autograd.grad((whole * weight).sum(), qkv),
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_state_of_decoding_has_a_fixed_size(name: str) -> None:
+    attention, sizes = module(CAUSAL[name]), []
+    for tokens in (1, 3, 300):
+        query, key, value = draw(2, 2, tokens, 8, dtype=torch.bfloat16)
+        out, state = attention.decode(query, key, value)
+        assert out.dtype == torch.bfloat16
+        assert state.kv_state.dtype == torch.float32
+        sizes.append(sum(x.untyped_storage().nbytes() for x in state))
+    assert len(set(sizes)) == 1
+
+
+def test_decoding_refuses_what_has_no_state() -> None:
+    qkv = draw(1, 2, 5, 8)
+    for config in BIDIRECTIONAL.values():
+        if module(config).refusal(causal=True) is not None:
+            with pytest.raises(ValueError, match=r"^decode: this module has no causal state; causal attention "):
+                module(config).decode(*qkv)
+    attention = module(CAUSAL["causal, near"])
+    state = attention.decode(*qkv)[1]
+    with pytest.raises(TypeError, match=r"^state: tuple; "):
+        attention.decode(*qkv, tuple(state))
+    with pytest.raises(ValueError, match=r"^state: kv_state of shape \(1, 2, 16, 8\); .* need \(2, 2, 16, 8\)"):
+        attention.decode(*draw(2, 2, 5, 8), state)
+    with pytest.raises(ValueError, match=r"^state: key of shape \(1, 2, 4, 8\)"):
+        module(CAUSAL["causal"]).decode(*qkv, state)
+    with pytest.raises(ValueError, match=r"^query: 2 tokens; key has 5"):
+        attention.decode(qkv[0][:, :, :2], *qkv[1:])
+    attention.exact = True
+    with pytest.raises(ValueError, match=r"^decode: .*; it is set to exact"):
+        attention.decode(*qkv)
+
+
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
 def test_a_grid_has_its_prefix_before_it(name: str) -> None:
     config, qkv = BIDIRECTIONAL[name], draw(2, 2, 53, 8, dtype=torch.float32)
@@ -168,7 +227,7 @@ def test_slices_of_the_batch_change_nothing(name: str, monkeypatch: pytest.Monke
     attention, qkv = module(config), draw(3, 2, 40, 8, dtype=torch.float32)
     mask = padding_mask()[:3]
     whole = attention(*qkv, key_mask=mask, causal=causal)
-    monkeypatch.setattr(astroattn.attention, "WORKSPACE", 1)
+    monkeypatch.setattr(plain, "WORKSPACE", 1)
     torch.testing.assert_close(attention(*qkv, key_mask=mask, causal=causal), whole)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astroattn import AstroConfig
-from astroattn.config import ACTIVATIONS, HIDDEN
+from astroattn.config import ACTIVATIONS, BACKENDS, HIDDEN
 
 LEAST = {"num_hidden": 1, "near": 0, "exact_keys": 0, "exact_queries": 0, "tile": 1, "steps": 0, "groups": 1, "seed": 0}
 TYPES = {field.name: {"int": int, "str": str, "bool": bool}[field.type] for field in dataclasses.fields(AstroConfig)}
@@ -26,6 +26,7 @@ def test_every_number_has_a_range() -> None:
     st.fixed_dictionaries(
         {name: st.integers(least, 10**6) for name, least in LEAST.items()}
         | {"hidden": st.sampled_from(HIDDEN), "activation": st.sampled_from(ACTIVATIONS), "orthogonal": st.booleans()}
+        | {"backend": st.sampled_from(BACKENDS)}
     )
 )
 def test_json_gives_the_same_configuration(values: dict) -> None:
@@ -53,7 +54,7 @@ def test_values_of_another_type(name: str) -> None:
                 AstroConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["hidden", "activation"])
+@pytest.mark.parametrize("name", ["hidden", "activation", "backend"])
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: 'hebb'; must be one of .*, "):
         AstroConfig(**{name: "hebb"})

@@ -8,7 +8,7 @@ from core_cases import draw, layout, near_far_oracle, relative
 from torch.autograd import gradcheck
 
 from astroattn.ops.clustering import learn_clusters
-from astroattn.ops.near_far import choose_exact_keys, learn_hidden, near_far_attention, read_tiles
+from astroattn.ops.near_far import Choice, attend, choose, near_far_attention
 from astroattn.ops.reference import softmax_attention
 from astroattn.ops.tiles import make_tiles
 
@@ -90,9 +90,7 @@ def test_choices(shape: dict) -> None:
     where = layout(**(vars(where) | ({} if where.lengths is None else {"lengths": where.lengths[:1]})))
     length, prefix, m, e = int(key.shape[1] if where.lengths is None else where.lengths[0]), where.prefix, 5, 4
     tiles = make_tiles(where, key.shape[1], key.device)
-    reading = read_tiles(query, key, where, tiles)
-    winners, error = learn_hidden(reading, key[:, prefix:], value[:, prefix:], m, 2, where.body_lengths())
-    exact = choose_exact_keys(reading, tiles, error, e)
+    choice = choose(query, key, value, where, num_hidden=m, steps=2)
 
     q, k, v = query[0, prefix:length], key[0, :length], value[0, prefix:length]
     tile_of = (tiles.inverse // tiles.slots.shape[1])[: length - prefix]
@@ -103,17 +101,30 @@ def test_choices(shape: dict) -> None:
     mass = sum((k @ u[g]).softmax(0)[prefix:] * (group_of == g).double().mean() for g in groups)
     points = k[prefix:] * rest.square().mean(0).sqrt()
     own, distance = learn_clusters(points[None], mass[None], m, 2, None)
-    assert winners[0, : length - prefix].tolist() == own[0].tolist()
+    assert choice.winners[0, : length - prefix].tolist() == own[0].tolist()
     one_hot = torch.nn.functional.one_hot(own[0], m).double() * mass[:, None]
     mean = (one_hot / one_hot.sum(0)).T @ v
     expected = distance[0].sqrt() * (v - mean[own[0]]).norm(dim=1)
-    torch.testing.assert_close(error[0, : length - prefix], expected)
+    far_mass = torch.zeros(length - prefix, dtype=torch.float64)
     for g in groups:
         score = (k[prefix:] @ u[g]).exp() * expected
         for t in set(tile_of[group_of == g].tolist()):
             score[tiles.near[0, t][tiles.near_mask[0, t]]] = 0
         best = {key for key in score.topk(min(e, len(score))).indices.tolist() if score[key] > 0}
-        assert set(exact.group_keys[0, g][exact.group_chosen[0, g]].tolist()) == best
+        chosen = choice.keys[0, g][choice.keys[0, g] >= 0].tolist()
+        assert set(chosen) == best
+        assert len(chosen) == len(best)
+        share = (k @ u[g]).softmax(0)[prefix:] * (group_of == g).double().mean()
+        share[chosen] = 0
+        for t in set(tile_of.tolist()) if len(set(tile_of.tolist())) <= where.groups else ():
+            if tiles.group[0, t] == g:
+                share[tiles.near[0, t][tiles.near_mask[0, t]]] = 0
+        far_mass += share
+    for cluster in range(m):  # up to a factor of the cluster's own
+        members = own[0] == cluster
+        ours = choice.mass[0, : length - prefix][members]
+        torch.testing.assert_close(ours * far_mass[members].sum(), far_mass[members] * ours.sum())
+    assert not choice.mass[0, length - prefix :].any()
 
 
 @pytest.mark.parametrize("shape", [SEQUENCES[3], SEQUENCES[12], GRIDS[2], LENGTHS[1], LENGTHS[2]], ids=name)
@@ -145,12 +156,32 @@ def test_gradients_equal_those_of_dense_matrices(shape: dict) -> None:
 @pytest.mark.parametrize("num_hidden", [0, 3])
 def test_gradients_equal_finite_differences(shape: dict, num_hidden: int) -> None:
     *qkv, where = case(shape, size=1, dim=3)
+    choice = choose(*qkv, where, num_hidden=num_hidden, steps=1)
 
-    def attend(*qkv: torch.Tensor) -> tuple:
-        out, normaliser = near_far_attention(*qkv, where, num_hidden=num_hidden, steps=1)
+    def attend_finite(*qkv: torch.Tensor) -> tuple:
+        out, normaliser = attend(*qkv, where, choice, num_hidden)
         return out, normaliser[normaliser.isfinite()]  # the normaliser's share is checked too
 
-    assert gradcheck(attend, [x.requires_grad_() for x in qkv], eps=1e-7, atol=1e-5)
+    assert gradcheck(attend_finite, [x.requires_grad_() for x in qkv], eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [SEQUENCES[4], SEQUENCES[10], GRIDS[1], LENGTHS[2]], ids=name)
+def test_choices_of_a_kernel_serve_as_well(shape: dict) -> None:
+    """Indices of 32 bits, masses with a factor of each cluster's own, more places for keys than there are keys."""
+    *qkv, where = case(shape)
+    qkv = [x.requires_grad_() for x in qkv]
+    choice = choose(*qkv, where, num_hidden=7, steps=2)
+    factor = torch.rand(len(qkv[0]), 7, dtype=torch.float64) + 0.5
+    keys = torch.nn.functional.pad(choice.keys.flip(-1), (0, 3), value=-1)
+    theirs = Choice(choice.winners.int(), choice.mass * factor.gather(1, choice.winners), keys.int())
+
+    def gradients(out: torch.Tensor, normaliser: torch.Tensor) -> tuple:
+        loss = out.square().sum() + normaliser.masked_fill(normaliser.isinf(), 0).square().sum()
+        return out, normaliser, *torch.autograd.grad(loss, qkv)
+
+    whole = gradients(*near_far_attention(*qkv, where, num_hidden=7, steps=2))
+    torch.testing.assert_close(gradients(*attend(*qkv, where, choice, 7)), whole, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(*attend(*qkv, where, theirs, 7)), whole, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("num_hidden", [0, 4])

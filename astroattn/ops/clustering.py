@@ -46,7 +46,8 @@ def weighted_means(points: Tensor, mass: Tensor, winners: Tensor, num_clusters: 
     place = (winners + torch.arange(size, device=points.device)[:, None] * num_clusters).flatten()
     total = mass.new_zeros(size * num_clusters).index_add(0, place, mass.flatten())
     sums = points.new_zeros(size * num_clusters, dim).index_add(0, place, (points * mass[..., None]).flatten(0, 1))
-    mean = sums / total.clamp(min=torch.finfo(total.dtype).tiny)[:, None]
+    # An empty cluster is divided by 1, not by almost 0, which would make NaN of its gradient.
+    mean = sums / total.masked_fill(total < torch.finfo(total.dtype).tiny, 1)[:, None]
     return total.view(size, num_clusters), mean.view(size, num_clusters, dim)
 
 

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from astroattn.ops.features import respond
-from astroattn.ops.near_far import assemble, choose_exact_keys, read_tiles, take_rows
+from astroattn.ops.near_far import assemble, choose_exact_keys, exact_of_tiles, read_tiles, take_rows
 from astroattn.ops.tiles import Layout, make_tiles
 
-CHUNK = 64  # tokens that causal attention reads pair by pair, at least
-# Most that the gains of one chunk may rise above what a query of it sees: exp(-40) is far from float32's underflow.
-GAIN_RANGE = 40
+FEATURES, LEAST_CHUNK = 2**18, 16  # numbers in one chunk's features, and its least number of tokens
 
 
 class Hidden(NamedTuple):
@@ -74,10 +72,10 @@ def _query_features(query: Tensor, hidden: Hidden, top: Tensor) -> tuple[Tensor,
 def read(query: Tensor, state: State, hidden: Hidden) -> tuple[Tensor, Tensor]:
     """Read the hidden layer: the output [Z, N, Dv] and log p [Z, N] (NaN where an activation makes p negative)."""
     phi, best = _query_features(query, hidden, state.top)
-    return _divide(phi @ state.kv_state, phi @ state.z_state[..., None], best)
+    return divide(phi @ state.kv_state, phi @ state.z_state[..., None], best)
 
 
-def _divide(out: Tensor, process: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def divide(out: Tensor, process: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """out / p and log p + high; zeros and -inf where nothing has been written."""
     empty = process == 0
     safe = process.masked_fill(empty, 1)
@@ -89,13 +87,30 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Write all tokens, then read: bidirectional attention, 4 m products of length D per token.
 
+    It goes over the tokens in chunks, so that the features of all of them never exist at once.
+
     Args:
         query: [Z, Nq, D]. key, value: [Z, Nk, D], [Z, Nk, Dv]. key_mask: real keys [Z, Nk], or None for all.
 
     Returns:
         The output [Z, Nq, Dv] and the log of the normaliser [Z, Nq].
     """
-    return read(query, write(key, value, hidden, key_mask), hidden)
+    state = None
+    for part in _chunks(key, hidden):
+        mask = None if key_mask is None else key_mask[:, part]
+        new = write(key[:, part], value[:, part], hidden, mask, None if state is None else state.top)
+        state = new if state is None else add_states(state, new)
+    assert state is not None
+    outs, normalisers = zip(*(read(query[:, part], state, hidden) for part in _chunks(query, hidden)), strict=True)
+    return torch.cat(outs, 1), torch.cat(normalisers, 1)
+
+
+def _chunks(x: Tensor, hidden: Hidden) -> list[slice]:
+    """Tokens of x [Z, N, D] whose features stay in the cache; all at once in a graph, which should not grow with N."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    step = max(LEAST_CHUNK, FEATURES // (len(x) * hidden.weight.shape[1]))
+    return [slice(start, start + step) for start in range(0, x.shape[1], step)]
 
 
 def near_linear_attention(
@@ -108,13 +123,14 @@ def near_linear_attention(
     """
     num_tokens, prefix = key.shape[1], layout.prefix
     tiles = make_tiles(layout, num_tokens, key.device)
-    exact = choose_exact_keys(read_tiles(query, key, layout, tiles), tiles, None, layout.exact_keys)
+    chosen_keys = choose_exact_keys(read_tiles(query, key, layout, tiles), tiles, None, layout.exact_keys)
+    exact, exact_real = exact_of_tiles(tiles, chosen_keys)
     real = layout.real(num_tokens)
 
     head = torch.arange(prefix, device=key.device).expand(len(key), len(tiles.slots), -1)
     head_real = torch.ones_like(head, dtype=torch.bool) if real is None else real[:, None, :prefix].expand(head.shape)
-    index = torch.cat([head, exact.keys + prefix], -1)
-    chosen = torch.cat([head_real, exact.chosen], -1)[:, :, None]
+    index = torch.cat([head, exact + prefix], -1)
+    chosen = torch.cat([head_real, exact_real], -1)[:, :, None]
 
     phi_key, top = _key_features(key, hidden, real)
     slots = tiles.slots + prefix
@@ -131,57 +147,10 @@ def near_linear_attention(
     shares = (logits - high).exp() - fade * overlap
     process = shares.sum(-1, keepdim=True) + fade * total
     out = shares @ take_rows(value, index) + fade * (phi_query @ (phi_key.mT @ value)[:, None])
-    return assemble(*_divide(out, process, high), tiles, query, key, value, layout)
+    return assemble(*divide(out, process, high), tiles, query, key, value, layout)
 
 
-def causal_linear_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden: Hidden,
-    *,
-    near: int = 0,
-    key_mask: Tensor | None = None,
-    state: State | None = None,
-    chunk: int = CHUNK,
-) -> tuple[Tensor, Tensor, State | None]:
-    """Causal attention in chunks: keys of earlier chunks through the state, keys of the same chunk pair by pair.
-
-    A query reads the `near` latest keys (itself included) exactly and all earlier ones through phi. The state has
-    constant size, and another call can go on from it (with near = 0).
-
-    Args:
-        query, key, value: [Z, N, D], [Z, N, D], [Z, N, Dv]. key_mask: real keys [Z, N]. state: where to go on from.
-
-    Returns:
-        The output [Z, N, Dv], the log of the normaliser [Z, N] (zeros and -inf where no key has come yet), and the
-        state, or None with a near field.
-    """
-    if state is not None and near:
-        raise ValueError(f"near: {near}; going on from a state needs near=0, because a state keeps no recent keys")
-    size, count, _ = key.shape
-    chunk = max(chunk, near)
-    if state is None:
-        m, dim = hidden.weight.shape[1], value.shape[-1]
-        low = torch.finfo(key.dtype).min / 4
-        state = State(key.new_zeros(size, m, dim), key.new_zeros(size, m), key.new_full((size, 1, m), low))
-    outs, normalisers = [], []
-    lag = chunk if near else 0  # with a near field, the state stays one chunk behind, so that a window fits in two
-    for start in range(0, count, chunk):
-        now = slice(start, min(start + chunk, count))
-        recent = slice(max(start - lag, 0), now.stop)
-        mask = None if key_mask is None else key_mask[:, recent]
-        out, normaliser = _read_chunk(query[:, now], key[:, recent], value[:, recent], state, hidden, near, mask)
-        outs.append(out)
-        normalisers.append(normaliser)
-        done = slice(recent.start, now.stop - lag) if lag else now
-        if done.stop > done.start:
-            mask = None if key_mask is None else key_mask[:, done]
-            state = _add(state, write(key[:, done], value[:, done], hidden, mask, state.top))
-    return torch.cat(outs, 1), torch.cat(normalisers, 1), None if near else state
-
-
-def _add(old: State, new: State) -> State:
+def add_states(old: State, new: State) -> State:
     """The sum of two states, the newer measured from the higher gains."""
     fade = (old.top - new.top).exp()
     return State(
@@ -189,61 +158,3 @@ def _add(old: State, new: State) -> State:
         old.z_state * fade[:, 0] + new.z_state,
         new.top,
     )
-
-
-def _read_chunk(
-    query: Tensor, key: Tensor, value: Tensor, state: State, hidden: Hidden, near: int, key_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Queries that are the last tokens of the keys read the state and, pair by pair, the keys that they see.
-
-    A feature is measured from its largest gain over the keys that the last query sees. Where an earlier query sees
-    only gains so much smaller that they could underflow, the queries are read in two halves.
-    """
-    queries, keys = query.shape[1], key.shape[1]
-    gain, base = respond(key, hidden.weight, hidden.phase, hidden.activation)
-    position = torch.arange(keys, device=key.device)
-    far = (position < keys - near)[None] if key_mask is None else (position < keys - near) & key_mask
-    gain = gain.masked_fill(~far[..., None], -torch.inf).expand_as(base)
-    highest = torch.cat([state.top, gain.detach()], 1).cummax(1).values
-    seen_top = highest[:, (position[keys - queries :] + 1 - near).clamp(min=0)]  # what each query sees [Z, queries, m]
-    top = seen_top[:, -1:]
-    some = seen_top > torch.finfo(key.dtype).min / 4  # False where there is no far key yet
-    if queries > 1 and ((top - seen_top).masked_fill(~some, 0) > GAIN_RANGE).any():
-        half = queries // 2
-        early = slice(keys - queries + half)
-        mask = None if key_mask is None else key_mask[:, early]
-        parts = (
-            _read_chunk(query[:, :half], key[:, early], value[:, early], state, hidden, near, mask),
-            _read_chunk(query[:, half:], key, value, state, hidden, near, key_mask),
-        )
-        return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
-
-    phi_key = (gain - top).exp() * base
-    gain, base = respond(query, hidden.weight, hidden.phase, hidden.activation)
-    best = (gain.detach() + seen_top).amax(-1, keepdim=True)
-    phi_query = (gain + top - best).masked_fill(~some, -torch.inf).exp() * base
-    fade = (state.top - top).exp()
-    process = phi_query @ (state.z_state * fade[:, 0])[..., None]
-    out = phi_query @ (state.kv_state * fade.mT)
-
-    distance = position[keys - queries :, None] - position
-    seen = (distance >= 0)[None] if key_mask is None else (distance >= 0) & key_mask[:, None]
-    shares = (phi_query @ phi_key.mT).masked_fill(~seen, 0)
-    high = best
-    if near:
-        close = seen & (distance < near)
-        logits = (query @ key.mT).masked_fill(~close, -torch.inf)
-        high = torch.maximum(best, logits.detach().amax(-1, keepdim=True))
-        scale = (best - high).exp()
-        shares = torch.where(close, (logits - high).exp(), shares * scale)
-        process, out = process * scale, out * scale
-    return _divide(out + shares @ value, process + shares.sum(-1, keepdim=True), high)
-
-
-def recurrent_step(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Hidden, state: State
-) -> tuple[Tensor, Tensor, State]:
-    """One token: write it, then read. query, key [Z, 1, D], value [Z, 1, Dv]; output, log normaliser, new state."""
-    state = _add(state, write(key, value, hidden, None, state.top))
-    out, normaliser = read(query, state, hidden)
-    return out, normaliser, state

@@ -1,0 +1,86 @@
+"""Which backend computes an attention: plain PyTorch, Triton on a GPU, or C++ on a CPU."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from astroattn.ops.native import library
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels
+MOST_DIM = 256  # of a head, in the Triton kernels
+
+# The kernels of each backend, by operation. Plain PyTorch computes all of them, and "near_linear" besides.
+MODULES = {
+    ("triton", "near_far"): "astroattn.ops.kernels.near_far",
+    ("triton", "linear"): "astroattn.ops.kernels.static",
+    ("triton", "causal"): "astroattn.ops.kernels.causal",
+    ("native", "near_far"): "astroattn.ops.native.near_far",
+    ("native", "linear"): "astroattn.ops.native.linear",
+}
+# Read once: a compiler can trace constants, but neither imports nor ctypes.
+_TRITON = find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_NO_NATIVE = library.refusal(torch.float32)
+_warned = False
+
+
+def choose_backend(backend: str, operation: str, query: Tensor, value: Tensor) -> str:
+    """The backend for an operation ("near_far", "linear", "causal", "near_linear") on such tensors.
+
+    "auto" takes Triton on a GPU and C++ on a CPU where they can run, else plain PyTorch. It warns once where the C++
+    kernels would serve but are not there.
+
+    Raises:
+        ValueError: the backend was named and cannot run, with the reason.
+    """
+    if backend == "torch":
+        return backend
+    if backend == "auto":
+        backend = "triton" if query.is_cuda else "native"
+        reason = _refusal(backend, operation, query, value)
+        if reason is not None and reason is _NO_NATIVE:
+            _warn_once()
+        return backend if reason is None else "torch"
+    reason = _refusal(backend, operation, query, value)
+    if reason is not None:
+        raise ValueError(f"backend: {backend!r} cannot run here; {reason}")
+    return backend
+
+
+def kernels(backend: str, operation: str) -> Any:
+    """The module of the kernels, imported when it is first used."""
+    return import_module(MODULES[backend, operation])
+
+
+def _refusal(backend: str, operation: str, query: Tensor, value: Tensor) -> str | None:
+    """Why a backend with kernels cannot compute an operation on such tensors, or None."""
+    if (backend, operation) not in MODULES:
+        return f"it has no kernel for this attention ({operation})"
+    if query.dtype not in DTYPES:
+        return f"its kernels take {', '.join(map(str, DTYPES))}, not {query.dtype}"
+    if backend == "native":
+        return _NO_NATIVE if query.device.type == "cpu" else f"its kernels run on the CPU, not on {query.device}"
+    if not _TRITON:
+        return "the package triton is not installed"
+    if not query.is_cuda and not _INTERPRETED:
+        return f"its kernels run on a CUDA device, not on {query.device}"
+    dim = max(query.shape[-1], value.shape[-1])
+    return f"its kernels take heads of at most {MOST_DIM}, not {dim}" if dim > MOST_DIM else None
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned and not torch.compiler.is_compiling():  # a graph has no such side effects
+        _warned = True
+        warnings.warn(
+            f"astroattn: plain PyTorch stands in for the CPU kernels: {_NO_NATIVE}. To build them, install astroattn "
+            "again where a C++ compiler is found; backend='torch' says that they are not wanted",
+            stacklevel=6,
+        )

@@ -1,0 +1,411 @@
+"""The attentions as operators of PyTorch (`torch.ops.astroattn`), and the functions that call them.
+
+An operator runs kernels that a compiler need not look into: it has a fake, which tells shapes without computing, and a
+backward operator. Plain PyTorch is traced as it stands and needs none, but for causal attention in a graph, which
+decides on its way how to cut a chunk.
+
+Tensors are [B, H, N, D] of any strides. Outputs and gradients have the strides of the query, the key or the value where
+they have as many columns, and are contiguous elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from astroattn.ops import plain
+from astroattn.ops.backends import choose_backend, kernels
+from astroattn.ops.causal import CausalState
+from astroattn.ops.tiles import Layout, tile_shape
+
+
+def near_far_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    num_hidden: int,
+    steps: int,
+    scale: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Near field, exact keys and a Hebbian hidden layer for the rest: `near_far.near_far_attention`.
+
+    Args:
+        query, key: [B, H, N, D]. value: [B, H, N, Dv]. layout: its lengths, if any, are those of the batch [B].
+        num_hidden: m; 0 leaves the far field out. steps: Hebbian learning steps. scale: multiplies q.k.
+        backend: as in `AstroConfig`.
+
+    Returns:
+        The output [B, H, N, Dv] in the dtype of the query, and log p [B, H, N] in float32 at least.
+
+    Raises:
+        ValueError: the backend cannot run here.
+    """
+    backend = choose_backend(backend, "near_far", query, value)
+    if backend == "torch":
+        return plain.near_far_attention(query, key, value, layout, num_hidden, steps, scale)
+    out, log_p, *_ = _call(_near_far, NearFar)(
+        *(query, key, value, layout.lengths, layout.grid, layout.prefix, layout.tile, layout.near),
+        *(layout.exact_keys, layout.groups, num_hidden, steps, scale, backend),
+    )
+    return out, log_p
+
+
+def near_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    phase: Tensor,
+    layout: Layout,
+    *,
+    activation: str,
+    scale: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Near field, exact keys and a static hidden layer for the rest: `static.near_linear_attention`; no kernel has it.
+
+    Arguments, results and errors as in `near_far_attention` and `linear_attention`.
+    """
+    choose_backend(backend, "near_linear", query, value)
+    return plain.near_linear_attention(query, key, value, weight, phase, layout, activation, scale**0.5)
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    phase: Tensor,
+    *,
+    activation: str,
+    scale: float,
+    key_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A static hidden layer, bidirectional: `static.linear_attention`.
+
+    Args:
+        query: [B, H, Nq, D]. key, value: [B, H, Nk, D], [B, H, Nk, Dv]. weight: W [1 or B, H, m, D]. phase: b
+            [1 or B, H, m]; kernels give it no gradient. key_mask: real keys [B, Nk]. activation: the name of phi.
+        scale, backend, results and errors: as in `near_far_attention`.
+    """
+    backend = choose_backend(backend, "linear", query, value)
+    inputs = (query, key, value, weight, phase, key_mask, activation, scale**0.5)
+    if backend == "torch":
+        return plain.linear_attention(*inputs)
+    out, log_p, *_ = _call(_linear, Linear)(*inputs, backend)
+    return out, log_p
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    phase: Tensor,
+    *,
+    activation: str,
+    near: int,
+    scale: float,
+    key_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A static hidden layer, causal, with the `near` latest keys exact: `causal.causal_linear_attention`.
+
+    Arguments, results and errors as in `linear_attention`, with as many queries as keys.
+    """
+    backend = choose_backend(backend, "causal", query, value)
+    inputs = (query, key, value, weight, phase, key_mask, activation, near, scale**0.5)
+    if backend == "torch" and not torch.compiler.is_compiling():
+        return plain.causal_attention(*inputs)[:2]
+    out, log_p, *_ = _call(_causal, Causal)(*inputs, backend)
+    return out, log_p
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    phase: Tensor,
+    *,
+    activation: str,
+    near: int,
+    scale: float,
+    key_mask: Tensor | None = None,
+    state: CausalState | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, CausalState]:
+    """As `causal_attention`, on from a state (None: from the first token): the output and the state behind it.
+
+    The kernels have no gradients here: where one is wanted, plain PyTorch computes it.
+    """
+    backend = choose_backend(backend, "causal", query, value)
+    inputs = (query, key, value, weight, phase, key_mask, activation, near, scale**0.5, state)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, weight))
+    if backend == "torch" or differentiable:
+        out, _, state = plain.causal_attention(*inputs)
+    else:
+        out, _, state = kernels(backend, "causal").causal_attention_forward(*inputs)
+    return out, state
+
+
+def _call(operator: Callable[..., Any], function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """How to call an operator: in eager mode with gradients, by a function that costs less and knows `torch.func`."""
+    graph = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    apply: Callable[..., Any] = operator if graph else function.apply
+    return apply
+
+
+def _new_rows(like: Tensor, columns: int) -> Tensor:
+    """An empty tensor for results, laid out like `like` where it has as many columns."""
+    like = like if like.stride(-1) == 1 else like.contiguous()
+    return torch.empty_like(like) if like.shape[-1] == columns else like.new_empty(*like.shape[:3], columns)
+
+
+def _as_rows(x: Tensor, like: Tensor) -> Tensor:
+    """The same numbers, laid out as `_new_rows` lays them out."""
+    rows = _new_rows(like, x.shape[-1])
+    return x if x.stride() == rows.stride() else rows.copy_(x)
+
+
+def _new_log_p(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_new_rows(x, x.shape[-1]) for x in inputs)
+
+
+# Near and far
+
+_LAYOUT = "Tensor? lengths, SymInt[]? grid, SymInt prefix, SymInt tile, SymInt near"
+
+
+@torch.library.custom_op(
+    "astroattn::near_far_attention",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_LAYOUT}, SymInt exact_keys, SymInt groups, SymInt num_hidden, "
+    "SymInt steps, float scale, str backend) -> (Tensor out, Tensor log_p, Tensor winners, Tensor mass, Tensor keys)",
+)
+def _near_far(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, grid: Sequence[int] | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    *settings, backend = rest
+    grid = None if grid is None else tuple(grid)
+    forward = kernels(backend, "near_far").near_far_forward
+    return tuple(forward(query, key, value, lengths, grid, *settings))
+
+
+@_near_far.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    grid: Sequence[int] | None,
+    prefix: int,
+    tile: int,
+    near: int,
+    exact_keys: int,
+    groups: int,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    body = query.shape[2] - prefix
+    rows, columns = grid or (1, body)
+    high, wide = tile_shape(tile, rows, columns) if tile < rows * columns else (rows, columns)
+    groups = min(groups, -(-rows // high) * -(-columns // wide))
+    winners = query.new_empty(*query.shape[:2], body, dtype=torch.int32)
+    mass = torch.empty_like(winners, dtype=torch.float32)
+    keys = winners.new_empty(*query.shape[:2], groups, min(exact_keys, body))
+    return _new_rows(query, value.shape[-1]), _new_log_p(query), winners, mass, keys
+
+
+@torch.library.custom_op(
+    "astroattn::near_far_attention_backward",
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor d_log_p, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_p, "
+    f"Tensor winners, Tensor mass, Tensor keys, {_LAYOUT}, SymInt groups, SymInt num_hidden, float scale, str backend) "
+    "-> (Tensor d_query, Tensor d_key, Tensor d_value)",
+)
+def _near_far_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *results, lengths, grid, prefix, tile, near, groups, num_hidden, scale, backend = rest
+    grid = None if grid is None else tuple(grid)
+    settings = (lengths, grid, prefix, tile, near, groups, num_hidden, scale)
+    return tuple(kernels(backend, "near_far").near_far_backward(d_out, d_log_p, *results, *settings))
+
+
+@_near_far_backward.register_fake
+def _(d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _gradients(query, key, value)
+
+
+class NearFar(torch.autograd.Function):
+    """`astroattn::near_far_attention` for eager mode: it costs less, and knows `torch.func`."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _near_far(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        query, key, value, lengths, grid, prefix, tile, near, _, groups, num_hidden, _, scale, backend = inputs
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(query, key, value, *output, lengths)
+        ctx.settings = (grid, prefix, tile, near, groups, num_hidden, scale, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_log_p: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return *_near_far_backward(d_out, d_log_p, *ctx.saved_tensors, *ctx.settings), *[None] * 11
+
+
+# Linear attention
+
+_HIDDEN = "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor phase, Tensor? key_mask, str activation"
+
+
+@torch.library.custom_op(
+    "astroattn::linear_attention",
+    mutates_args=(),
+    schema=f"({_HIDDEN}, float scale_root, str backend) "
+    "-> (Tensor out, Tensor log_p, Tensor kv_state, Tensor z_state, Tensor top)",
+)
+def _linear(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *inputs, backend = rest
+    return tuple(kernels(backend, "linear").linear_attention_forward(query, *inputs))
+
+
+@_linear.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    columns, sizes = value.shape[-1], (*query.shape[:2], weight.shape[2])
+    z_state = query.new_empty(sizes, dtype=torch.float32)
+    out, log_p = _new_rows(query, columns), _new_log_p(query)
+    return out, log_p, z_state.new_empty(*sizes, columns), z_state, torch.empty_like(z_state)
+
+
+@torch.library.custom_op(
+    "astroattn::linear_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor d_out, Tensor d_log_p, {_HIDDEN}, float scale_root, Tensor out, Tensor log_p, Tensor kv_state, "
+    "Tensor z_state, Tensor top, bool with_weight, str backend) "
+    "-> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_weight)",
+)
+def _linear_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *inputs, with_weight, backend = rest
+    backward = kernels(backend, "linear").linear_attention_backward
+    *grads, d_weight = backward(d_out, d_log_p, *inputs, with_weight=with_weight)
+    return *grads, inputs[3].new_empty(0) if d_weight is None else d_weight
+
+
+@_linear_backward.register_fake
+def _(
+    d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    with_weight = rest[-2]
+    return *_gradients(query, key, value), weight.new_empty(weight.shape if with_weight else 0)
+
+
+class Linear(torch.autograd.Function):
+    """`astroattn::linear_attention` for eager mode."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _linear(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, activation, scale_root, backend = inputs
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*tensors, *output)
+        ctx.settings = (activation, scale_root, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_log_p: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        activation, scale_root, backend = ctx.settings
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3]
+        *grads, d_weight = _linear_backward(
+            *(d_out, d_log_p, *tensors[:6], activation, scale_root, *tensors[6:], wanted, backend)
+        )
+        return *grads, d_weight if wanted else None, *[None] * 5
+
+
+# Causal attention
+
+
+@torch.library.custom_op(
+    "astroattn::causal_attention",
+    mutates_args=(),
+    schema=f"({_HIDDEN}, SymInt near, float scale_root, str backend) -> (Tensor out, Tensor log_p)",
+)
+def _causal(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *inputs, backend = rest
+    if backend == "torch":
+        out, log_p, _ = plain.causal_attention(query, *inputs)
+        return _as_rows(out, query), log_p
+    out, log_p, _ = kernels(backend, "causal").causal_attention_forward(query, *inputs, with_state=False)
+    return out, log_p
+
+
+@_causal.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _new_rows(query, value.shape[-1]), _new_log_p(query)
+
+
+@torch.library.custom_op(
+    "astroattn::causal_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor d_out, Tensor d_log_p, {_HIDDEN}, SymInt near, float scale_root, Tensor out, Tensor log_p, "
+    "bool with_weight, str backend) -> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_weight)",
+)
+def _causal_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *inputs, out, log_p, with_weight, backend = rest
+    if backend == "torch":
+        *grads, d_weight = plain.causal_attention_backward(d_out, d_log_p, *inputs)
+        return *map(_as_rows, grads, inputs[:3]), d_weight if with_weight else d_weight.new_empty(0)
+    backward = kernels(backend, "causal").causal_attention_backward
+    *grads, d_weight = backward(d_out, d_log_p, *inputs, out, log_p, with_weight=with_weight)
+    return *grads, inputs[3].new_empty(0) if d_weight is None else d_weight
+
+
+@_causal_backward.register_fake
+def _(
+    d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    with_weight = rest[-2]
+    return *_gradients(query, key, value), weight.new_empty(weight.shape if with_weight else 0)
+
+
+class Causal(torch.autograd.Function):
+    """`astroattn::causal_attention` for eager mode."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _causal(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, activation, near, scale_root, backend = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.settings = (activation, near, scale_root, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_log_p: Tensor) -> tuple[Tensor | None, ...]:
+        *settings, backend = ctx.settings
+        *tensors, out, log_p = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3]
+        *grads, d_weight = _causal_backward(d_out, d_log_p, *tensors, *settings, out, log_p, wanted, backend)
+        return *grads, d_weight if wanted else None, *[None] * 6
+
+
+for _operator, _function in ((_near_far, NearFar), (_linear, Linear), (_causal, Causal)):
+    _operator.register_autograd(_function.backward, setup_context=_function.setup_context)
