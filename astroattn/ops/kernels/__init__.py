@@ -1,0 +1,1 @@
+"""Triton kernels, with plain-PyTorch twins in the modules of the same names above; imported only when used."""

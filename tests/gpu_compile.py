@@ -1,0 +1,229 @@
+"""Compile every kernel that our launchers launch for a GPU (sm_90), without a GPU.
+
+    python -m tests.gpu_compile [part of a case's name ...]
+
+The launchers run on CPU tensors, and their launches are turned into compilations. For each kernel the table shows the
+registers of a thread, its stack in bytes (spills, and the slow path of sine and cosine), shared memory, and the matrix
+instructions. It fails where a kernel does not compile or needs more shared memory than a block may have.
+
+A case is a function without arguments that calls launchers. To add some, write a function that yields (name, case),
+importing its kernels in the case itself, and add it to `SOURCES`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+MOST_SHARED = 227 * 1024  # bytes of shared memory that a block may have on sm_90
+JOBS = 2  # processes
+Case = Callable[[], object]
+
+
+def static_cases() -> Iterator[tuple[str, Case]]:
+    """Bidirectional attention through a static hidden layer."""
+    for dtype in ("bfloat16", "float32"):
+        for dim in (32, 64, 128, 256):
+            yield f"static D={dim} m=64 {dtype}", partial(static, dim, 64, dtype)
+    yield "static D=64 m=256 bfloat16", partial(static, 64, 256, "bfloat16")
+    yield "static D=64 m=64 bfloat16 d_weight", partial(static, 64, 64, "bfloat16", with_weight=True)
+    yield "static D=64 m=64 bfloat16 mask", partial(static, 64, 64, "bfloat16", masked=True)
+    yield "static D=64 m=64 bfloat16 cosine", partial(static, 64, 64, "bfloat16", "cosine")
+    yield "static D=40 m=300 float16", partial(static, 40, 300, "float16", masked=True, with_weight=True)
+
+
+def static(
+    dim: int,
+    m: int,
+    dtype: str,
+    activation: str = "positive_exp",
+    *,
+    masked: bool = False,
+    with_weight: bool = False,
+) -> None:
+    from astroattn.ops.kernels.static import linear_attention_backward, linear_attention_forward
+
+    q, k, v, d_out = (torch.zeros(1, 12, 4096, dim, dtype=getattr(torch, dtype)) for _ in range(4))
+    layer = (torch.zeros(1, 12, m, dim), torch.zeros(1, 12, m), torch.ones(1, 4096).bool() if masked else None)
+    results = linear_attention_forward(q, k, v, *layer, activation, 0.5)
+    linear_attention_backward(d_out, results[1], q, k, v, *layer, activation, 0.5, *results, with_weight=with_weight)
+
+
+def causal_cases() -> Iterator[tuple[str, Case]]:
+    """Causal attention through a static hidden layer, with a near field and without, and the step of one token."""
+    for dtype in ("bfloat16", "float32"):
+        for dim in (32, 64, 128, 256):
+            yield f"causal D={dim} m=64 {dtype}", partial(causal, dim, 64, dtype)
+    yield "causal D=64 m=64 bfloat16 near=0", partial(causal, 64, 64, "bfloat16", near=0)
+    yield "causal D=64 m=256 bfloat16 d_weight", partial(causal, 64, 256, "bfloat16", with_weight=True)
+    yield "causal D=64 m=64 bfloat16 d_weight", partial(causal, 64, 64, "bfloat16", with_weight=True)
+    yield "causal D=40 m=300 float16 cosine mask", partial(causal, 40, 300, "float16", "cosine", masked=True)
+
+
+def causal(
+    dim: int,
+    m: int,
+    dtype: str,
+    activation: str = "positive_exp",
+    *,
+    near: int = 192,
+    masked: bool = False,
+    with_weight: bool = False,
+) -> None:
+    from astroattn.ops.kernels.causal import causal_attention_backward, causal_attention_forward, recurrent_step
+
+    q, k, v, d_out = (torch.zeros(1, 12, 4096, dim, dtype=getattr(torch, dtype)) for _ in range(4))
+    layer = (torch.zeros(1, 12, m, dim), torch.zeros(1, 12, m), torch.ones(1, 4096).bool() if masked else None)
+    inputs = (q, k, v, *layer, activation, near, 0.5)
+    out, log_p, state = causal_attention_forward(*inputs)
+    causal_attention_backward(d_out, log_p, *inputs, out, log_p, with_weight=with_weight)
+    mask = None if layer[2] is None else layer[2][:, :1]
+    recurrent_step(*(x[:, :, :1] for x in (q, k, v)), *layer[:2], mask, activation, near, 0.5, state)
+
+
+def near_far_cases() -> Iterator[tuple[str, Case]]:
+    """Near field, exact keys and learned hidden layer: the default, and large tiles for long sequences."""
+    large = {"tile": 64, "near": 192, "exact_keys": 0, "num_hidden": 64}
+    for dtype in ("bfloat16", "float32"):
+        for dim in (32, 64, 128, 256):
+            yield f"near_far D={dim} {dtype}", partial(near_far, 1024, dim, dtype)
+            yield f"near_far D={dim} {dtype} large tiles", partial(near_far, 16384, dim, dtype, **large)
+    yield "near_far D=64 bfloat16 shared", partial(near_far, 4096, 64, "bfloat16")
+    yield "near_far D=64 bfloat16 shared large tiles", partial(near_far, 32768, 64, "bfloat16", **large)
+    yield "near_far D=64 float32 grid", partial(near_far, 197, 64, "float32", prefix=1, grid=(14, 14))
+    yield "near_far D=40 m=300 float16 lengths", partial(near_far, 1024, 40, "float16", num_hidden=300, lengths=True)
+
+
+def near_far(
+    tokens: int,
+    dim: int,
+    dtype: str,
+    *,
+    tile: int = 4,
+    near: int = 4,
+    exact_keys: int = 32,
+    num_hidden: int = 16,
+    prefix: int = 0,
+    grid: tuple[int, int] | None = None,
+    lengths: bool = False,
+) -> None:
+    from astroattn.ops.kernels.near_far import near_far_backward, near_far_forward
+
+    q, k, v, d_out = (torch.zeros(1, 12, tokens, dim, dtype=getattr(torch, dtype)) for _ in range(4))
+    where, scale = (torch.tensor([tokens]) if lengths else None, grid, prefix, tile, near), dim**-0.5
+    results = near_far_forward(q, k, v, *where, exact_keys, 256, num_hidden, 2, scale)
+    near_far_backward(d_out, results[1], q, k, v, *results, *where, 256, num_hidden, scale)
+
+
+SOURCES: list[Callable[[], Iterator[tuple[str, Case]]]] = [causal_cases, static_cases, near_far_cases]
+
+
+def cases(*parts: str) -> dict[str, Case]:
+    """The cases in whose names every part, a regular expression, is found."""
+    return {name: case for source in SOURCES for name, case in source() if all(re.search(part, name) for part in parts)}
+
+
+class Row(NamedTuple):
+    """What the compiler made of one kernel."""
+
+    kernel: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    matrix: str
+
+
+class Driver:
+    """Stands for the driver of a GPU that is not there."""
+
+    def get_current_target(self) -> object:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_case(name: str) -> list[Row]:
+    """Run a case with its launches turned into compilations: one row per kernel."""
+    import triton
+
+    run = triton.JITFunction.run
+    kernels: dict[int, Any] = {}
+
+    def compile_only(self: Any, *args: object, grid: object, warmup: bool, **options: object) -> object:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernels[id(kernel)] = kernel
+        return kernel
+
+    triton.runtime.driver.set_active(Driver())
+    triton.JITFunction.run = compile_only
+    try:
+        cases()[name]()
+    finally:
+        triton.JITFunction.run = run
+    assert kernels, "nothing was launched"
+    return [describe(kernel) for kernel in kernels.values()]
+
+
+def describe(kernel: Any) -> Row:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    matrix = [word for word in ("wgmma", "mma.sync") if word in kernel.asm["ptx"]]
+    return Row(kernel.name, kernel.metadata.num_warps, registers, stack, kernel.metadata.shared, " ".join(matrix))
+
+
+def attempt(name: str) -> tuple[str, list[Row], str, float]:
+    """Compile a case: its name, rows, error (empty if none) and seconds."""
+    start = time.perf_counter()
+    try:
+        rows, error = compile_case(name), ""
+    except Exception:
+        rows, error = [], traceback.format_exc()
+    return name, rows, error, time.perf_counter() - start
+
+
+def main(*parts: str) -> int:
+    os.environ.pop("TRITON_INTERPRET", None)
+    names = list(cases(*parts))
+    failures = 0 if names else 1
+    with ProcessPoolExecutor(JOBS) as pool:
+        for name, rows, error, seconds in pool.map(attempt, names):
+            print(f"{name} ({seconds:.1f} s)\n{error}", end="", flush=True)
+            failures += bool(error)
+            for row in rows:
+                fits = row.shared <= MOST_SHARED
+                failures += not fits
+                print(
+                    f"    {row.kernel:32} warps {row.warps}  registers {row.registers:3}  stack {row.stack:5}  "
+                    f"shared {row.shared:6}{'' if fits else ' TOO MUCH'}  {row.matrix}",
+                    flush=True,
+                )
+    print(f"{len(names)} cases, {failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
