@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,8 +13,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import astroattn
+from astroattn.ops.native import library
+from astroattn.ops.native.build import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = [
@@ -73,13 +77,16 @@ def test_no_function_hides_its_module() -> None:
     assert not hidden
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+def build_wheel(root: Path, out: Path, **environment: str) -> Path:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(root)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=os.environ | environment)
     (path,) = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
@@ -87,6 +94,25 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "astroattn").rglob("*.py")}
     assert sources | {"astroattn/py.typed"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"astroattn", f"astroattn-{astroattn.__version__}.dist-info"}
+
+
+def test_wheel_holds_the_kernels_for_every_kind_of_cpu(wheel: Path) -> None:
+    if library.refusal(torch.float32):
+        pytest.skip(str(library.refusal(torch.float32)))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"astroattn/ops/native/kernels_{name}.so" for name in VARIANTS} <= set(names)
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+
+
+def test_without_a_compiler_the_wheel_is_pure_python(tmp_path: Path) -> None:
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "astroattn", root / "astroattn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root)
+    wheel = build_wheel(root, tmp_path / "wheel", CXX="no-such-compiler")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
 def test_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -33,20 +34,21 @@ def build(folder: Path = FOLDER) -> list[Path]:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise RuntimeError("no C++ compiler found (c++ or g++ on the PATH, or CXX)")
-    built = []
-    for name, flags in VARIANTS.items():
-        library = folder / f"kernels_{name}.so"
-        unfinished = library.with_suffix(f".{os.getpid()}")  # renamed when complete: others may be building, or loading
-        command = [*compiler.split(), *FLAGS, *flags, *map(str, sorted(FOLDER.glob("*.cpp"))), "-o", str(unfinished)]
-        try:
-            run = subprocess.run(command, capture_output=True, text=True)
-        except OSError as error:
-            raise RuntimeError(f"{compiler}: {error}") from error
-        if run.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
-        unfinished.replace(library)
-        built.append(library)
-    return built
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda name: _compile(compiler, folder / f"kernels_{name}.so", VARIANTS[name]), VARIANTS))
+
+
+def _compile(compiler: str, library: Path, flags: tuple[str, ...]) -> Path:
+    unfinished = library.with_suffix(f".{os.getpid()}")  # renamed when complete: others may be building, or loading
+    sources = map(str, sorted(FOLDER.glob("*.cpp")))
+    command = [*compiler.split(), *FLAGS, *flags, *sources, "-o", str(unfinished)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"{compiler}: {error}") from error
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
+    return unfinished.replace(library)
 
 
 if __name__ == "__main__":
