@@ -117,7 +117,7 @@ class AstrocyteAttention(nn.Module):
 
         Args:
             query, key, value: the new tokens [B, H, N, D], [B, H, N, D], [B, H, N, Dv], one or more.
-            state: what the call before has returned; None: these are the first tokens.
+            state: what the call before has returned, which is used up by that; None: these are the first tokens.
             key_mask, scale: as in `forward`.
 
         Returns:

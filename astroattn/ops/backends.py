@@ -21,6 +21,7 @@ MODULES = {
     ("triton", "near_far"): "astroattn.ops.kernels.near_far",
     ("triton", "linear"): "astroattn.ops.kernels.static",
     ("triton", "causal"): "astroattn.ops.kernels.causal",
+    ("triton", "step"): "astroattn.ops.kernels.causal_step",
     ("native", "near_far"): "astroattn.ops.native.near_far",
     ("native", "linear"): "astroattn.ops.native.linear",
 }

@@ -145,13 +145,16 @@ def decode(
 ) -> tuple[Tensor, CausalState]:
     """As `causal_attention`, on from a state (None: from the first token): the output and the state behind it.
 
-    The kernels have no gradients here: where one is wanted, plain PyTorch computes it.
+    The kernels have no gradients here: where one is wanted, plain PyTorch computes it. For a single token they change
+    the state in place, so that a CUDA graph can repeat the call.
     """
     backend = choose_backend(backend, "causal", query, value)
     inputs = (query, key, value, weight, phase, key_mask, activation, near, scale**0.5, state)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, weight))
     if backend == "torch" or differentiable:
         out, _, state = plain.causal_attention(*inputs)
+    elif state is not None and query.shape[2] == 1:
+        out, _ = kernels(backend, "step").recurrent_step(*inputs)
     else:
         out, _, state = kernels(backend, "causal").causal_attention_forward(*inputs)
     return out, state

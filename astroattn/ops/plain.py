@@ -98,8 +98,8 @@ def causal_attention(
 ) -> tuple[Tensor, Tensor, CausalState]:
     """`causal.causal_linear_attention`: the output [B, H, N, Dv], log p [B, H, N] and the state; differentiable.
 
-    The state is that of the kernels: as `CausalState`, with [B, H] in the place of Z, but for real [B, near - 1]; top
-    is [B, H, m], and the latest keys and values are as they were given, not scaled.
+    The state is that of the kernels: as `CausalState`, with [B, H] in the place of Z; top is [B, H, m], and the latest
+    keys and values are as they were given, not scaled.
     """
     shape, past = query.shape[:2], max(near - 1, 0)
     before = None
@@ -109,14 +109,13 @@ def causal_attention(
         if state is not None:
             kv_state, z_state, top = (x.flatten(0, 1) for x in state[:3])
             old_key, old_value = _flat(state.key) * scale_root, _flat(state.value)
-            old_real = state.real.repeat_interleave(query.shape[1], 0)
-            before = CausalState(kv_state, z_state, top[:, None], old_key, old_value, old_real)
+            before = CausalState(kv_state, z_state, top[:, None], old_key, old_value, state.real.flatten(0, 1))
             key, value = torch.cat([state.key, key], 2), torch.cat([state.value, value], 2)
         out, log_p, after = causal_linear_attention(q, k, v, hidden, near=near, key_mask=real, state=before)
     kv_state, z_state, top, real = (
         x.unflatten(0, shape) for x in (after.kv_state, after.z_state, after.top[:, 0], after.real)
     )
-    state = CausalState(kv_state, z_state, top, _latest(key, past), _latest(value, past), real[:, 0])
+    state = CausalState(kv_state, z_state, top, _latest(key, past), _latest(value, past), real)
     return *_unflat([(out, log_p)], query), state
 
 

@@ -259,7 +259,11 @@ struct Forward : Head {
         for (int r = 0; r < rows; r++) put(r, room.o[r]);
     }
 
-    void put(int64_t n, const float* row) const {
+    void put(int64_t n, float* row) const {
+        if (broken && n < length) {
+            std::fill(row, row + value_dim, NAN);
+            t.log_p[z * p.tokens + n] = NAN;
+        }
         write_row(t.out, p.at(p.out_stride, z, n), Type(p.type), p.value_dim, row);
     }
 };

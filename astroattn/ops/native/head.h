@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "memory.h"
@@ -52,7 +53,8 @@ struct Head {
     int64_t z, dim, value_dim, padded;  // dims padded to vectors, tokens to panels
     int64_t length = 0;                 // real tokens
     int64_t real_tiles = 0;
-    bool shared = false;  // whether tiles share groups
+    bool shared = false;              // whether tiles share groups
+    std::atomic<bool> broken{false};  // whether a key holds NaN or infinity, which a weight of 0 would hide
     // Rows k_stride and v_stride apart: the caller's own where they are float32 without gaps; rows far apart would cost
     // more in cache misses than a copy does.
     const float *k, *v;
@@ -102,6 +104,7 @@ struct Head {
         length = t.lengths ? t.lengths[z / p.heads] : p.tokens;
         real_tiles = t.lengths ? std::max<int64_t>((body_length() + p.slots() - 1) / p.slots(), 1) : p.tiles();
         shared = real_tiles > p.groups;
+        broken = false;
         auto rows_of = [&](bool own, const void* from, const int64_t* stride, const float* copy) {
             return own ? static_cast<const float*>(from) + p.at(stride, z, 0) : copy;
         };
@@ -165,6 +168,10 @@ struct Head {
             if (!own_keys) copy(t.key, p.key_stride, p.dim, 1, key_rows, dim);
             if (!own_values) copy(t.value, p.value_stride, p.value_dim, 1, value_rows, value_dim);
         }
+        vec zeros = {};
+        for (int64_t n = first; n < std::min(last, length); n++)
+            for (int64_t d = 0; d < dim; d += LANES) zeros += load(k + n * k_stride + d) * 0.0f;
+        if (sum(zeros) != 0) broken = true;
         for (int64_t n = first; n < std::min(first + TOKENS_PER_BLOCK, padded); n += PANEL)
             fill_panel(k, k_stride, dim, n, p.tokens, panels + n * dim);
     }

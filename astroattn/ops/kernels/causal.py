@@ -1,0 +1,296 @@
+"""Triton: causal attention through a static hidden layer, the latest keys exactly (`ops.causal` has the formulas).
+
+Forward, in chunks of tokens: what each chunk writes (parallel), the sums before each chunk (a scan), and the outputs
+(parallel; a chunk goes over its tokens in blocks, reads the sums and the pairs of the block, and moves the sums on).
+One chunk needs two launches, several need three. The backward pass computes phi and the sums again, and in the same way
+the sums over the queries behind each chunk. The sums in memory are of size N / chunk x m x Dv, with at least 256 tokens
+in a chunk. Each sum has a fixed order, so equal inputs give equal bits; nothing asks the GPU and waits.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from astroattn.ops.causal import CausalState
+from astroattn.ops.kernels.causal_backward import behind_kernel, delta_kernel, key_kernel, query_kernel
+from astroattn.ops.kernels.causal_forward import (
+    Layer,
+    Shape,
+    Sums,
+    layer_of,
+    read_kernel,
+    scan_kernel,
+    sums_of,
+    write_kernel,
+)
+from astroattn.ops.kernels.causal_step import recurrent_step
+from astroattn.ops.kernels.features import LOWEST
+from astroattn.ops.kernels.static import INDEFINITE, MOST_DIM, NORM, new_rows
+from astroattn.ops.kernels.tiles import Rows, power_of_2, rows_of
+
+__all__ = ["causal_attention_backward", "causal_attention_forward", "new_state", "recurrent_step"]
+
+Options = dict[str, int]
+
+LEAST_CHUNK, MOST_CHUNK = 256, 1024  # tokens: shorter ones cost more in launches and sums than they save
+PROGRAMS = 264  # two for each multiprocessor of a large GPU; a constant, so that results do not depend on the GPU
+
+
+class Blocks(NamedTuple):
+    """Sizes of a kernel's blocks: neurons (at most), tokens, warps."""
+
+    neurons: int
+    tokens: int
+    warps: int
+    stages: int  # of loads under way
+
+
+# By bytes of a product's operand and padded head dim; a table, not autotuning, as in `kernels.static`.
+FORWARD = {
+    (2, 64): Blocks(64, 64, 4, 1),
+    (2, 128): Blocks(64, 64, 4, 1),
+    (2, 256): Blocks(64, 32, 8, 1),
+    (4, 64): Blocks(32, 32, 8, 1),
+    (4, 128): Blocks(32, 16, 8, 1),
+    (4, 256): Blocks(16, 16, 8, 1),
+}
+BACKWARD = {
+    (2, 64): Blocks(64, 32, 4, 1),
+    (2, 128): Blocks(64, 32, 8, 1),
+    (2, 256): Blocks(32, 16, 8, 1),
+    (4, 64): Blocks(32, 32, 8, 1),
+    (4, 128): Blocks(32, 16, 8, 1),
+    (4, 256): Blocks(16, 16, 8, 1),
+}
+TABLE = {"forward": FORWARD, "backward": BACKWARD}
+
+
+def causal_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    phase: Tensor,
+    key_mask: Tensor | None,
+    activation: str,
+    near: int,
+    scale_root: float,
+    state: CausalState | None = None,
+    *,
+    with_state: bool = True,
+) -> tuple[Tensor, Tensor, CausalState | None]:
+    """Causal attention with the `near` latest keys exactly: `ops.causal.causal_linear_attention`.
+
+    Args:
+        query, key, value: [B, H, N, D], [B, H, N, D], [B, H, N, Dv], all of one dtype: float32, bfloat16, float16.
+        weight: [1 or B, H, m, D]. phase: [1 or B, H, m]. key_mask: real keys [B, N], bool, or None for all.
+        activation: a name of `ops.features.ACTIVATIONS`. scale_root: multiplies queries and keys.
+        state: where to go on from, or None for the start of a sequence; as `new_state` makes it.
+
+    Returns:
+        The output [B, H, N, Dv] in the query's dtype, the log of the normaliser [B, H, N] in float32, and
+        (`with_state`) the state.
+
+    Raises:
+        ValueError: a head dim above 256, or a state of another near field.
+    """
+    past, tokens = max(near - 1, 0), query.shape[2]
+    shift, before = past, None
+    if state is not None:
+        if state.key.shape[2] != past:
+            raise ValueError(f"near: {near}; the state keeps the latest {state.key.shape[2]} keys, not {past}")
+        shift, before = 0, sums_of(state)
+        if past:
+            new = key.new_ones(len(key), tokens, dtype=torch.bool) if key_mask is None else key_mask
+            key, value = torch.cat([state.key, key], 2), torch.cat([state.value, value], 2)
+            key_mask = torch.cat([state.real[:, 0], new], 1)
+    query, key, value = (_rows(x) for x in (query, key, value))
+    blocks, options = _options("forward", query.dtype, query.shape[-1], value.shape[-1], weight.shape[2])
+    shape = _shape(query, key, key_mask, near, shift, options["T"])
+    layer = layer_of(weight, phase, activation, scale_root)
+    inputs = (rows_of(query), rows_of(key), rows_of(value), layer)
+    sums = _sums_before(inputs, before, shape, options)
+    out = new_rows(query, value.shape[-1])
+    log_p = query.new_empty(query.shape[:3], dtype=torch.float32)
+    after = new_state(key, value, weight.shape[2], near) if with_state else None
+    read_kernel[(_sequences(query) * sums.chunks,)](
+        *(*inputs, sums, None if after is None else sums_of(after), rows_of(out), log_p, None, shape),
+        **options,
+        BLOCKS=blocks,
+    )
+    if after is not None and past:
+        _keep_latest(after, key, value, key_mask)
+    return out, log_p, after
+
+
+def causal_attention_backward(
+    d_out: Tensor,
+    d_log_p: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    phase: Tensor,
+    key_mask: Tensor | None,
+    activation: str,
+    near: int,
+    scale_root: float,
+    out: Tensor,
+    log_p: Tensor,
+    *,
+    with_weight: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of the query, the key, the value and (`with_weight`) the weight, from those of the output and log p.
+
+    Of a call from the start of a sequence. Arguments as those of `causal_attention_forward`, then its results.
+    d_log_p: None where log p is not used.
+    """
+    d_out, query, key, value, out = (_rows(x) for x in (d_out, query, key, value, out))
+    d_log_p = None if d_log_p is None else d_log_p.contiguous()
+    sequences, tokens, past, m = _sequences(query), query.shape[2], max(near - 1, 0), weight.shape[2]
+    blocks, options = _options("backward", query.dtype, query.shape[-1], value.shape[-1], m)
+    block = options["T"]
+    shape = _shape(query, key, key_mask, near, past, block)
+    layer = layer_of(weight, phase, activation, scale_root)
+    inputs = (rows_of(query), rows_of(key), rows_of(value), layer)
+    every = options | {"NORM": NORM.get(activation, 0), "BLOCKS": blocks}
+
+    sign = None
+    if activation in INDEFINITE:
+        sums = _sums_before(inputs, None, shape, options)
+        sign, log_p = torch.empty_like(log_p), torch.empty_like(log_p)
+        read_kernel[(sequences * sums.chunks,)](
+            *(*inputs, sums, None, rows_of(out), log_p, sign, shape), **options, BLOCKS=blocks
+        )
+    delta = torch.empty_like(log_p)
+    delta_kernel[(sequences * triton.cdiv(tokens, block),)](
+        rows_of(d_out), rows_of(out), d_log_p, log_p, delta, shape, T=block
+    )
+    normaliser = (log_p, sign, delta)
+
+    # The slots of the last near field have no queries beside them.
+    chunks, key_chunks = _chunks(shape), triton.cdiv(tokens + past, shape.chunk)
+    d_query, d_key, d_value = (new_rows(x, x.shape[-1]) for x in (query, key, value))
+    total, parts, key_parts = chunks + key_chunks, None, None
+    if with_weight:
+        parts = query.new_empty(*query.shape[:2], total, m, query.shape[-1], dtype=torch.float32)
+        key_parts = parts[:, :, chunks:]
+    sums = _sums_before(inputs, None, shape, options)
+    query_kernel[(sequences * chunks,)](
+        *(rows_of(d_out), *inputs, sums, *normaliser, rows_of(d_query), parts, total, shape), **every
+    )
+    sums = _sums_behind(inputs, rows_of(d_out), normaliser, key_chunks, shape, options)
+    key_kernel[(sequences * key_chunks,)](
+        *(rows_of(d_out), *inputs, sums, *normaliser, rows_of(d_key), rows_of(d_value), key_parts, total, shape),
+        **every,
+    )
+    if parts is None:
+        return d_query, d_key, d_value, None
+    d_weight = parts.sum((0, 2))[None] if weight.shape[0] == 1 else parts.sum(2)
+    return d_query, d_key, d_value, d_weight.to(weight.dtype)
+
+
+def new_state(key: Tensor, value: Tensor, num_hidden: int, near: int) -> CausalState:
+    """The state before the first token, for keys and values like these [B, H, N, D].
+
+    It is `CausalState` with [B, H] in the place of Z, and top [B, H, m]. The sums are float32; keys are not scaled.
+    """
+    size, past = key.shape[:2], max(near - 1, 0)
+    return CausalState(
+        key.new_zeros(*size, num_hidden, value.shape[-1], dtype=torch.float32),
+        key.new_zeros(*size, num_hidden, dtype=torch.float32),
+        key.new_full((*size, num_hidden), LOWEST.value, dtype=torch.float32),
+        key.new_zeros(*size, past, key.shape[-1]),
+        value.new_zeros(*size, past, value.shape[-1]),
+        key.new_zeros(*size, past, dtype=torch.bool),
+    )
+
+
+def _sums_before(inputs: tuple[Rows, Rows, Rows, Layer], before: Sums | None, shape: Shape, options: Options) -> Sums:
+    """What the chunks before each chunk, and before them the state, have written: one launch, or two."""
+    _, key, value, layer = inputs
+    chunks = _chunks(shape)
+    parts, sums = (_new_sums(value, layer, shape, count) for count in (chunks - 1, chunks))
+    sequences = _sequences(key.data)
+    if chunks > 1:
+        blocks = triton.cdiv(layer.size, options["M"])
+        write_kernel[(sequences * (chunks - 1) * blocks,)](key, value, layer, parts, shape, **options)
+    scan_kernel[(sequences * layer.size,)](parts, before, sums, layer.size, REVERSE=False, num_warps=1)
+    return sums
+
+
+def _sums_behind(
+    inputs: tuple[Rows, Rows, Rows, Layer],
+    d_out: Rows,
+    normaliser: tuple[Tensor, Tensor | None, Tensor],
+    key_chunks: int,
+    shape: Shape,
+    options: Options,
+) -> Sums:
+    """What the queries of the chunks behind each chunk of slots sum up: one launch, or two."""
+    query, _, _, layer = inputs
+    more = _chunks(shape) - 1
+    parts, sums = (_new_sums(d_out, layer, shape, count) for count in (more, key_chunks))
+    sequences = _sequences(query.data)
+    if more:
+        blocks = triton.cdiv(layer.size, options["M"])
+        behind_kernel[(sequences * more * blocks,)](query, d_out, layer, *normaliser, parts, shape, **options)
+    scan_kernel[(sequences * layer.size,)](parts, None, sums, layer.size, REVERSE=True, num_warps=1)
+    return sums
+
+
+def _new_sums(like: Rows, layer: Layer, shape: Shape, chunks: int) -> Sums:
+    sizes = (_sequences(like.data), chunks, layer.size)
+    kv, z, top = (like.data.new_empty(*sizes, *more, dtype=torch.float32) for more in ((like.DIM.value,), (), ()))
+    return Sums(kv, z, top, chunks, like.DIM, like.PADDED)
+
+
+def _keep_latest(state: CausalState, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
+    """Copy the latest tokens into a new state; fewer than it has places leave the first of them without a token."""
+    count = min(key.shape[2], state.key.shape[2])
+    state.key[:, :, -count:] = key[:, :, -count:]
+    state.value[:, :, -count:] = value[:, :, -count:]
+    state.real[:, :, -count:] = True if key_mask is None else key_mask[:, None, -count:]
+
+
+def _sequences(x: Tensor) -> int:
+    return x.shape[0] * x.shape[1]
+
+
+def _chunks(shape: Shape) -> int:
+    return int(triton.cdiv(shape.tokens, shape.chunk))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _shape(query: Tensor, key: Tensor, key_mask: Tensor | None, near: int, shift: int, block: int) -> Shape:
+    batch, heads, tokens, _ = query.shape
+    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    wanted = triton.cdiv(tokens * batch * heads, PROGRAMS)
+    chunk = triton.cdiv(min(max(wanted, LEAST_CHUNK), MOST_CHUNK, tokens), block) * block
+    past = max(near - 1, 0)
+    return Shape(mask, heads, tokens, key.shape[2], past, shift, chunk, tl.constexpr(int(near > 0)))
+
+
+@cache
+def _options(kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int) -> tuple[int, Options]:
+    """The number of blocks of neurons, and what the kernels are compiled for."""
+    widest = max(64, power_of_2(dim), power_of_2(dv))
+    if widest > MOST_DIM:
+        raise ValueError(f"head_dim: {max(dim, dv)}; the kernels take at most {MOST_DIM}")
+    sizes = TABLE[kernel][2 if dtype == torch.bfloat16 else 4, widest]
+    neurons = power_of_2(m, most=sizes.neurons)
+    return triton.cdiv(m, neurons), {
+        "M": neurons,
+        "T": sizes.tokens,
+        "num_warps": sizes.warps,
+        "num_stages": sizes.stages,
+    }
