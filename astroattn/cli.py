@@ -15,7 +15,7 @@ import typer
 import astroattn
 from astroattn.config import HIDDEN
 from astroattn.data import PYTHON_DOCS
-from astroattn.fidelity.environment import describe_device, describe_versions
+from astroattn.fidelity.environment import describe_cpu_kernels, describe_device, describe_versions
 from astroattn.fidelity.figure import check_path
 from astroattn.fidelity.passes import POOLINGS
 from astroattn.recipes import DTYPES, open_recipe, override
@@ -170,6 +170,7 @@ def show_info(
     names = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for name in names:
         print(f"{name:<14}{describe_device(torch.device(name))}")
+    print(f"{'cpu kernels':<14}{describe_cpu_kernels()}")
     if model:
         recipe = open_recipe(model)
         print(recipe.patch(recipe.load(weights, device)))

@@ -129,6 +129,7 @@ def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", bert) == 0
     text = capsys.readouterr().out
     assert "torch" in text
+    assert "cpu kernels" in text
     assert "encoder.layer.1.attention.self" in text
 
 

@@ -7,7 +7,9 @@ import platform
 
 import torch
 
-PACKAGES = ("astroattn", "torch", "transformers", "timm", "datasets")
+from astroattn.ops.native.library import refusal
+
+PACKAGES = ("astroattn", "torch", "triton", "transformers", "timm", "datasets")
 
 
 def describe_versions() -> dict[str, str | None]:
@@ -20,6 +22,11 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def describe_cpu_kernels() -> str:
+    """The instructions that the CPU kernels use here, or why there are none."""
+    return refusal(torch.float32) or f"built, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _version(package: str) -> str | None:
