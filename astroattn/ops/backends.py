@@ -55,9 +55,11 @@ def choose_backend(backend: str, operation: str, query: Tensor, value: Tensor) -
     return backend
 
 
-def kernels(backend: str, operation: str) -> Any:
-    """The module of the kernels, imported when it is first used."""
-    return import_module(MODULES[backend, operation])
+def run_kernel(backend: str, operation: str, function: str, tensor: Tensor, *args: Any, **settings: bool) -> Any:
+    """Call a function of a backend's kernels on the device of its first tensor; their module is imported by then."""
+    kernels = import_module(MODULES[backend, operation])
+    with torch.cuda.device_of(tensor):  # Triton launches on the current device, whatever its tensors are on
+        return getattr(kernels, function)(tensor, *args, **settings)
 
 
 def _refusal(backend: str, operation: str, query: Tensor, value: Tensor) -> str | None:

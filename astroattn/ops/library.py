@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from astroattn.ops import plain
-from astroattn.ops.backends import choose_backend, kernels
+from astroattn.ops.backends import choose_backend, run_kernel
 from astroattn.ops.causal import CausalState
 from astroattn.ops.tiles import Layout, tile_shape
 
@@ -154,9 +154,9 @@ def decode(
     if backend == "torch" or differentiable:
         out, _, state = plain.causal_attention(*inputs)
     elif state is not None and query.shape[2] == 1:
-        out, _ = kernels(backend, "step").recurrent_step(*inputs)
+        out, _ = run_kernel(backend, "step", "recurrent_step", *inputs)
     else:
-        out, _, state = kernels(backend, "causal").causal_attention_forward(*inputs)
+        out, _, state = run_kernel(backend, "causal", "causal_attention_forward", *inputs)
     return out, state
 
 
@@ -203,8 +203,8 @@ def _near_far(
 ) -> tuple[Tensor, ...]:
     *settings, backend = rest
     grid = None if grid is None else tuple(grid)
-    forward = kernels(backend, "near_far").near_far_forward
-    return tuple(forward(query, key, value, lengths, grid, *settings))
+    inputs = (query, key, value, lengths, grid, *settings)
+    return tuple(run_kernel(backend, "near_far", "near_far_forward", *inputs))
 
 
 @_near_far.register_fake
@@ -242,7 +242,7 @@ def _near_far_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tens
     *results, lengths, grid, prefix, tile, near, groups, num_hidden, scale, backend = rest
     grid = None if grid is None else tuple(grid)
     settings = (lengths, grid, prefix, tile, near, groups, num_hidden, scale)
-    return tuple(kernels(backend, "near_far").near_far_backward(d_out, d_log_p, *results, *settings))
+    return tuple(run_kernel(backend, "near_far", "near_far_backward", d_out, d_log_p, *results, *settings))
 
 
 @_near_far_backward.register_fake
@@ -283,7 +283,7 @@ _HIDDEN = "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor phase, 
 )
 def _linear(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *inputs, backend = rest
-    return tuple(kernels(backend, "linear").linear_attention_forward(query, *inputs))
+    return tuple(run_kernel(backend, "linear", "linear_attention_forward", query, *inputs))
 
 
 @_linear.register_fake
@@ -303,9 +303,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *_: Any) -> tup
 )
 def _linear_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *inputs, with_weight, backend = rest
-    backward = kernels(backend, "linear").linear_attention_backward
-    *grads, d_weight = backward(d_out, d_log_p, *inputs, with_weight=with_weight)
-    return *grads, inputs[3].new_empty(0) if d_weight is None else d_weight
+    inputs = [d_out, d_log_p, *inputs]
+    *grads, d_weight = run_kernel(backend, "linear", "linear_attention_backward", *inputs, with_weight=with_weight)
+    return *grads, inputs[5].new_empty(0) if d_weight is None else d_weight
 
 
 @_linear_backward.register_fake
@@ -354,7 +354,8 @@ def _causal(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     if backend == "torch":
         out, log_p, _ = plain.causal_attention(query, *inputs)
         return _as_rows(out, query), log_p
-    out, log_p, _ = kernels(backend, "causal").causal_attention_forward(query, *inputs, with_state=False)
+    inputs = [query, *inputs]
+    out, log_p, _ = run_kernel(backend, "causal", "causal_attention_forward", *inputs, with_state=False)
     return out, log_p
 
 
@@ -374,8 +375,8 @@ def _causal_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor
     if backend == "torch":
         *grads, d_weight = plain.causal_attention_backward(d_out, d_log_p, *inputs)
         return *map(_as_rows, grads, inputs[:3]), d_weight if with_weight else d_weight.new_empty(0)
-    backward = kernels(backend, "causal").causal_attention_backward
-    *grads, d_weight = backward(d_out, d_log_p, *inputs, out, log_p, with_weight=with_weight)
+    given = (d_out, d_log_p, *inputs, out, log_p)
+    *grads, d_weight = run_kernel(backend, "causal", "causal_attention_backward", *given, with_weight=with_weight)
     return *grads, inputs[3].new_empty(0) if d_weight is None else d_weight
 
 
