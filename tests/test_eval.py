@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from astroattn.recipes import load_recipe
-from eval import benchmark, common, demo, error_vs_hidden, frontier, summary, train_digits
+from eval import common, demo, error_vs_hidden, frontier, summary, train_digits
 
 
 @pytest.fixture(scope="module")
@@ -103,38 +101,6 @@ def test_recipes_quote_the_committed_results() -> None:
                 assert value == pytest.approx(result["rows"]["patched"]["values"][metric]["value"], abs=5e-4)
 
 
-def test_benchmark_measures_and_finds_the_crossover(tmp_path: Path) -> None:
-    result = CliRunner().invoke(
-        typer_app(benchmark.main),
-        ["--limit", "512", "--repeats", "1", "--json", str(tmp_path / "b.json"), "--figure", str(tmp_path / "b.png")],
-    )
-    assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "b.json").read_text("utf-8"))["rows"]
-    assert {row["tokens"] for row in rows} == {197, 512}
-    assert (tmp_path / "b.png").stat().st_size > 10_000
-    made_up = [{"tokens": n, "name": "x", "times SDPA": ratio} for n, ratio in ((1, 2.0), (2, 0.5), (4, 1.5), (8, 0.5))]
-    assert benchmark.find_crossover(made_up, "x") == 8
-
-
-def test_committed_peak_memory_grows_linearly() -> None:
-    rows = json.loads((summary.RESULTS / "benchmark.json").read_text("utf-8"))["rows"]
-    for name in benchmark.CONFIGS:
-        peak = {row["tokens"]: row["peak MB"] for row in rows if row["name"] == name}
-        assert max(peak) == 65536
-        assert peak[65536] / peak[16384] < 4.5  # four times the tokens
-
-
-def test_readme_has_the_measured_crossovers() -> None:
-    rows = json.loads((summary.RESULTS / "benchmark.json").read_text("utf-8"))["rows"]
-    readme = (summary.RESULTS.parent.parent / "README.md").read_text("utf-8")
-    said = readme[readme.index("On a CPU with 2 threads") : readme.index("No GPU has been measured")]
-    crossovers = [benchmark.find_crossover(rows, name) for name in benchmark.CONFIGS]
-    assert re.findall(r"from (\d[\d,]*\d)", said) == [f"{tokens:,}" for tokens in crossovers]
-    last = {row["name"]: row for row in rows if row["tokens"] == 65536}
-    assert f"{last['default']['times SDPA']:.2f} of SDPA's time" in said
-    assert f"{last['default']['peak MB']:.0f} MB where SDPA needs {last['SDPA']['peak MB']:.0f} MB" in said
-
-
 def test_error_of_random_features_falls_as_the_root_of_m() -> None:
     fits = {fit["weights"]: fit["slope"] for fit in error_vs_hidden.fit_slopes(committed("error_vs_hidden"))}
     assert -0.6 < fits["independent"] < -0.4
@@ -144,9 +110,3 @@ def test_error_of_random_features_falls_as_the_root_of_m() -> None:
 def committed(name: str) -> list[dict]:
     rows = json.loads((summary.RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
     return [row for row in rows if "m" in row]
-
-
-def typer_app(function: Callable) -> typer.Typer:
-    app = typer.Typer()
-    app.command()(function)
-    return app

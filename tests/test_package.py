@@ -65,6 +65,11 @@ def test_heavy_modules_would_be_seen(tmp_path: Path) -> None:
     assert "rich" in loaded_after("import astroattn, rich", tmp_path)
 
 
+def test_first_call_brings_no_compiler(tmp_path: Path) -> None:
+    code = f"{FORWARD}\nimport sys; assert 'torch._dynamo' not in sys.modules, 'it takes seconds to import'"
+    run_python(code, cwd=tmp_path)
+
+
 def test_public_names_exist() -> None:
     assert set(astroattn.__all__) <= set(dir(astroattn))
     for name in astroattn.__all__:

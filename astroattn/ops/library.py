@@ -167,6 +167,29 @@ def _call(operator: Callable[..., Any], function: type[torch.autograd.Function])
     return apply
 
 
+# `torch.library.custom_op` would bring the compiler, seconds of imports, into the first call of every process.
+_LIBRARY = torch.library.Library("astroattn", "FRAGMENT")
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+    """Make a function an operator on every device."""
+
+    def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
+        _LIBRARY.define(name + schema)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        overload: torch._ops.OpOverload = getattr(torch.ops.astroattn, name).default
+        return overload
+
+    return register
+
+
+def _fake(operator: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What an operator returns, without computing it."""
+    decorator: Callable[[Callable[..., Any]], Callable[..., Any]]
+    decorator = torch.library.register_fake(operator.name(), lib=_LIBRARY)
+    return decorator
+
+
 def _new_rows(like: Tensor, columns: int) -> Tensor:
     """An empty tensor for results, laid out like `like` where it has as many columns."""
     like = like if like.stride(-1) == 1 else like.contiguous()
@@ -192,10 +215,9 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
 _LAYOUT = "Tensor? lengths, SymInt[]? grid, SymInt prefix, SymInt tile, SymInt near"
 
 
-@torch.library.custom_op(
-    "astroattn::near_far_attention",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {_LAYOUT}, SymInt exact_keys, SymInt groups, SymInt num_hidden, "
+@_operator(
+    "near_far_attention",
+    f"(Tensor query, Tensor key, Tensor value, {_LAYOUT}, SymInt exact_keys, SymInt groups, SymInt num_hidden, "
     "SymInt steps, float scale, str backend) -> (Tensor out, Tensor log_p, Tensor winners, Tensor mass, Tensor keys)",
 )
 def _near_far(
@@ -207,7 +229,7 @@ def _near_far(
     return tuple(run_kernel(backend, "near_far", "near_far_forward", *inputs))
 
 
-@_near_far.register_fake
+@_fake(_near_far)
 def _(
     query: Tensor,
     key: Tensor,
@@ -231,10 +253,9 @@ def _(
     return _new_rows(query, value.shape[-1]), _new_log_p(query), winners, mass, keys
 
 
-@torch.library.custom_op(
-    "astroattn::near_far_attention_backward",
-    mutates_args=(),
-    schema="(Tensor d_out, Tensor d_log_p, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_p, "
+@_operator(
+    "near_far_attention_backward",
+    "(Tensor d_out, Tensor d_log_p, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_p, "
     f"Tensor winners, Tensor mass, Tensor keys, {_LAYOUT}, SymInt groups, SymInt num_hidden, float scale, str backend) "
     "-> (Tensor d_query, Tensor d_key, Tensor d_value)",
 )
@@ -245,7 +266,7 @@ def _near_far_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tens
     return tuple(run_kernel(backend, "near_far", "near_far_backward", d_out, d_log_p, *results, *settings))
 
 
-@_near_far_backward.register_fake
+@_fake(_near_far_backward)
 def _(d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return _gradients(query, key, value)
 
@@ -275,10 +296,9 @@ class NearFar(torch.autograd.Function):
 _HIDDEN = "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor phase, Tensor? key_mask, str activation"
 
 
-@torch.library.custom_op(
-    "astroattn::linear_attention",
-    mutates_args=(),
-    schema=f"({_HIDDEN}, float scale_root, str backend) "
+@_operator(
+    "linear_attention",
+    f"({_HIDDEN}, float scale_root, str backend) "
     "-> (Tensor out, Tensor log_p, Tensor kv_state, Tensor z_state, Tensor top)",
 )
 def _linear(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -286,7 +306,7 @@ def _linear(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(run_kernel(backend, "linear", "linear_attention_forward", query, *inputs))
 
 
-@_linear.register_fake
+@_fake(_linear)
 def _(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
     columns, sizes = value.shape[-1], (*query.shape[:2], weight.shape[2])
     z_state = query.new_empty(sizes, dtype=torch.float32)
@@ -294,10 +314,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *_: Any) -> tup
     return out, log_p, z_state.new_empty(*sizes, columns), z_state, torch.empty_like(z_state)
 
 
-@torch.library.custom_op(
-    "astroattn::linear_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor d_out, Tensor d_log_p, {_HIDDEN}, float scale_root, Tensor out, Tensor log_p, Tensor kv_state, "
+@_operator(
+    "linear_attention_backward",
+    f"(Tensor d_out, Tensor d_log_p, {_HIDDEN}, float scale_root, Tensor out, Tensor log_p, Tensor kv_state, "
     "Tensor z_state, Tensor top, bool with_weight, str backend) "
     "-> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_weight)",
 )
@@ -308,7 +327,7 @@ def _linear_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor
     return *grads, inputs[5].new_empty(0) if d_weight is None else d_weight
 
 
-@_linear_backward.register_fake
+@_fake(_linear_backward)
 def _(
     d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -344,10 +363,9 @@ class Linear(torch.autograd.Function):
 # Causal attention
 
 
-@torch.library.custom_op(
-    "astroattn::causal_attention",
-    mutates_args=(),
-    schema=f"({_HIDDEN}, SymInt near, float scale_root, str backend) -> (Tensor out, Tensor log_p)",
+@_operator(
+    "causal_attention",
+    f"({_HIDDEN}, SymInt near, float scale_root, str backend) -> (Tensor out, Tensor log_p)",
 )
 def _causal(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *inputs, backend = rest
@@ -359,15 +377,14 @@ def _causal(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return out, log_p
 
 
-@_causal.register_fake
+@_fake(_causal)
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return _new_rows(query, value.shape[-1]), _new_log_p(query)
 
 
-@torch.library.custom_op(
-    "astroattn::causal_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor d_out, Tensor d_log_p, {_HIDDEN}, SymInt near, float scale_root, Tensor out, Tensor log_p, "
+@_operator(
+    "causal_attention_backward",
+    f"(Tensor d_out, Tensor d_log_p, {_HIDDEN}, SymInt near, float scale_root, Tensor out, Tensor log_p, "
     "bool with_weight, str backend) -> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_weight)",
 )
 def _causal_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -380,7 +397,7 @@ def _causal_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor
     return *grads, inputs[3].new_empty(0) if d_weight is None else d_weight
 
 
-@_causal_backward.register_fake
+@_fake(_causal_backward)
 def _(
     d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -411,5 +428,5 @@ class Causal(torch.autograd.Function):
         return *grads, d_weight if wanted else None, *[None] * 6
 
 
-for _operator, _function in ((_near_far, NearFar), (_linear, Linear), (_causal, Causal)):
-    _operator.register_autograd(_function.backward, setup_context=_function.setup_context)
+for _op, _function in ((_near_far, NearFar), (_linear, Linear), (_causal, Causal)):
+    torch.library.register_autograd(_op.name(), _function.backward, setup_context=_function.setup_context, lib=_LIBRARY)

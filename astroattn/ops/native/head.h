@@ -304,10 +304,15 @@ struct Head {
                 int64_t at = (first + r) * m + j;
                 bool alive = !(total[r] < 1e-36f);  // NaN is alive
                 z_sum[at] = alive ? total[r] : 0;
-                log_z[at] = alive ? std::log(total[r]) + log_sum[first + r] : -INFINITY;
                 float factor = alive ? 1 / total[r] : 0;
                 for (int64_t d = 0; d < value_dim; d += LANES) store(s[r] + d, load(s[r] + d) * factor);
             }
+        }
+        for (int64_t g = first; g < first + rows; g++) {
+            int64_t j = 0;
+            for (; j + LANES <= m; j += LANES)
+                store(log_z + g * m + j, logarithm(load(z_sum + g * m + j)) + log_sum[g]);
+            for (; j < m; j++) log_z[g * m + j] = std::log(z_sum[g * m + j]) + log_sum[g];
         }
     }
 

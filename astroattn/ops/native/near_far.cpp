@@ -17,54 +17,50 @@
 #include "forward.h"
 
 extern "C" int astroattn_near_far(const Problem* problem, const Tensors* tensors) try {
-    int64_t size = problem->batch * problem->heads;
-    int threads = int(problem->threads);
+    const int64_t size = problem->batch * problem->heads, threads = problem->threads;
     // Whole heads for as many as the threads share evenly; the rest are worked on by all threads together.
-    int64_t whole = size / threads * threads;
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> failed{false};
+    const int64_t whole = size / threads * threads;
     Arena need;
     Forward sample(*problem, *tensors, need);
-    size_t head_size = need.used;
+    const size_t head_size = need.used;
     Head::Bench sample_room(sample, need);
-    size_t room_size = need.used - head_size;
-#pragma omp parallel num_threads(threads) if (whole && threads > 1)
-    try {
-        std::unique_ptr<Memory> memory;
+    const size_t room_size = need.used - head_size;
+    // Memory is taken before the threads start, because an exception must not leave one of them waiting for another.
+    std::vector<std::unique_ptr<Memory>> own;
+    for (int64_t i = 0; i < (whole ? threads : 0); i++) own.push_back(std::make_unique<Memory>(need.used));
+    std::unique_ptr<Memory> common;
+    if (whole < size) common = std::make_unique<Memory>(head_size + size_t(threads) * room_size);
+    Arena arena{common ? common->data() : nullptr};
+    Forward shared(*problem, *tensors, arena);
+    std::vector<Head::Bench> rooms;
+    for (int64_t i = 0; i < (common ? threads : 0); i++) rooms.emplace_back(shared, arena);
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(int(threads)) if (threads > 1)
+    {
+#if defined(_OPENMP)
+        const size_t me = size_t(omp_get_thread_num());
+#else
+        const size_t me = 0;
+#endif
         for (int64_t z = next++; z < whole; z = next++) {
-            if (!memory) memory = std::make_unique<Memory>(need.used);
-            Arena arena{memory->data()};
-            Forward head(*problem, *tensors, arena);
-            Head::Bench room(head, arena);
+            Arena mine{own[me]->data()};
+            Forward head(*problem, *tensors, mine);
+            Head::Bench room(head, mine);
             head.begin(z);
             stages(head, [&](int64_t blocks, auto work) {
                 for (int64_t i = 0; i < blocks; i++) work(i, room);
             });
         }
-    } catch (...) {
-        failed = true;
-    }
-    if (whole < size && !failed) {
-        Memory memory(head_size + size_t(threads) * room_size);
-        Arena arena{memory.data()};
-        Forward head(*problem, *tensors, arena);
-        std::vector<Head::Bench> rooms;
-        for (int i = 0; i < threads; i++) rooms.emplace_back(head, arena);
         for (int64_t z = whole; z < size; z++) {
-            head.begin(z);
-            stages(head, [&](int64_t blocks, auto work) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (blocks > 1)
-                for (int64_t i = 0; i < blocks; i++) {
-#if defined(_OPENMP)
-                    work(i, rooms[size_t(omp_get_thread_num())]);
-#else
-                    work(i, rooms[0]);
-#endif
-                }
+#pragma omp single
+            shared.begin(z);
+            stages(shared, [&](int64_t blocks, auto work) {
+#pragma omp for schedule(dynamic)
+                for (int64_t i = 0; i < blocks; i++) work(i, rooms[me]);
             });
         }
     }
-    return failed ? 1 : 0;
+    return 0;
 } catch (...) {
     return 1;
 }

@@ -108,6 +108,31 @@ static inline vec exponential(vec x) {
     return x < -87.0f ? vec{} : poly * power;
 }
 
+// log to 2 units in the last place; -infinity for 0; NaN stays NaN, and so do negative numbers. No denormals.
+static inline vec logarithm(vec x) {
+    ivec bits;
+    memcpy(&bits, &x, sizeof bits);
+    ivec exponent = ((bits - 0x3f3504f3) >> 23);  // so that the mantissa is in [sqrt(1/2), sqrt(2))
+    bits -= exponent << 23;
+    vec m, power = __builtin_convertvector(exponent, vec);
+    memcpy(&m, &bits, sizeof m);
+    m -= 1.0f;
+    vec poly = spread(7.0376836292e-2f);
+    poly = poly * m - 1.1514610310e-1f;
+    poly = poly * m + 1.1676998740e-1f;
+    poly = poly * m - 1.2420140846e-1f;
+    poly = poly * m + 1.4249322787e-1f;
+    poly = poly * m - 1.6668057665e-1f;
+    poly = poly * m + 2.0000714765e-1f;
+    poly = poly * m - 2.4999993993e-1f;
+    poly = poly * m + 3.3333331174e-1f;
+    vec result = m + m * m * (poly * m - 0.5f) - power * 2.12194440e-4f + power * 0.693359375f;
+    const vec infinite = spread(__builtin_inff()), nothing = spread(__builtin_nanf(""));
+    result = x == 0 ? -infinite : result;
+    result = x == infinite ? infinite : result;
+    return x >= 0 ? result : nothing;
+}
+
 // c[r][0 .. PANEL) = a[r] . b, b a panel [depth][PANEL], for `rows` rows; only the first `width` vectors are computed.
 template <int ROWS, int WIDTH>
 static inline void dot_panel(const float* const* a, const float* b, int64_t depth, float* const* c) {
