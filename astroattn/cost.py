@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from astroattn.config import AstroConfig
 from astroattn.ops.causal import CHUNK
 from astroattn.ops.clustering import block_layout
-from astroattn.ops.tiles import near_shape, tile_shape
+from astroattn.ops.tiles import cut, near_shape
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def count_cost(
     body = num_keys - prefix
     rows, columns = grid if grid and config.near else (1, body)
     tile = config.tile if config.near else body
-    high, wide = tile_shape(tile, rows, columns)
-    tiles = -(-rows // high) * -(-columns // wide)
+    down, across = cut(tile, rows, columns)[2:]
+    tiles = down * across
     groups = min(config.groups, tiles)
     window = near_shape(config.near, rows, columns)
     exact = prefix + window[0] * window[1] + (min(config.exact_keys, body) if config.near else 0)

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from astroattn.ops import plain
 from astroattn.ops.backends import choose_backend, run_kernel
 from astroattn.ops.causal import CausalState
-from astroattn.ops.tiles import Layout, tile_shape
+from astroattn.ops.rows import dense_rows, empty_rows
+from astroattn.ops.tiles import Layout, cut
 
 
 def near_far_attention(
@@ -191,9 +192,8 @@ def _fake(operator: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], Cal
 
 
 def _new_rows(like: Tensor, columns: int) -> Tensor:
-    """An empty tensor for results, laid out like `like` where it has as many columns."""
-    like = like if like.stride(-1) == 1 else like.contiguous()
-    return torch.empty_like(like) if like.shape[-1] == columns else like.new_empty(*like.shape[:3], columns)
+    """An empty tensor for results, as the kernels lay them out."""
+    return empty_rows(dense_rows(like), columns)
 
 
 def _as_rows(x: Tensor, like: Tensor) -> Tensor:
@@ -245,8 +245,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     body = query.shape[2] - prefix
     rows, columns = grid or (1, body)
-    high, wide = tile_shape(tile, rows, columns) if tile < rows * columns else (rows, columns)
-    groups = min(groups, -(-rows // high) * -(-columns // wide))
+    down, across = cut(tile, rows, columns)[2:]
+    groups = min(groups, down * across)
     winners = query.new_empty(*query.shape[:2], body, dtype=torch.int32)
     mass = torch.empty_like(winners, dtype=torch.float32)
     keys = winners.new_empty(*query.shape[:2], groups, min(exact_keys, body))
@@ -327,14 +327,6 @@ def _linear_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor
     return *grads, inputs[5].new_empty(0) if d_weight is None else d_weight
 
 
-@_fake(_linear_backward)
-def _(
-    d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    with_weight = rest[-2]
-    return *_gradients(query, key, value), weight.new_empty(weight.shape if with_weight else 0)
-
-
 class Linear(torch.autograd.Function):
     """`astroattn::linear_attention` for eager mode."""
 
@@ -397,6 +389,7 @@ def _causal_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor
     return *grads, inputs[3].new_empty(0) if d_weight is None else d_weight
 
 
+@_fake(_linear_backward)
 @_fake(_causal_backward)
 def _(
     d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *rest: Any

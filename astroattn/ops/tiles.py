@@ -97,6 +97,12 @@ def tile_shape(tile: int, rows: int, columns: int) -> tuple[int, int]:
     return min(height, rows), min(tile // height, columns)
 
 
+def cut(tile: int, rows: int, columns: int) -> tuple[int, int, int, int]:
+    """Height and width of the tiles of a grid, and how many lie below one another and side by side."""
+    high, wide = tile_shape(tile, rows, columns) if tile < rows * columns else (rows, columns)
+    return high, wide, -(-rows // high), -(-columns // wide)
+
+
 def near_shape(near: int, rows: int, columns: int) -> tuple[int, int]:
     """The most square rectangle of at most `near` patches inside the grid."""
     height = min(isqrt(near), rows)
@@ -114,8 +120,7 @@ def make_tiles(layout: Layout, num_tokens: int, device: torch.device) -> Tiles:
     """
     rows, columns = layout.grid or (1, num_tokens - layout.prefix)
     tile, near, lengths = layout.tile, layout.near, layout.body_lengths()
-    high, wide = tile_shape(tile, rows, columns) if tile < rows * columns else (rows, columns)
-    down, across = -(-rows // high), -(-columns // wide)
+    high, wide, down, across = cut(tile, rows, columns)
     tiles = torch.arange(down * across, device=device)
     top, left = tiles // across * high, tiles % across * wide
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from astroattn.ops.backends import MOST_DIM
 from astroattn.ops.causal import CausalState
 from astroattn.ops.kernels.causal_backward import behind_kernel, delta_kernel, key_kernel, query_kernel
 from astroattn.ops.kernels.causal_forward import (
@@ -31,8 +32,9 @@ from astroattn.ops.kernels.causal_forward import (
 )
 from astroattn.ops.kernels.causal_step import recurrent_step
 from astroattn.ops.kernels.features import LOWEST
-from astroattn.ops.kernels.static import INDEFINITE, MOST_DIM, NORM, new_rows
+from astroattn.ops.kernels.static import INDEFINITE, NORM
 from astroattn.ops.kernels.tiles import Rows, power_of_2, rows_of
+from astroattn.ops.rows import dense_rows, empty_rows
 
 __all__ = ["causal_attention_backward", "causal_attention_forward", "new_state", "recurrent_step"]
 
@@ -110,13 +112,13 @@ def causal_attention_forward(
             new = key.new_ones(len(key), tokens, dtype=torch.bool) if key_mask is None else key_mask
             key, value = torch.cat([state.key, key], 2), torch.cat([state.value, value], 2)
             key_mask = torch.cat([state.real[:, 0], new], 1)
-    query, key, value = (_rows(x) for x in (query, key, value))
+    query, key, value = map(dense_rows, (query, key, value))
     blocks, options = _options("forward", query.dtype, query.shape[-1], value.shape[-1], weight.shape[2])
     shape = _shape(query, key, key_mask, near, shift, options["T"])
     layer = layer_of(weight, phase, activation, scale_root)
     inputs = (rows_of(query), rows_of(key), rows_of(value), layer)
     sums = _sums_before(inputs, before, shape, options)
-    out = new_rows(query, value.shape[-1])
+    out = empty_rows(query, value.shape[-1])
     log_p = query.new_empty(query.shape[:3], dtype=torch.float32)
     after = new_state(key, value, weight.shape[2], near) if with_state else None
     read_kernel[(_sequences(query) * sums.chunks,)](
@@ -151,7 +153,7 @@ def causal_attention_backward(
     Of a call from the start of a sequence. Arguments as those of `causal_attention_forward`, then its results.
     d_log_p: None where log p is not used.
     """
-    d_out, query, key, value, out = (_rows(x) for x in (d_out, query, key, value, out))
+    d_out, query, key, value, out = map(dense_rows, (d_out, query, key, value, out))
     d_log_p = None if d_log_p is None else d_log_p.contiguous()
     sequences, tokens, past, m = _sequences(query), query.shape[2], max(near - 1, 0), weight.shape[2]
     blocks, options = _options("backward", query.dtype, query.shape[-1], value.shape[-1], m)
@@ -176,7 +178,7 @@ def causal_attention_backward(
 
     # The slots of the last near field have no queries beside them.
     chunks, key_chunks = _chunks(shape), triton.cdiv(tokens + past, shape.chunk)
-    d_query, d_key, d_value = (new_rows(x, x.shape[-1]) for x in (query, key, value))
+    d_query, d_key, d_value = (empty_rows(x, x.shape[-1]) for x in (query, key, value))
     total, parts, key_parts = chunks + key_chunks, None, None
     if with_weight:
         parts = query.new_empty(*query.shape[:2], total, m, query.shape[-1], dtype=torch.float32)
@@ -265,10 +267,6 @@ def _sequences(x: Tensor) -> int:
 
 def _chunks(shape: Shape) -> int:
     return int(triton.cdiv(shape.tokens, shape.chunk))
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _shape(query: Tensor, key: Tensor, key_mask: Tensor | None, near: int, shift: int, block: int) -> Shape:

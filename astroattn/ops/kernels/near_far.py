@@ -15,7 +15,8 @@ from astroattn.ops.kernels.far_backward import Given, far_gradients
 from astroattn.ops.kernels.means import Means, expected_mass, far_mass, group_means, log_sums
 from astroattn.ops.kernels.near_far_backward import exact_gradients, write_delta
 from astroattn.ops.kernels.near_far_forward import Far, attend, write_sums
-from astroattn.ops.kernels.tiles import Shape, new_rows, rows_of, scratch, shape_of
+from astroattn.ops.kernels.tiles import Shape, rows_of, scratch, shape_of
+from astroattn.ops.rows import dense_rows, empty_rows
 
 
 def near_far_forward(
@@ -46,7 +47,7 @@ def near_far_forward(
         what was chosen: the cluster of each body key [B, H, n] int32, what it weighs there [B, H, n] float32, and the
         exact keys of each group [B, H, R, e] int32, -1 where there are fewer.
     """
-    query, key, value = _rows(query, key, value)
+    query, key, value = map(dense_rows, (query, key, value))
     shape = shape_of(key, lengths, grid, prefix, tile, near, groups, num_hidden, scale)
     keys = scratch(key, shape.groups, min(exact_keys, shape.body), dtype=torch.int32)
     winners = scratch(key, shape.body, dtype=torch.int32)
@@ -58,7 +59,7 @@ def near_far_forward(
         mass = torch.zeros_like(winners.zero_(), dtype=torch.float32)
         if keys.shape[-1]:
             choose_keys(shape, key, group_means(shape, query), None, keys)
-    out, log_p = new_rows(query, value.shape[-1]), scratch(query, shape.tokens)
+    out, log_p = empty_rows(query, value.shape[-1]), scratch(query, shape.tokens)
     attend(shape, query, key, value, means, far, keys, out, log_p)
     return out, log_p, winners, mass, keys
 
@@ -105,7 +106,7 @@ def near_far_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values. Arguments as in, and from, `near_far_forward`; d_log_p None is 0."""
-    query, key, value, out, d_out = _rows(query, key, value, out, d_out)
+    query, key, value, out, d_out = map(dense_rows, (query, key, value, out, d_out))
     shape = shape_of(key, lengths, grid, prefix, tile, near, groups, num_hidden, scale)
     log_p, winners, mass, keys = (x.contiguous() for x in (log_p, winners, mass, keys))
     given = Given(rows_of(d_out), log_p, write_delta(shape, out, d_out, d_log_p))
@@ -118,7 +119,3 @@ def near_far_backward(
     far = write_sums(shape, key, value, means, winners, centres, order, chosen)
     back = far_gradients(shape, query, key, value, given, mass, means, moments, order, far, chosen)
     return exact_gradients(shape, query, key, value, given, keys, means, far, back)
-
-
-def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)

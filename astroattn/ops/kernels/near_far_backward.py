@@ -36,7 +36,6 @@ from astroattn.ops.kernels.tiles import (
     is_near,
     key_in_window,
     load_rows,
-    new_rows,
     power_of_2,
     real_tokens,
     rows_of,
@@ -47,6 +46,7 @@ from astroattn.ops.kernels.tiles import (
     token_of,
     window_of,
 )
+from astroattn.ops.rows import empty_rows
 
 
 class ChosenGradients(NamedTuple):
@@ -329,7 +329,7 @@ def exact_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values: of all exact keys, and those of the hidden layer added."""
     size, num_keys, prefix = query.shape[0] * query.shape[1], keys.shape[-1], shape.prefix
-    d_query, d_key, d_value = (new_rows(x, x.shape[-1]) for x in (query, key, value))
+    d_query, d_key, d_value = (empty_rows(x, x.shape[-1]) for x in (query, key, value))
     inputs, mean = tuple(map(rows_of, (query, key, value))), None if means is None else rows_of(means.mean)
     most = blocks_of(query, value)
     block, stages = most.backward, most.stages - 1 or 1

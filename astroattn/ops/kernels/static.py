@@ -18,13 +18,14 @@ import torch
 import triton
 from torch import Tensor
 
+from astroattn.ops.backends import MOST_DIM
 from astroattn.ops.kernels.static_backward import read_backward_kernel, write_backward_kernel
 from astroattn.ops.kernels.static_forward import combine_kernel, read_kernel, write_kernel
+from astroattn.ops.rows import dense_rows, empty_rows
 
 # How phi depends on h = |x|^2 / 2: d phi / d h = -d phi / d (W x) (-1), = phi (1), or not at all.
 NORM = {"positive_exp": -1, "linear": -1, "cosine": 1, "positive_cosine": 1}
 INDEFINITE = ("cosine", "linear")  # p may be negative, and log p does not tell
-MOST_DIM = 256
 REGISTERS = 2**16  # of a multiprocessor
 
 
@@ -97,7 +98,7 @@ def linear_attention_forward(
     Raises:
         ValueError: D or Dv above 256.
     """
-    query, key, value = (_rows(x) for x in (query, key, value))
+    query, key, value = map(dense_rows, (query, key, value))
     (batch, heads, num_queries, dim), (num_keys, dv), m = query.shape, value.shape[2:], weight.shape[2]
     hidden = _hidden(weight, phase, query.dtype)
     blocks, resident, options = _options("write", query.dtype, dim, dv, m)
@@ -113,7 +114,7 @@ def linear_attention_forward(
         parts, states = states, _new_states(key, 1, m, dv)
         combine_kernel[(batch * heads * m,)](parts, states, m, chunks, DV=dv, DVP=options["DVP"], N=16)
     kv_state, z_state, top = states = tuple(x[:, :, 0] for x in states)
-    out = new_rows(query, dv)
+    out = empty_rows(query, dv)
     log_p = query.new_empty(batch, heads, num_queries, dtype=torch.float32)
     _read(query, hidden, states, activation, scale_root, out, log_p, None)
     return out, log_p, kv_state, z_state, top
@@ -142,7 +143,7 @@ def linear_attention_backward(
 
     Arguments as those of `linear_attention_forward`, then its results. d_log_p: None where log p is not used.
     """
-    query, key, value, out, d_out = (_rows(x) for x in (query, key, value, out, d_out))
+    query, key, value, out, d_out = map(dense_rows, (query, key, value, out, d_out))
     (batch, heads, num_queries, dim), (num_keys, dv), m = query.shape, value.shape[2:], weight.shape[2]
     hidden, states = _hidden(weight, phase, query.dtype), (kv_state, z_state, top)
     blocks, resident, options = _options("backward", query.dtype, dim, dv, m)
@@ -157,7 +158,7 @@ def linear_attention_backward(
     if blocks > 1 and activation in INDEFINITE:
         sign, log_p = torch.empty_like(log_p), torch.empty_like(log_p)
         _read(query, hidden, states, activation, scale_root, out, log_p, sign)
-    d_query, d_key, d_value = grads = new_rows(query, dim), new_rows(key, dim), new_rows(value, dv)
+    d_query, d_key, d_value = grads = empty_rows(query, dim), empty_rows(key, dim), empty_rows(value, dv)
     scratch = [torch.empty_like(x, dtype=torch.float32) if blocks > 1 else x for x in grads]
     d_state = query.new_empty(batch, heads, query_chunks, m * (dv + 1), dtype=torch.float32)
     parts = query.new_empty(batch, heads, all_chunks, m, dim, dtype=torch.float32) if with_weight else None
@@ -182,11 +183,6 @@ def linear_attention_backward(
     return d_query, d_key, d_value, d_weight.to(weight.dtype)
 
 
-def new_rows(like: Tensor, columns: int) -> Tensor:
-    """An empty tensor for results, laid out like `like` where it has as many columns (so is the output)."""
-    return torch.empty_like(like) if like.shape[-1] == columns else like.new_empty(*like.shape[:3], columns)
-
-
 def _read(
     query: Tensor,
     hidden: tuple[Tensor, Tensor, int, int, int],
@@ -207,10 +203,6 @@ def _read(
         BLOCKS=blocks,
         ACTIVATION=activation,
     )
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:

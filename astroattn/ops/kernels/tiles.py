@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from astroattn.ops.kernels.features import INTERPRETED, narrow
-from astroattn.ops.tiles import near_shape, tile_shape
+from astroattn.ops.tiles import cut, near_shape
 
 LN_2 = tl.constexpr(1 / log2(e))
 LOG2_E = tl.constexpr(log2(e))
@@ -120,9 +120,8 @@ def shape_of(
     """The layout of `ops.tiles.make_tiles` as numbers."""
     tokens = key.shape[2]
     rows, columns = grid or (1, tokens - prefix)
-    high, wide = tile_shape(tile, rows, columns) if tile < rows * columns else (rows, columns)
-    across = -(-columns // wide)
-    tiles = -(-rows // high) * across
+    high, wide, down, across = cut(tile, rows, columns)
+    tiles = down * across
     sizes = (tokens, prefix, rows, columns, across, tiles, min(groups, tiles), num_hidden)
     constants = (rows > 1, high, wide, *near_shape(near, rows, columns))
     return Shape(lengths, key.shape[1], *sizes, scale * log2(e), *map(tl.constexpr, constants))
@@ -136,11 +135,6 @@ def power_of_2(number: int, least: int = 16, most: int = 1 << 30) -> int:
 def scratch(like: Tensor, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """An empty tensor [B, H, ...] for the sequences of a tensor [B, H, ...]."""
     return torch.empty((*like.shape[:2], *sizes), dtype=dtype, device=like.device)
-
-
-def new_rows(like: Tensor, columns: int) -> Tensor:
-    """An empty tensor for results, laid out like `like` where it has as many columns."""
-    return torch.empty_like(like) if like.shape[-1] == columns else like.new_empty(*like.shape[:3], columns)
 
 
 @triton.jit

@@ -58,13 +58,3 @@ def strides(*tensors: Tensor) -> tuple[ctypes.Array[ctypes.c_int64], ...]:
 def pointers(*tensors: Tensor | None) -> tuple[int | None, ...]:
     """Where the numbers are; None stays None."""
     return tuple(None if x is None else x.data_ptr() for x in tensors)
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """The tensor with neighbouring numbers in its rows."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def empty_rows(like: Tensor, columns: int) -> Tensor:
-    """For results, laid out like `like` where it has as many columns."""
-    return torch.empty_like(like) if like.shape[-1] == columns else like.new_empty(*like.shape[:3], columns)

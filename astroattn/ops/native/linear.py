@@ -8,17 +8,8 @@ import torch
 from torch import Tensor
 
 from astroattn.ops.features import ACTIVATIONS
-from astroattn.ops.native.library import (
-    INTEGER,
-    POINTER,
-    TYPES,
-    Strides,
-    dense_rows,
-    empty_rows,
-    pointers,
-    run,
-    strides,
-)
+from astroattn.ops.native.library import INTEGER, POINTER, TYPES, Strides, pointers, run, strides
+from astroattn.ops.rows import dense_rows, empty_rows
 
 NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
 

@@ -7,18 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from astroattn.ops.native.library import (
-    INTEGER,
-    POINTER,
-    TYPES,
-    Strides,
-    dense_rows,
-    empty_rows,
-    pointers,
-    run,
-    strides,
-)
-from astroattn.ops.tiles import near_shape, tile_shape
+from astroattn.ops.native.library import INTEGER, POINTER, TYPES, Strides, pointers, run, strides
+from astroattn.ops.rows import dense_rows, empty_rows
+from astroattn.ops.tiles import cut, near_shape
 
 
 class _Problem(ctypes.Structure):
@@ -139,8 +130,8 @@ def _describe(
 ) -> _Problem:
     batch, heads, tokens, dim = query.shape
     rows, columns = grid or (1, tokens - prefix)
-    high, wide = tile_shape(tile, rows, columns) if tile < rows * columns else (rows, columns)
-    groups = min(groups, -(-rows // high) * -(-columns // wide))
+    high, wide, down, across = cut(tile, rows, columns)
+    groups = min(groups, down * across)
     return _Problem(
         *(batch, heads, tokens, dim, value.shape[-1], TYPES[query.dtype]),
         *strides(query, key, value, out),
