@@ -1,0 +1,145 @@
+"""The network in continuous time, whose limit of fast neurons and a slower astrocyte is the discrete network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+from astroattn.simulation.network import NeuronAstrocyteNetwork, check_sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeConstants:
+    """Time constants of the network, in units of the time for which a token is shown in one phase.
+
+    Args:
+        neuron: of the hidden and the last layer. astrocyte: of the process's calcium. Plasticity adds up one token in
+            the time that it is shown, so its time constant is 1.
+
+    Raises:
+        ValueError: a time that is not positive.
+    """
+
+    neuron: float = 0.01
+    astrocyte: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"{field.name}: {getattr(self, field.name)}; must be positive")
+
+
+@dataclass(frozen=True)
+class Motion:
+    """The network's course over S moments.
+
+    Attributes:
+        time: [S], in units of a token. r: the gate [S], 0 writing, 1 reading. token: index of the token shown [S].
+        h: hidden neurons [S, B, H, m]. p: calcium [S, B, H]. l: last layer [S, B, H, Dv].
+    """
+
+    time: Tensor
+    r: Tensor
+    token: Tensor
+    h: Tensor
+    p: Tensor
+    l: Tensor  # noqa: E741 - the paper's letter for the last layer
+
+
+def integrate(
+    network: NeuronAstrocyteNetwork,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    x: Tensor | None = None,
+    *,
+    constants: TimeConstants | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    samples: int = 50,
+) -> tuple[Tensor, Motion]:
+    """Show each token for one unit of time while the neurons, the calcium and the synapses move.
+
+        neuron    dh/dt = -h + phi(W k) (1 - r) + phi(W q) r
+        neuron    dl/dt = -l + v (1 - r) + ((H * P) h + x) r,   P = 1 / p
+        astrocyte dp/dt = -p + g.h
+                  dH/dt = (1 - r) (l h^T + log(1 - leak) H)
+                  dg/dt = (1 - r) (h + log(1 - leak) g)
+
+    The gate r(t) is 0 while all tokens are written and then 1 while all are read; `causal` shows each token twice, to
+    be written and then to be read. As the ratios neuron : astrocyte : 1 fall, what the last layer holds at the end of
+    each reading approaches `network.run`: the error of writing is of the order of `neuron`, that of reading of
+    exp(-1 / astrocyte). Integrated by SciPy's `solve_ivp`, token by token, with a relative tolerance of 1e-8.
+
+    Args:
+        network: its hidden neurons and its leak are used; its state is not changed.
+        query, key, value, x, causal, scale: as in `NeuronAstrocyteNetwork.run`. They are taken in float64.
+        constants: time constants; None is the default of `TimeConstants`.
+        samples: moments kept per token and phase, the last one at its end.
+
+    Returns:
+        The last layer at the end of each reading [B, H, N, Dv], and the motion.
+
+    Raises:
+        ValueError: shapes that do not fit; calcium that is not positive while reading (activations may be negative).
+
+    Source: inferred; docs/science.md says what is known of the paper's time scales.
+    """
+    check_sequence(query, key, value, x)
+    if samples < 1:
+        raise ValueError(f"samples: {samples}; must be at least 1")
+    constants = TimeConstants() if constants is None else constants
+    root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    query, key, value = query.double() * root, key.double() * root, value.double()
+    shown = torch.zeros_like(value) if x is None else x.double()
+    tokens = range(query.shape[2])
+    order = [(t, r) for t in tokens for r in (0, 1)] if causal else [(t, r) for r in (0, 1) for t in tokens]
+
+    heads, dim_value = query.shape[:2], value.shape[-1]
+    m = network.hidden.write(key[:, :, 0]).shape[-1]
+    shapes = [(*heads, m), (*heads, dim_value), heads, (*heads, dim_value, m), (*heads, m)]  # h, l, p, H, g
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+    fade = float(np.log1p(-network.leak))
+
+    def split(state: np.ndarray) -> list[np.ndarray]:
+        return [part.reshape(shape) for part, shape in zip(np.split(state, ends[:-1]), shapes, strict=True)]
+
+    state, outputs, parts = np.zeros(ends[-1]), [], []
+    for start, (token, r) in enumerate(order):
+        neurons = network.hidden.read(query[:, :, token]) if r else network.hidden.write(key[:, :, token])
+        drive, own = neurons.numpy(), (shown if r else value)[:, :, token].numpy()
+
+        def velocity(
+            _: float, state: np.ndarray, r: int = r, drive: np.ndarray = drive, own: np.ndarray = own
+        ) -> np.ndarray:
+            h, last, p, synapses, g = split(state)
+            if r and (p <= 0).any():
+                raise ValueError("hidden: the calcium p is not positive while reading; use positive activations")
+            input_ = np.einsum("...vm,...m->...v", synapses / p[..., None, None], h) + own if r else own
+            return np.concatenate(
+                [
+                    ((drive - h) / constants.neuron).ravel(),
+                    ((input_ - last) / constants.neuron).ravel(),
+                    (((g * h).sum(-1) - p) / constants.astrocyte).ravel(),
+                    ((1 - r) * (last[..., None] * h[..., None, :] + fade * synapses)).ravel(),
+                    ((1 - r) * (h + fade * g)).ravel(),
+                ]
+            )
+
+        moments = np.linspace(0, 1, samples + 1)[1:]
+        done = solve_ivp(velocity, (0, 1), state, method="LSODA", t_eval=moments, rtol=1e-8, atol=1e-10)
+        if not done.success:
+            raise ValueError(f"constants: {constants} cannot be integrated; {done.message}")
+        state = done.y[:, -1]
+        h, last, p, _, _ = zip(*(split(column) for column in done.y.T), strict=True)
+        parts.append(
+            (start + moments, np.full(samples, r), np.full(samples, token), np.stack(h), np.stack(p), np.stack(last))
+        )
+        if r:
+            outputs.append(torch.from_numpy(last[-1].copy()))
+    motion = Motion(*(torch.from_numpy(np.concatenate(columns)) for columns in zip(*parts, strict=True)))
+    return torch.stack(outputs, 2), motion
