@@ -113,12 +113,15 @@ def integrate(
         neurons = network.hidden.read(query[:, :, token]) if r else network.hidden.write(key[:, :, token])
         drive, own = neurons.numpy(), (shown if r else value)[:, :, token].numpy()
 
+        if r:
+            _, _, p, _, g = split(state)
+            if (p <= 0).any() or ((g * drive).sum(-1) <= 0).any():
+                raise ValueError("hidden: the calcium p is not positive while reading; use positive activations")
+
         def velocity(
             _: float, state: np.ndarray, r: int = r, drive: np.ndarray = drive, own: np.ndarray = own
         ) -> np.ndarray:
             h, last, p, synapses, g = split(state)
-            if r and (p <= 0).any():
-                raise ValueError("hidden: the calcium p is not positive while reading; use positive activations")
             input_ = np.einsum("...vm,...m->...v", synapses / p[..., None, None], h) + own if r else own
             return np.concatenate(
                 [
