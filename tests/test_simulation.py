@@ -155,6 +155,14 @@ def test_a_leak_forgets_at_its_rate(tokens: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(out, shares @ value / shares.sum(-1, keepdim=True), **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_of_low_precision_are_streamed_in_float64(dtype: torch.dtype, tokens: tuple[Tensor, ...]) -> None:
+    low = [x.to(dtype) for x in tokens]
+    for hidden in (make()[0].hidden, CompetitiveNeurons(low[1])):
+        out, _ = NeuronAstrocyteNetwork(hidden).run(*low)
+        torch.testing.assert_close(out, NeuronAstrocyteNetwork(hidden).run(*(x.double() for x in low))[0])
+
+
 def test_tokens_can_be_streamed_by_hand(tokens: tuple[Tensor, ...]) -> None:
     network, _ = make()
     query, key, value = tokens

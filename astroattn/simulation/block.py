@@ -57,7 +57,7 @@ class NeuronAstrocyteBlock:
         value = torch.einsum("bhnv,dhv->bhnd", value, by_head)  # what a head sends to the last layer
         hidden: HiddenNeurons = self.random or CompetitiveNeurons(key * parts.head_dim**-0.25)
         heads, _ = NeuronAstrocyteNetwork(hidden).run(query, key, value, record=())
-        last = heads.sum(1) + x + parts.out.bias
+        last = heads.sum(1).to(x.dtype) + x + parts.out.bias
         y: Tensor = parts.norm(last)
         out: Tensor = parts.last_norm(y + parts.feed_forward(y))
         return out

@@ -37,12 +37,13 @@ class StaticNeurons:
 
     @classmethod
     def random(cls, num_heads: int, head_dim: int, config: AstroConfig) -> StaticNeurons:
-        """The weights that `AstrocyteAttention` draws for this config with `hidden="random"`, in float64."""
+        """The weights that `AstrocyteAttention` draws for this config with `hidden="random"`."""
         hidden = RandomHidden(num_heads, head_dim, config)
         return cls(hidden.weight.double(), hidden.phase.double(), config.activation)
 
     def write(self, key: Tensor) -> Tensor:
-        return features(key[..., None, :], self.weight, self.phase, self.activation)[..., 0, :]
+        weight, phase = self.weight.to(key.dtype), self.phase.to(key.dtype)
+        return features(key[..., None, :], weight, phase, self.activation)[..., 0, :]
 
     read = write
 
@@ -62,10 +63,10 @@ class CompetitiveNeurons:
     weight: Tensor
 
     def write(self, key: Tensor) -> Tensor:
-        distance = (self.weight - key[..., None, :]).square().sum(-1)
+        distance = (self.weight.to(key.dtype) - key[..., None, :]).square().sum(-1)
         winner = distance.argmin(-1, keepdim=True)
         return torch.zeros_like(distance).scatter(-1, winner, 1.0)
 
     def read(self, query: Tensor) -> Tensor:
-        response: Tensor = (self.weight @ query[..., None])[..., 0].exp()
+        response: Tensor = (self.weight.to(query.dtype) @ query[..., None])[..., 0].exp()
         return response

@@ -44,7 +44,7 @@ class NeuronAstrocyteNetwork:
 
     k, v and q are what the first layer sends for a token x. After all tokens are written, l - x is linear attention;
     with `CompetitiveNeurons(key)` it is softmax attention. Each head has synapses and a process of its own; the state
-    is [B, H, ...], in the dtype of the tokens (use float64).
+    is [B, H, ...]. `run` computes in float64, `write` and `read` in the dtype of the token.
 
     Args:
         hidden: the hidden neurons. leak: share of H and g that is forgotten per token written, in [0, 1).
@@ -134,10 +134,11 @@ class NeuronAstrocyteNetwork:
         if unknown:
             raise ValueError(f"record: {unknown}; must be among {', '.join(LETTERS)}")
         root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+        query, key, value = query.double() * root, key.double() * root, value.double()
         kept: dict[str, list[Tensor]] = {name: [] for name in Trace.__dataclass_fields__}
 
         def write(t: int) -> None:
-            h = self.write(key[:, :, t] * root, value[:, :, t])
+            h = self.write(key[:, :, t], value[:, :, t])
             assert self.H is not None
             assert self.g is not None
             for letter, name, what in (("h", "h_writing", h), ("H", "H", self.H), ("g", "g", self.g)):
@@ -145,7 +146,7 @@ class NeuronAstrocyteNetwork:
                     kept[name].append(what)
 
         def read(t: int) -> Tensor:
-            last, p, h = self.read(query[:, :, t] * root, None if x is None else x[:, :, t])
+            last, p, h = self.read(query[:, :, t], None if x is None else x[:, :, t])
             for letter, name, what in (("h", "h_reading", h), ("p", "p", p)):
                 if letter in record:
                     kept[name].append(what)
@@ -177,4 +178,4 @@ def check_sequence(query: Tensor, key: Tensor, value: Tensor, x: Tensor | None) 
 
 def _require_finite(name: str, h: Tensor) -> None:
     if not h.isfinite().all():
-        raise ValueError(f"{name}: the hidden neurons' response is not finite; use float64, or shorter vectors")
+        raise ValueError(f"{name}: the hidden neurons' response is not finite: the vectors are too long")
