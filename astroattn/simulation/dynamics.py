@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from astroattn.simulation.network import NeuronAstrocyteNetwork, check_sequence
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,7 @@ class TimeConstants:
     """
 
     neuron: float = 0.01
-    astrocyte: float = 0.1
+    astrocyte: float = 0.05
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -39,15 +44,15 @@ class Motion:
 
     Attributes:
         time: [S], in units of a token. r: the gate [S], 0 writing, 1 reading. token: index of the token shown [S].
-        h: hidden neurons [S, B, H, m]. p: calcium [S, B, H]. l: last layer [S, B, H, Dv].
+        h: hidden neurons [S, B, H, m]. l: last layer [S, B, H, Dv]. p: calcium [S, B, H].
     """
 
     time: Tensor
     r: Tensor
     token: Tensor
     h: Tensor
-    p: Tensor
     l: Tensor  # noqa: E741 - the paper's letter for the last layer
+    p: Tensor
 
 
 def integrate(
@@ -73,7 +78,8 @@ def integrate(
     The gate r(t) is 0 while all tokens are written and then 1 while all are read; `causal` shows each token twice, to
     be written and then to be read. As the ratios tau_n : tau_p : 1 fall, what the last layer holds at the end of each
     reading approaches `network.run`: the error of writing is of the order of tau_n, that of reading of
-    exp(-1 / tau_p). Integrated by SciPy's `solve_ivp`, token by token, with a relative tolerance of 1e-8.
+    exp(-1 / tau_p) times the calcium before over the calcium now. Integrated by SciPy's `solve_ivp`, token by token,
+    with a relative tolerance of 1e-8.
 
     Args:
         network: its hidden neurons and its leak are used; its state is not changed.
@@ -101,46 +107,78 @@ def integrate(
 
     heads, dim_value = query.shape[:2], value.shape[-1]
     m = network.hidden.write(key[:, :, 0]).shape[-1]
-    shapes = [(*heads, m), (*heads, dim_value), heads, (*heads, dim_value, m), (*heads, m)]  # h, l, p, H, g
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
     fade = float(np.log1p(-network.leak))
-
-    def split(state: np.ndarray) -> list[np.ndarray]:
-        return [part.reshape(shape) for part, shape in zip(np.split(state, ends[:-1]), shapes, strict=True)]
-
-    state, outputs, parts = np.zeros(ends[-1]), [], []
+    shapes = [(*heads, m), (*heads, dim_value), heads, (*heads, dim_value, m), (*heads, m)]
+    state = [np.zeros(shape) for shape in shapes]  # h, l, p, H, g
+    outputs, parts = [], []
+    moments = np.linspace(0, 1, samples + 1)[1:]
     for start, (token, r) in enumerate(order):
         neurons = network.hidden.read(query[:, :, token]) if r else network.hidden.write(key[:, :, token])
         drive, own = neurons.numpy(), (shown if r else value)[:, :, token].numpy()
+        *_, p, H, g = state
+        if r and ((p <= 0).any() or ((g * drive).sum(-1) <= 0).any()):
+            raise ValueError("hidden: the calcium p is not positive while reading; use positive activations")
 
         if r:
-            _, _, p, _, g = split(state)
-            if (p <= 0).any() or ((g * drive).sum(-1) <= 0).any():
-                raise ValueError("hidden: the calcium p is not positive while reading; use positive activations")
-
-        def velocity(
-            _: float, state: np.ndarray, r: int = r, drive: np.ndarray = drive, own: np.ndarray = own
-        ) -> np.ndarray:
-            h, last, p, H, g = split(state)
-            P = 1 / p if r else np.zeros_like(p)
-            target = ((H * P[..., None, None]) @ h[..., None])[..., 0] + own if r else own
-            dh = (drive - h) / constants.neuron
-            dl = (target - last) / constants.neuron
-            dp = ((g * h).sum(-1) - p) / constants.astrocyte
-            dH = (1 - r) * (last[..., None] * h[..., None, :] + fade * H)
-            dg = (1 - r) * (h + fade * g)
-            return np.concatenate([part.ravel() for part in (dh, dl, dp, dH, dg)])
-
-        moments = np.linspace(0, 1, samples + 1)[1:]
-        done = solve_ivp(velocity, (0, 1), state, method="LSODA", t_eval=moments, rtol=1e-8, atol=1e-10)
-        if not done.success:
-            raise ValueError(f"constants: {constants} cannot be integrated; {done.message}")
-        state = done.y[:, -1]
-        h, last, p, _, _ = zip(*(split(column) for column in done.y.T), strict=True)
-        parts.append(
-            (start + moments, np.full(samples, r), np.full(samples, token), np.stack(h), np.stack(p), np.stack(last))
-        )
+            course = _solve(partial(_read, H=H, g=g, drive=drive, x=own, constants=constants), state[:3], moments)
+        else:
+            course = _solve(partial(_write, drive=drive, value=own, fade=fade, constants=constants), state, moments)
+        state = [part[-1] for part in course] + state[len(course) :]
+        parts.append((start + moments, np.full(samples, r), np.full(samples, token), *course[:3]))
         if r:
-            outputs.append(torch.from_numpy(last[-1].copy()))
-    motion = Motion(*(torch.from_numpy(np.concatenate(columns)) for columns in zip(*parts, strict=True)))
-    return torch.stack(outputs, 2), motion
+            outputs.append(torch.from_numpy(state[1]))
+    columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
+    return torch.stack(outputs, 2), Motion(*columns)
+
+
+def _write(
+    h: Array,
+    last: Array,
+    p: Array,
+    H: Array,
+    g: Array,
+    *,
+    drive: Array,
+    value: Array,
+    fade: float,
+    constants: TimeConstants,
+) -> tuple[Array, ...]:
+    """The velocities of h, l, p, H and g while r = 0."""
+    dH = last[..., None] * h[..., None, :] + fade * H
+    dg = h + fade * g
+    return *_move(h, last, p, g, drive, value, constants), dH, dg
+
+
+def _read(
+    h: Array, last: Array, p: Array, *, H: Array, g: Array, drive: Array, x: Array, constants: TimeConstants
+) -> tuple[Array, ...]:
+    """The velocities of h, l and p while r = 1; the synapses rest."""
+    P = 1 / p
+    target = ((H * P[..., None, None]) @ h[..., None])[..., 0] + x
+    return _move(h, last, p, g, drive, target, constants)
+
+
+def _move(
+    h: Array, last: Array, p: Array, g: Array, drive: Array, target: Array, constants: TimeConstants
+) -> tuple[Array, Array, Array]:
+    dh = (drive - h) / constants.neuron
+    dl = (target - last) / constants.neuron
+    dp = ((g * h).sum(-1) - p) / constants.astrocyte
+    return dh, dl, dp
+
+
+def _solve(velocity: Callable[..., tuple[Array, ...]], start: list[Array], moments: Array) -> list[Array]:
+    """The course of several arrays from time 0, at the moments [S]: [S, ...] each."""
+    ends = np.cumsum([part.size for part in start])
+
+    def flat(_: float, state: Array) -> Array:
+        parts = (part.reshape(like.shape) for part, like in zip(np.split(state, ends[:-1]), start, strict=True))
+        return np.concatenate([part.ravel() for part in velocity(*parts)])
+
+    done = solve_ivp(
+        flat, (0, 1), np.concatenate([part.ravel() for part in start]), "LSODA", moments, rtol=1e-8, atol=1e-10
+    )
+    if not done.success:
+        raise ValueError(f"constants: they cannot be integrated; {done.message}")
+    courses = np.split(done.y.T, ends[:-1], axis=1)
+    return [course.reshape(-1, *part.shape) for course, part in zip(courses, start, strict=True)]
