@@ -73,7 +73,7 @@ class Layer:
     """What one attention layer read, and the block that it stands in.
 
     Attributes:
-        index: number of the layer, from 0. name: of the attention module.
+        index: number of the layer, from 0. name: of the attention module, which may serve at several depths.
         query, key: [B, H, N, D], both times sqrt(scale), so that softmax attention is that of exp(q.k).
         value: [B, H, N, Dv].
         output: what the block gave with softmax attention [B, N, hidden].
@@ -102,47 +102,39 @@ class Layer:
 def read_layers(model: nn.Module, inputs: Any) -> Iterator[list[Layer]]:
     """Run the model on a batch without padding and give its attention layers, which live as long as the context.
 
-    The model computes exact softmax attention all the while, and is the original again afterwards.
+    The model computes exact softmax attention all the while, and is the original again afterwards. Layers come in the
+    order of their calls: one module that serves at several depths (ALBERT) is as many layers.
     """
+    layers: list[Layer] = []
     with torch.no_grad(), patched(model, AstroConfig()):
-        astrocytes = find_astrocytes(model)
-        layers = [_Reading(model, name, module) for name, module in astrocytes.items()]
+        readings = [_Reading(model, name, module, layers) for name, module in find_astrocytes(model).items()]
         try:
-            for layer in layers:
-                layer.module.exact = True
+            for reading in readings:
+                reading.module.exact = True
             call(model, inputs)
         finally:
-            for layer in layers:
-                layer.remove()
-        yield [layer.done(index) for index, layer in enumerate(layers)]
+            for reading in readings:
+                reading.remove()
+        yield layers
 
 
 class _Reading:
-    """Hooks on one attention layer and its block, in one forward pass."""
+    """Hooks on one attention module and its block, which add a layer to `layers` at each call."""
 
-    def __init__(self, model: nn.Module, name: str, module: AstrocyteAttention) -> None:
+    def __init__(self, model: nn.Module, name: str, module: AstrocyteAttention, layers: list[Layer]) -> None:
         parts = name.split(".")
         last = max(index for index, part in enumerate(parts) if part.isdigit())
-        self.name, self.module = name.removesuffix(".astrocyte"), module
+        self.name, self.module, self._layers = name.removesuffix(".astrocyte"), module, layers
         self.block = model.get_submodule(".".join(parts[: last + 1]))
         self._handles = [
             module.register_forward_pre_hook(self._keep_call, with_kwargs=True),
             self.block.register_forward_pre_hook(self._keep_inputs, with_kwargs=True),
-            self.block.register_forward_hook(self._keep_output),
+            self.block.register_forward_hook(self._add_layer),
         ]
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-    def done(self, index: int) -> Layer:
-        query, key, value, options = self.call
-        mask, scale = options.get("key_mask"), options.get("scale")
-        if options.get("causal") or (mask is not None and not mask.all()):
-            raise ValueError(f"inputs: {self.name} has a mask; texts of one length and no padding are read here")
-        root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
-        tensors = (query * root, key * root, value, self.output)
-        return Layer(index, self.name, *tensors, self.module, self.block, self.inputs)
 
     def _keep_call(self, module: AstrocyteAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call = read_call(module, args, kwargs)
@@ -150,8 +142,14 @@ class _Reading:
     def _keep_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.inputs = (args, kwargs)
 
-    def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.output = _first(output)
+    def _add_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        query, key, value, options = self.call
+        mask, scale = options.get("key_mask"), options.get("scale")
+        if options.get("causal") or (mask is not None and not mask.all()):
+            raise ValueError(f"inputs: {self.name} has a mask; texts of one length and no padding are read here")
+        root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+        tensors = (query * root, key * root, value, _first(output))
+        self._layers.append(Layer(len(self._layers), self.name, *tensors, self.module, self.block, self.inputs))
 
 
 def _first(output: Any) -> Tensor:

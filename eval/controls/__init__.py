@@ -1,0 +1,1 @@
+"""Controls on the agreement of calcium and softmax normaliser: `python -m eval.controls`."""
