@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from astroattn.recipes import load_recipe
-from eval import common, demo, error_vs_hidden, frontier, summary, train_digits
+from eval import common, demo, frontier, summary, train_digits
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +99,3 @@ def test_recipes_quote_the_committed_results() -> None:
             assert result["environment"]["command"] == measurement.command
             for metric, value in measurement.values.items():
                 assert value == pytest.approx(result["rows"]["patched"]["values"][metric]["value"], abs=5e-4)
-
-
-def test_error_of_random_features_falls_as_the_root_of_m() -> None:
-    fits = {fit["weights"]: fit["slope"] for fit in error_vs_hidden.fit_slopes(committed("error_vs_hidden"))}
-    assert -0.6 < fits["independent"] < -0.4
-    assert error_vs_hidden._error(4096, False, 0) < 0.5 * error_vs_hidden._error(256, False, 0)
-
-
-def committed(name: str) -> list[dict]:
-    rows = json.loads((summary.RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
-    return [row for row in rows if "m" in row]
