@@ -7,6 +7,7 @@ Importing it imports torch and nothing heavier.
 """
 
 from astroattn.attention import AstrocyteAttention
+from astroattn.checkpoint import from_pretrained, load, save
 from astroattn.config import AstroConfig
 from astroattn.cost import Cost
 from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
@@ -20,7 +21,10 @@ __all__ = [
     "PatchReport",
     "__version__",
     "fallbacks",
+    "from_pretrained",
+    "load",
     "patch",
     "patched",
+    "save",
     "unpatch",
 ]

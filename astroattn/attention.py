@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from astroattn.checks import check_call, check_grid, check_size, check_state
 from astroattn.config import AstroConfig
 from astroattn.cost import Cost, count_cost, covers, prefix_length
-from astroattn.hidden import RandomHidden
+from astroattn.hidden import STATIC
 from astroattn.ops.causal import CausalState
 from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
 from astroattn.ops.tiles import Layout
@@ -50,7 +50,8 @@ class AstrocyteAttention(nn.Module):
         self.head_dim = head_dim
         self.config = config
         self.exact = False
-        self.hidden = RandomHidden(num_heads, head_dim, config) if config.hidden == "random" else None
+        layer = STATIC.get(config.hidden)
+        self.hidden = None if layer is None else layer(num_heads, head_dim, config)
 
     def forward(
         self,
@@ -132,16 +133,19 @@ class AstrocyteAttention(nn.Module):
             raise ValueError(f"decode: this module has no causal state; {reason}")
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"query: {query.shape[2]} tokens; key has {key.shape[2]}")
+        assert self.hidden is not None
+        scale = self.head_dim**-0.5 if scale is None else float(scale)
+        query, key, weight, phase = self.hidden.inputs(query, key)
         check_state(self, state, query, value)
         order = None
         if key_mask is not None:
             order, key_mask = _sort(key_mask)
             query, key, value = (_in_order(x, order) for x in (query, key, value))
         out, state = decode(
-            *(query, key, value, *self._layer()),
-            activation=self.config.activation,
+            *(query, key, value, weight, phase),
+            activation=self.hidden.activation,
             near=self.config.near,
-            scale=self.head_dim**-0.5 if scale is None else float(scale),
+            scale=scale,
             key_mask=key_mask,
             state=state,
             backend=self.config.backend,
@@ -154,8 +158,8 @@ class AstrocyteAttention(nn.Module):
         """Why this configuration cannot serve such attention at every length, or None."""
         if not causal:
             return None
-        if self.config.hidden != "random":
-            return "causal attention needs a static hidden layer (hidden='random')"
+        if self.hidden is None:
+            return "causal attention needs a static hidden layer (hidden='random' or 'learned')"
         if self.config.exact_keys and self.config.near:
             return "causal attention cannot choose exact keys per tile (exact_keys=0)"
         if self.config.exact_queries:
@@ -207,6 +211,8 @@ class AstrocyteAttention(nn.Module):
     def _causal(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
+        assert self.hidden is not None
+        query, key, weight, phase = self.hidden.inputs(query, key)
         num_queries, num_keys = query.shape[2], key.shape[2]
         if num_queries < num_keys:
             # The queries are the last tokens, so stand-ins take the place of the earlier ones.
@@ -220,8 +226,9 @@ class AstrocyteAttention(nn.Module):
             query,
             key,
             value,
-            *self._layer(),
-            activation=self.config.activation,
+            weight,
+            phase,
+            activation=self.hidden.activation,
             near=self.config.near,
             scale=scale,
             key_mask=key_mask,
@@ -246,11 +253,12 @@ class AstrocyteAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         config, num_keys = self.config, key.shape[2]
         prefix, tiled = prefix_length(config, num_keys, grid), config.near > 0
-        activation, backend = config.activation, config.backend
+        backend = config.backend
         if self.hidden is not None and not tiled and not prefix:
+            query, key, weight, phase = self.hidden.inputs(query, key)
             out, normaliser = linear_attention(
-                *(query, key, value, *self._layer()),
-                activation=activation,
+                *(query, key, value, weight, phase),
+                activation=self.hidden.activation,
                 scale=scale,
                 key_mask=key_mask,
                 backend=backend,
@@ -273,8 +281,12 @@ class AstrocyteAttention(nn.Module):
             lengths=lengths,
         )
         if self.hidden is not None:
+            query, key, weight, phase = self.hidden.inputs(query, key)
             out, normaliser = near_linear_attention(
-                *(query, key, value, *self._layer(), layout), activation=activation, scale=scale, backend=backend
+                *(query, key, value, weight, phase, layout),
+                activation=self.hidden.activation,
+                scale=scale,
+                backend=backend,
             )
         else:
             num_hidden = config.num_hidden if config.hidden == "hebbian" else 0
@@ -285,11 +297,6 @@ class AstrocyteAttention(nn.Module):
             back = order.argsort(dim=1)
             out, normaliser = _in_order(out, back), _in_order(normaliser, back)
         return out, normaliser
-
-    def _layer(self) -> tuple[Tensor, Tensor]:
-        """W [1, H, m, D] and b [1, H, m] of the static hidden layer."""
-        assert self.hidden is not None
-        return self.hidden.weight[None], self.hidden.phase[None]
 
 
 def _softmax_attention(

@@ -57,7 +57,7 @@ def check_call(
     if num_queries != num_keys and not causal and not module.exact and not _reads_any_queries(config):
         raise ValueError(
             f"query: {num_queries} tokens and {num_keys} keys; tiles and Hebbian learning need self-attention "
-            "(as many queries as keys); hidden='random' with near=0 and exact_queries=0 does not"
+            "(as many queries as keys); a static hidden layer with near=0 and exact_queries=0 does not"
         )
     check_grid(grid, num_keys)
     if grid is not None and (key_mask is not None or causal):
@@ -100,7 +100,7 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int) -> N
 
 def _reads_any_queries(config: AstroConfig) -> bool:
     """Whether the queries need not be those of the keys' own tokens."""
-    return config.hidden == "random" and not config.near and not config.exact_queries
+    return config.hidden in ("random", "learned") and not config.near and not config.exact_queries
 
 
 def check_grid(grid: tuple[int, int] | None, num_keys: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-HIDDEN = ("hebbian", "random", "none")
+HIDDEN = ("hebbian", "random", "learned", "none")
 BACKENDS = ("auto", "torch", "triton", "native")
 ACTIVATIONS = (
     "positive_exp",
@@ -15,6 +15,7 @@ ACTIVATIONS = (
     "truncated_exp",
     "elu1",
     "constant",
+    "exp",
 )
 _LEAST = {
     "num_hidden": 1,
@@ -37,7 +38,8 @@ class AstroConfig:
 
     Args:
         hidden: the hidden layer. "hebbian" learns its weights from the keys being read; "random" draws them once,
-            the paper's network; "none" has no far field (a control: the near field alone).
+            the paper's network; "learned" has weights to be trained, with phi = exp(W x); "none" has no far field (a
+            control: the near field alone).
         num_hidden: m, the number of hidden neurons per head.
         near: the near field of a tile, in tokens: a run of tokens in a sequence, a rectangle in a patch grid. At least
             the sequence length gives softmax attention. 0 turns tiles off, and exact keys with them: every key is
@@ -50,8 +52,9 @@ class AstroConfig:
         steps: Hebbian learning steps of the "hebbian" layer (k-means iterations).
         groups: most groups of tiles in a sequence that choose their own exact keys; bounds the time to groups * N.
         activation: phi of the "random" layer, one of `ACTIVATIONS`; "constant" gives uniform attention.
-        orthogonal: draw the weights of the "random" layer orthogonal in blocks of head_dim, not independent.
-        seed: seed of the "random" layer.
+        orthogonal: draw the weights of the "random" layer, and those that the "learned" layer starts with, orthogonal
+            in blocks of head_dim, not independent.
+        seed: seed of these weights.
         backend: what computes it. "torch" is plain PyTorch, "triton" the kernels for a GPU, "native" those for a CPU;
             "auto" takes the fastest that can run. They differ by rounding only.
 

@@ -49,10 +49,11 @@ def count_cost(
     window = near_shape(config.near, rows, columns)
     exact = prefix + window[0] * window[1] + (min(config.exact_keys, body) if config.near else 0)
 
-    if config.hidden == "random":
+    if config.hidden in ("random", "learned"):
+        drive = _drive(config)
         if not config.near and not prefix:
-            return Cost(m, m * (2 + 2 * num_keys / num_queries), 2 * num_keys)
-        total = body * (4 * m + exact * (2 + m / head_dim)) + groups * num_keys
+            return Cost(m, m * (1 + drive) * (1 + num_keys / num_queries), 2 * num_keys)
+        total = body * (2 * m * (1 + drive) + exact * (1 + drive + m / head_dim)) + groups * num_keys
     elif config.hidden == "hebbian":
         block, blocks = block_layout(body, m)
         learning = body * ((config.steps + 1) * m + config.steps + 2)  # assignments, means, the values' mean, w
@@ -69,10 +70,15 @@ def count_cost(
 
 
 def _count_causal(config: AstroConfig, head_dim: int, num_keys: int) -> Cost:
-    m, near = config.num_hidden, min(config.near, num_keys)
-    pairs = CHUNK * (1 + m / head_dim) + (2 * (CHUNK + near - 1) if near else 0)  # through phi, and exactly
-    products = 4 * m + pairs
+    m, near, drive = config.num_hidden, min(config.near, num_keys), _drive(config)
+    pairs = CHUNK * (1 + m / head_dim) + ((1 + drive) * (CHUNK + near - 1) if near else 0)  # through phi, and exactly
+    products = 2 * m * (1 + drive) + pairs
     return Cost(near + m, products, 2 * num_keys)
+
+
+def _drive(config: AstroConfig) -> int:
+    """Products of length D in one W x: queries and keys of a learned layer are twice as long (`LearnedHidden`)."""
+    return 2 if config.hidden == "learned" else 1
 
 
 def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import pi
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.config import AstroConfig
@@ -39,6 +40,44 @@ class RandomHidden(nn.Module):
         """The layer for `batch` sequences, flattened over batch and heads."""
         weight = self.weight.to(dtype).repeat(batch, 1, 1)
         return Hidden(weight, self.phase.to(dtype).repeat(batch, 1), self.activation)
+
+    def inputs(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the operators take: query, key, W [1, H, m, D] and b [1, H, m]."""
+        return query, key, self.weight[None], self.phase[None]
+
+
+class LearnedHidden(nn.Module):
+    """A hidden layer to be trained: phi(k) = exp(W_k k) / sqrt(m) while writing, phi(q) = exp(W_q q) / sqrt(m) reading.
+
+    Both start as the same random weights. In the paper's terms the weights from first to hidden layer are W_k times the
+    key projection while writing, and W_q times the query projection while reading.
+
+    Attributes:
+        key_weight, query_weight: W_k, W_q [H, m, D], parameters.
+    """
+
+    phase: Tensor
+    activation = "exp"
+
+    def __init__(self, num_heads: int, head_dim: int, config: AstroConfig) -> None:
+        super().__init__()
+        start = RandomHidden(num_heads, head_dim, config)
+        self.key_weight = nn.Parameter(start.weight.clone())
+        self.query_weight = nn.Parameter(start.weight.clone())
+        self.register_buffer("phase", torch.zeros_like(start.phase), persistent=False)
+
+    def inputs(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the operators take: queries and keys [B, H, N, 2 D], W [1, H, m, 2 D] and b [1, H, m].
+
+        The operators have one W for both: with q' = (q, q), k' = (k, 0) and W' = (W_k, W_q - W_k) is W' k' = W_k k,
+        W' q' = W_q q and q'.k' = q.k.
+        """
+        weight = torch.cat([self.key_weight, self.query_weight - self.key_weight], -1)
+        query, key = torch.cat([query, query], -1), F.pad(key, (0, key.shape[-1]))
+        return query, key, weight[None], self.phase[None]
+
+
+STATIC: dict[str, type[RandomHidden] | type[LearnedHidden]] = {"random": RandomHidden, "learned": LearnedHidden}
 
 
 def draw_independent(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:

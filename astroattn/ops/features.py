@@ -58,8 +58,14 @@ def constant(drive: Tensor, half_square: Tensor, phase: Tensor, m: int) -> tuple
     return torch.full_like(half_square, -log(m) / 2), torch.ones_like(drive)
 
 
+def exp(drive: Tensor, half_square: Tensor, phase: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """exp(W x) / sqrt(m): any positive kernel, where W is learned."""
+    return drive - log(m) / 2, torch.ones_like(drive)
+
+
 ACTIVATIONS: dict[str, Activation] = {
-    f.__name__: f for f in (positive_exp, cosine, positive_cosine, clipped_sine, linear, truncated_exp, elu1, constant)
+    f.__name__: f
+    for f in (positive_exp, cosine, positive_cosine, clipped_sine, linear, truncated_exp, elu1, constant, exp)
 }
 
 

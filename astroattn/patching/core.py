@@ -55,12 +55,8 @@ def patch(model: nn.Module, config: AstroConfig | None = None, where: Where | No
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no attention module that astroattn recognises")
     selected = select(found, where)
-    before = _capture(model)
-    try:
+    with restored_on_error(model):
         reasons, note = _patch(model, config, found, selected)
-    except BaseException:
-        _restore(model, before)
-        raise
     return _report(model, found, selected, reasons, note)
 
 
@@ -84,6 +80,17 @@ def patched(model: nn.Module, config: AstroConfig | None = None, where: Where | 
         yield report
     finally:
         _restore(model, before)
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """A block after which the model is patched as it was before, if the block raises."""
+    before = _capture(model)
+    try:
+        yield
+    except BaseException:
+        _restore(model, before)
+        raise
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:

@@ -94,6 +94,8 @@ def respond(reach, scale_root, half_square, phase, log_m, ACTIVATION: tl.constex
     gain = tl.zeros_like(drive) - 0.5 * TO_BASE_2 * log_m
     if ACTIVATION == "positive_exp":
         gain = reach * (scale_root * TO_BASE_2) - (half_square + 0.5 * log_m) * TO_BASE_2
+    elif ACTIVATION == "exp":
+        gain = (drive - 0.5 * log_m) * TO_BASE_2
     elif ACTIVATION == "truncated_exp":
         gain = (tl.where(drive > LOG_150, LOG_150, drive) - 0.5 * log_m) * TO_BASE_2
         slope = tl.where(drive > LOG_150, 0.0, 1.0)

@@ -16,6 +16,7 @@ enum Activation : int64_t {
     TRUNCATED_EXP,
     ELU1,
     CONSTANT,
+    EXP,
     ACTIVATION_COUNT
 };
 constexpr float LOG_150 = 5.0106353f;
@@ -52,6 +53,7 @@ static inline Response respond(vec drive, vec half, vec phase, float shift) {
     const vec one = spread(1.0f), none = {};
     if constexpr (A == POSITIVE_EXP) return {drive - half + shift, one};
     if constexpr (A == TRUNCATED_EXP) return {(drive > LOG_150 ? spread(LOG_150) : drive) + shift, one};
+    if constexpr (A == EXP) return {drive + shift, one};
     if constexpr (A == CONSTANT) return {spread(shift), one};
     if constexpr (A == LINEAR) return {none, drive - half + (1 + shift)};
     if constexpr (A == ELU1) return {spread(shift), drive > 0 ? drive + 1 : exponential(drive > 0 ? none : drive)};
@@ -72,6 +74,7 @@ static inline Slope differentiate(vec drive, vec phase, vec d_gain, vec d_base) 
     const vec none = {};
     if constexpr (A == POSITIVE_EXP) return {d_gain, -d_gain};
     if constexpr (A == TRUNCATED_EXP) return {drive > LOG_150 ? none : d_gain, none};
+    if constexpr (A == EXP) return {d_gain, none};
     if constexpr (A == CONSTANT) return {none, none};
     if constexpr (A == LINEAR) return {d_base, -d_base};
     if constexpr (A == ELU1) return {drive > 0 ? d_base : d_base * exponential(drive > 0 ? none : drive), none};

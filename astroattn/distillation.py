@@ -1,0 +1,1 @@
+"""Training the hidden layers of a patched model to attend as its softmax attention did."""
