@@ -104,7 +104,8 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
             raise ValueError("it was not saved from a patched model (its config holds no astroattn)")
         rows = _check_record(record, source)
         cls: Any = getattr(transformers, record["model"], None)
-        if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
+        known = inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)
+        if not known:
             raise ValueError(f"transformers {transformers.__version__} has no model {record['model']!r}")
         dtype_of = {"dtype": "auto" if dtype is None else dtype}
         model = cls.from_pretrained(source, config=config, use_safetensors=True, **options, **dtype_of).eval()
@@ -117,6 +118,8 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"source: cannot load {source!r}: {lines[0]}") from None
     restore(model, record, tensors, source)
+    if dtype is not None:
+        model.to(dtype)
     return model  # type: ignore[no-any-return]
 
 
@@ -151,7 +154,13 @@ def restore(model: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, T
         left = [row for row in report.exact if any(row.name == mine["name"] for mine, _ in rows)]
         if left:
             raise ValueError(f"{source}: {left[0].name} cannot be patched here: {left[0].reason}")
+        mine = {row["name"]: row for row in describe(model)["modules"]}
         for row, _ in rows:
+            was, now = (
+                f"a {each['class']} of {each['heads']} heads of {each['head_dim']}" for each in (row, mine[row["name"]])
+            )
+            if was != now:
+                raise ValueError(f"{source}: {row['name']} was {was}; here it is {now}")
             _load_tensors(model, row, tensors, source)
     return report
 
@@ -219,11 +228,6 @@ def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _load_tensors(model: nn.Module, row: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
-    core = getattr(model.get_submodule(row["name"]), CORE)
-    shape = (core.num_heads, core.head_dim)
-    if shape != (row["heads"], row["head_dim"]):
-        theirs_was = f"{row['heads']} heads of {row['head_dim']}"
-        raise ValueError(f"{source}: {row['name']} had {theirs_was}; here it has {shape[0]} of {shape[1]}")
     for name, mine in _state(model, row["name"]).items():
         theirs = tensors.get(name)
         if theirs is None or theirs.shape != mine.shape or not theirs.is_floating_point():

@@ -277,12 +277,14 @@ def test_state_dict_loads_strictly_both_ways(name: str) -> None:
     plain.load_state_dict(model.state_dict(), strict=True)
 
 
-def test_save_pretrained_writes_the_original_model(tmp_path: Path) -> None:
+def test_save_pretrained_writes_the_original_model_and_a_record(tmp_path: Path) -> None:
     model = build(ALL["bert"])
     before = outputs(model, text())
     patch(model, SHORT)
     model.save_pretrained(tmp_path)
-    assert "astroattn" not in (tmp_path / "config.json").read_text()
+    settings = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert settings.pop("astroattn")["model"] == type(model).__name__
+    assert "astroattn" not in json.dumps(settings)  # no trace of our attention implementation
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -1,0 +1,114 @@
+"""Attention transfer: every learned layer learns to attend as softmax does on the same queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from astroattn.attention import AstrocyteAttention
+from astroattn.fidelity.calls import AttentionCall, read_call
+from astroattn.fidelity.passes import call as run_model
+
+LEAST_SHARE = 1e-6  # of attention, below which a share counts as this much in the loss
+START_BATCHES = 16  # the neurons start as tokens of at most so many batches
+
+Modules = Mapping[str, AstrocyteAttention]
+
+
+def read_calls(original: nn.Module, modules: Modules, inputs: Any) -> list[tuple[str, AttentionCall]]:
+    """The calls of the original's attention `modules` in one forward, in float32 at least; one or more for each name."""
+    calls: list[tuple[str, AttentionCall]] = []
+
+    def hook(name: str) -> Any:
+        def keep(module: AstrocyteAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            query, key, value, options = read_call(module, args, kwargs)
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            calls.append((name, AttentionCall(query.to(dtype), key.to(dtype), value.to(dtype), options)))
+
+        return keep
+
+    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        with torch.no_grad():
+            run_model(original, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def attention_rows(module: AstrocyteAttention, call: AttentionCall) -> Tensor:
+    """What each query takes of each value [B, H, Nq, Nk]: the output where the values are the identity matrix."""
+    batch, heads, keys, _ = call.key.shape
+    identity = torch.eye(keys, dtype=call.key.dtype, device=call.key.device).expand(batch, heads, -1, -1)
+    rows: Tensor = module(call.query, call.key, identity, **call.options)
+    return rows
+
+
+def divergence(module: AstrocyteAttention, exact: AstrocyteAttention, call: AttentionCall) -> Tensor:
+    """KL(softmax attention || the module's), mean over heads and the queries that are real tokens, in nats."""
+    with torch.no_grad():
+        target = attention_rows(exact, call)
+    log_rows = attention_rows(module, call).clamp(min=LEAST_SHARE).log()
+    rows = (torch.xlogy(target, target) - target * log_rows).sum(-1)
+    return rows.transpose(1, 2)[call.real_queries()].mean()
+
+
+def transfer_losses(modules: Modules, exact: Modules, calls: list[tuple[str, AttentionCall]]) -> Iterator[Tensor]:
+    """The divergence of every call. One at a time, so that only one layer's graph is in memory."""
+    for name, call in calls:
+        yield divergence(modules[name], exact[name], call)
+
+
+@torch.no_grad()
+def start_from_data(modules: Modules, exact: Modules, calls: Mapping[str, list[AttentionCall]], seed: int) -> None:
+    """Make every neuron a pair of tokens: W_k a query, W_q a key drawn by this query's softmax attention.
+
+    Both are multiplied by sqrt(scale). Such a neuron is written to by the keys that its query attends to, and read by
+    the queries that attend to its key.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in modules.items():
+        m, mine = module.config.num_hidden, calls[name]
+        counts = [m * (i + 1) // len(mine) - m * i // len(mine) for i in range(len(mine))]
+        pairs = [draw_pairs(exact[name], call, n, generator) for call, n in zip(mine, counts, strict=True) if n]
+        query, key = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
+        module.hidden.key_weight.copy_(query)
+        module.hidden.query_weight.copy_(key)
+
+
+def draw_pairs(
+    exact: AstrocyteAttention, call: AttentionCall, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Queries of real tokens, and for each a key that it attends to: both [H, count, D], times sqrt(scale)."""
+    heads = call.query.shape[1]
+    place, share = torch.rand(2, heads, count, generator=generator, dtype=torch.float64).to(call.query.device)
+    real = call.real_queries().nonzero()
+    sequence, token = real[(place * len(real)).long()].unbind(-1)
+    head = torch.arange(heads, device=call.query.device)[:, None]
+    # by the inverse of the distribution function: padding then does not move what is drawn
+    cumulative = attention_rows(exact, call)[sequence, head, token].double().cumsum(-1)
+    attended = torch.searchsorted(cumulative, share[..., None] * cumulative[..., -1:], right=True)[..., 0]
+    scale = call.options.get("scale")
+    root = (call.query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    return call.query[sequence, head, token] * root, call.key[sequence, head, attended] * root
+
+
+@torch.no_grad()
+def output_errors(
+    modules: Modules, exact: Modules, batches: Sequence[list[tuple[str, AttentionCall]]]
+) -> dict[str, float]:
+    """||output - softmax attention's|| / ||softmax attention's|| of every layer, over the real tokens of all calls."""
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in modules}
+    for calls in batches:
+        for name, call in calls:
+            real = call.real_queries()
+            out, truth = (
+                side[name](call.query, call.key, call.value, **call.options).transpose(1, 2)[real].double()
+                for side in (modules, exact)
+            )
+            sums[name] += torch.stack([(out - truth).square().sum(), truth.square().sum()]).cpu()
+    return {name: (error / norm).sqrt().item() for name, (error, norm) in sums.items()}
