@@ -10,16 +10,18 @@ from astroattn.attention import AstrocyteAttention
 from astroattn.checkpoint import from_pretrained, load, save
 from astroattn.config import AstroConfig
 from astroattn.cost import Cost
+from astroattn.distillation import DistillReport, distill
 from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
-
-__version__ = "0.1.0"
+from astroattn.version import __version__
 
 __all__ = [
     "AstroConfig",
     "AstrocyteAttention",
     "Cost",
+    "DistillReport",
     "PatchReport",
     "__version__",
+    "distill",
     "fallbacks",
     "from_pretrained",
     "load",

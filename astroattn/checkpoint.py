@@ -20,6 +20,7 @@ from astroattn.config import AstroConfig
 from astroattn.patching import PatchReport, patch, restored_on_error, unpatch
 from astroattn.patching.record import CONFIG_RECORD, RECORD_VERSION, describe
 from astroattn.patching.site import CORE
+from astroattn.version import __version__
 
 SETTINGS, TENSORS = "astroattn.json", "astroattn.safetensors"
 FIELDS = {"format": int, "model": str, "modules": list}
@@ -38,8 +39,6 @@ def save(model: nn.Module, folder: str | Path) -> None:
         ValueError: the model is not patched.
     """
     from safetensors.torch import save as to_bytes
-
-    from astroattn import __version__
 
     _require_module(model)
     record = describe(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from astroattn.attention import AstrocyteAttention
 from astroattn.fidelity.calls import AttentionCall, read_call
 from astroattn.fidelity.passes import call as run_model
+from astroattn.hidden import LearnedHidden
 
 LEAST_SHARE = 1e-6  # of attention, below which a share counts as this much in the loss
-START_BATCHES = 16  # the neurons start as tokens of at most so many batches
 
 Modules = Mapping[str, AstrocyteAttention]
+Calls = list[tuple[str, AttentionCall]]  # of one forward, with the name of the module that was called
 
 
-def read_calls(original: nn.Module, modules: Modules, inputs: Any) -> list[tuple[str, AttentionCall]]:
-    """The calls of the original's attention `modules` in one forward, in float32 at least; one or more for each name."""
-    calls: list[tuple[str, AttentionCall]] = []
+def read_calls(model: nn.Module, modules: Modules, inputs: Any) -> Calls:
+    """The calls of a model's attention `modules` in one forward, in float32 at least; one or more of each module.
+
+    Raises:
+        ValueError: a module was not called.
+    """
+    calls: Calls = []
 
     def hook(name: str) -> Any:
         def keep(module: AstrocyteAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -33,10 +38,15 @@ def read_calls(original: nn.Module, modules: Modules, inputs: Any) -> list[tuple
     handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
     try:
         with torch.no_grad():
-            run_model(original, inputs)
+            run_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
+    if missing := modules.keys() - {name for name, _ in calls}:
+        raise ValueError(
+            f"batches: none of the calls on a batch reached {min(missing)}; the model does not run it on such input, "
+            "or its own attention answers (a dense mask, for example)"
+        )
     return calls
 
 
@@ -57,22 +67,23 @@ def divergence(module: AstrocyteAttention, exact: AstrocyteAttention, call: Atte
     return rows.transpose(1, 2)[call.real_queries()].mean()
 
 
-def transfer_losses(modules: Modules, exact: Modules, calls: list[tuple[str, AttentionCall]]) -> Iterator[Tensor]:
+def transfer_losses(modules: Modules, exact: Modules, calls: Calls) -> Iterator[Tensor]:
     """The divergence of every call. One at a time, so that only one layer's graph is in memory."""
     for name, call in calls:
         yield divergence(modules[name], exact[name], call)
 
 
 @torch.no_grad()
-def start_from_data(modules: Modules, exact: Modules, calls: Mapping[str, list[AttentionCall]], seed: int) -> None:
+def start_from_data(modules: Modules, exact: Modules, batches: Sequence[Calls], seed: int) -> None:
     """Make every neuron a pair of tokens: W_k a query, W_q a key drawn by this query's softmax attention.
 
     Both are multiplied by sqrt(scale). Such a neuron is written to by the keys that its query attends to, and read by
-    the queries that attend to its key.
+    the queries that attend to its key. The calls of a layer give equally many.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, module in modules.items():
-        m, mine = module.config.num_hidden, calls[name]
+        assert isinstance(module.hidden, LearnedHidden)
+        m, mine = module.config.num_hidden, [call for calls in batches for of, call in calls if of == name]
         counts = [m * (i + 1) // len(mine) - m * i // len(mine) for i in range(len(mine))]
         pairs = [draw_pairs(exact[name], call, n, generator) for call, n in zip(mine, counts, strict=True) if n]
         query, key = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
@@ -98,9 +109,7 @@ def draw_pairs(
 
 
 @torch.no_grad()
-def output_errors(
-    modules: Modules, exact: Modules, batches: Sequence[list[tuple[str, AttentionCall]]]
-) -> dict[str, float]:
+def output_errors(modules: Modules, exact: Modules, batches: Iterable[Calls]) -> dict[str, float]:
     """||output - softmax attention's|| / ||softmax attention's|| of every layer, over the real tokens of all calls."""
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in modules}
     for calls in batches:
