@@ -284,7 +284,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from astroattn import distill
-from tests.test_distillation import images, learned
+from test_distillation import images, learned
 
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
@@ -301,7 +301,8 @@ def test_processes_take_other_batches_and_end_with_the_same_weights(tmp_path: Pa
     script = tmp_path / "process.py"
     script.write_text(PROCESS, "utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(map(str, Path(__file__).resolve().parents[:2]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / rank).read_text("utf-8")) for rank in ("0", "1"))
