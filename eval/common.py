@@ -39,6 +39,15 @@ def provenance(seed: int, device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def rounded(value: Any) -> Any:
+    """The same with floats of five significant digits, in lists and dicts too."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else value
+
+
 def write_json(path: Path, rows: list[dict[str, Any]], *, seed: int, device: str = "cpu") -> None:
     """Write `{"rows": rows, **provenance(seed, device)}`, making the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)

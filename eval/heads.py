@@ -8,7 +8,7 @@ in the folder that the environment variable ASTROATTN_DATA names (`vit_tiny_patc
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,11 @@ def load_vit(items: int) -> Subject:
     halves = [load_data(source, "image", half=half, limit=items) for half in (REPORTED, CALIBRATION)]
     batches = [half.batches(vit.encode, items)[0] for half in halves]
     return Subject("ViT-tiny", vit.model, *batches, halves[0].name)
+
+
+def first_items(inputs: Any, count: int) -> Any:
+    """The first items of a batch."""
+    return {name: x[:count] for name, x in inputs.items()} if isinstance(inputs, Mapping) else inputs[:count]
 
 
 def data_folder() -> Path | None:

@@ -34,7 +34,7 @@ from astroattn import AstroConfig
 from astroattn.hidden import RandomHidden
 from astroattn.ops.clustering import learn_clusters, weighted_means
 from astroattn.ops.static import add_states, read, write
-from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, write_figure, write_json
+from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, rounded, write_figure, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,7 +135,7 @@ def measure_point(name: str, m: int, count: int, dim: int, draws: int, seed: int
             "retrieved": retrieved.mean(),
         }
         point = {"layer": name, "m": m, "D": dim, "patterns": count, "reads": kind}
-        rows.append(point | {key: float(f"{value:.5g}") for key, value in values.items()})
+        rows.append(point | rounded({key: float(value) for key, value in values.items()}))
     return rows
 
 

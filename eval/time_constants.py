@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from astroattn import AstroConfig
 from astroattn.simulation import Motion, NeuronAstrocyteNetwork, StaticNeurons, TimeConstants, Trace, integrate
-from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, write_figure, write_json
+from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, rounded, write_figure, write_json
 from eval.heads import load_minilm, read_layers
 
 if TYPE_CHECKING:
@@ -80,13 +80,13 @@ def measure(inputs: dict[str, Tokens], seed: int = 0) -> list[dict[str, Any]]:
             predicted = None
             if varied == "astrocyte":
                 predicted = _relative(discrete * predict_scale(trace, time, causal)[..., None], discrete)
-            row = {"input": name, "phases": PHASES[causal], "varied": varied, "time": float(f"{time:.5g}")}
+            row = {"input": name, "phases": PHASES[causal], "varied": varied, "time": rounded(time)}
             rows.append(row | {"error": _relative(moved, discrete), "predicted": predicted})
     return rows
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float(f"{((found - wanted).norm() / wanted.norm()).item():.5g}")
+    return rounded(((found - wanted).norm() / wanted.norm()).item())
 
 
 def predict_scale(trace: Trace, astrocyte: float, causal: bool) -> Tensor:
@@ -231,7 +231,7 @@ def format_markdown(rows: list[dict[str, Any]]) -> str:
     for fit in fit_slopes(rows):
         curve = (fit["input"], fit["phases"])
         neuron = ", ".join(f"{found[*curve, 'neuron', time]['error']:.2g}" for time in SWEEPS["neuron"])
-        points = (found[*curve, "astrocyte", float(f"{time:.5g}")] for time in (1 / 4, 1 / 8, 1 / 12))
+        points = (found[*curve, "astrocyte", rounded(time)] for time in (1 / 4, 1 / 8, 1 / 12))
         astrocyte = ", ".join(f"{point['error']:.2g} ({point['predicted']:.2g})" for point in points)
         lines.append(f"| {', '.join(curve)} | {neuron} | {fit['slope']:.2f} | {astrocyte} |")
     return "\n".join(lines)

@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 from astroattn.hidden import draw_orthogonal
 from astroattn.simulation import NeuronAstrocyteNetwork, StaticNeurons
 from eval.calcium_traces import __main__ as command
-from eval.calcium_traces.astrocyte import draw_weights, normalise, rounded, score, stream
+from eval.calcium_traces.astrocyte import draw_weights, normalise, score, stream
 from eval.calcium_traces.cases import Case, load_image, load_text
+from eval.common import rounded
 from eval.heads import read_layers
 
 DIM = 8

@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.simulation import NeuronAstrocyteNetwork, StaticNeurons
-from eval.calcium_traces.astrocyte import draw_weights, normalise, rounded, score, stream
+from eval.calcium_traces.astrocyte import draw_weights, normalise, score, stream
 from eval.calcium_traces.cases import Case, load_image, load_text
 from eval.calcium_traces.figure import plot
-from eval.common import FigureOption, JsonOption, print_rows, write_figure, write_json
+from eval.common import FigureOption, JsonOption, print_rows, rounded, write_figure, write_json
 
 SEED, REDRAWS = 16, 10
 COUNTS = (1000, 100_000)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -82,12 +81,3 @@ def score(calcium: Tensor, normaliser: Tensor) -> dict[str, float]:
         "median_error": float(np.median(error)),
         "rms_error": float(np.sqrt(np.mean(error**2))),
     }
-
-
-def rounded(value: Any) -> Any:
-    """The same with floats of five significant digits, in lists and dicts too."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, list) else value

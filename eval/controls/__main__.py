@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 from astroattn import AstroConfig, AstrocyteAttention, patched
 from astroattn.fidelity.passes import forward, pool, token_mask
-from eval.calcium_traces.astrocyte import draw_weights, normalise, rounded, stream
-from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, write_figure, write_json
+from eval.calcium_traces.astrocyte import draw_weights, normalise, stream
+from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, rounded, write_figure, write_json
 from eval.controls.conditions import OTHER, REAL, SYNAPSES, TOKENS, UNTRAINED, Head, conditions, shuffle_tokens
 from eval.controls.conditions import untrained as make_untrained
 from eval.controls.figure import plot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import timm
@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from eval.heads import Subject, read_layers
+from eval.heads import Subject, first_items, read_layers
 from eval.train_digits import ARCHITECTURE
 
 REAL, SYNAPSES, OTHER = "real", "synapses shuffled", "other keys"
@@ -29,7 +29,7 @@ class Head(NamedTuple):
 def conditions(subject: Subject, seed: int) -> Iterator[tuple[str, list[Head]]]:
     """The heads of all layers by condition, for the first input; other keys are of the second."""
     generator = torch.Generator().manual_seed(seed)
-    pair = _first(subject.inputs, 2)
+    pair = first_items(subject.inputs, 2)
     first, second = (_read(subject.model, pair, item) for item in (0, 1))
     yield REAL, first
     yield SYNAPSES, first
@@ -81,7 +81,3 @@ def _read(model: nn.Module, inputs: Any, item: int) -> list[Head]:
 def _shuffle_dimensions(key: Tensor, generator: torch.Generator) -> Tensor:
     """Each dimension of [N, D] permuted over the tokens in its own way."""
     return key.gather(0, torch.rand(key.shape, generator=generator).argsort(0))
-
-
-def _first(inputs: Any, count: int) -> Any:
-    return {name: x[:count] for name, x in inputs.items()} if isinstance(inputs, Mapping) else inputs[:count]

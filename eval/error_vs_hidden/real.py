@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from astroattn import AstroConfig, AstrocyteAttention
+from eval.common import rounded
 from eval.error_vs_hidden.draws import CENTRES, RANDOM, Calibration, calibrate, draw_calibrated, draw_random
 from eval.error_vs_hidden.learned import Learned, learn
-from eval.error_vs_hidden.rows import Row, make_row, round_number
+from eval.error_vs_hidden.rows import Row, make_row
 from eval.error_vs_hidden.streaming import stream_attention
 from eval.error_vs_hidden.theory import GOAL, log_normaliser_variance, log_output_variance
-from eval.heads import Layer, Subject, load_minilm, load_vit, read_layers
+from eval.heads import Layer, Subject, first_items, load_minilm, load_vit, read_layers
 
 SIZES = [2**power for power in range(4, 18)]
 BIN = 0.25  # of log10 of a predicted error
@@ -89,7 +90,7 @@ def measure_real(
     for loader in loaders:
         subject = loader(max(settings.items, settings.calibration))
         fits = fit_layers(subject, settings, seed)
-        with read_layers(subject.model, first(subject.inputs, settings.items)) as layers:
+        with read_layers(subject.model, first_items(subject.inputs, settings.items)) as layers:
             found, tokens = [], []
             for layer, fit in zip(tqdm(layers, f"{subject.name}: measuring", unit="layer"), fits, strict=True):
                 errors, of_tokens = measure_layer(layer, fit, settings, seed)
@@ -97,7 +98,7 @@ def measure_real(
                 tokens += of_tokens
                 for head, needed in enumerate(neurons_needed(layer, Target(layer).output)):
                     place = {"model": subject.name, "layer": layer.index, "head": head}
-                    theory.append(place | {"log10_neurons": round_number(needed)})
+                    theory.append(place | {"log10_neurons": rounded(needed)})
         theory += compare_tokens(subject.name, tokens)
         for index, errors in enumerate(found):
             rows += [make_row(subject.name, index, *what, values) for what, values in errors.items()]
@@ -107,15 +108,10 @@ def measure_real(
     return rows, theory
 
 
-def first(inputs: Any, items: int) -> Any:
-    """The first items of a batch."""
-    return {name: x[:items] for name, x in inputs.items()} if hasattr(inputs, "items") else inputs[:items]
-
-
 def fit_layers(subject: Subject, settings: Settings, seed: int) -> list[Fit]:
     """Fit every layer on the calibration data. It sees no reported input."""
     fits = []
-    with read_layers(subject.model, first(subject.calibration, settings.calibration)) as layers:
+    with read_layers(subject.model, first_items(subject.calibration, settings.calibration)) as layers:
         for layer in tqdm(layers, f"{subject.name}: fitting", unit="layer"):
             calibration = calibrate(layer.query, layer.key, seed)
             learned = {m: learn(layer.query, layer.key, m, settings.steps, seed) for m in settings.learned}
@@ -205,6 +201,6 @@ def compare_tokens(model: str, points: list[tuple[Tensor, Tensor]]) -> list[dict
         mine = measured[(predicted >= low) & (predicted < low + BIN)]
         if len(mine) >= 100:
             quartiles = mine.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-            row = {"model": model, "log10_predicted": round_number(low + BIN / 2), "tokens": len(mine)}
-            rows.append(row | dict(zip(("low", "error", "high"), map(round_number, quartiles), strict=True)))
+            row = {"model": model, "log10_predicted": rounded(low + BIN / 2), "tokens": len(mine)}
+            rows.append(row | dict(zip(("low", "error", "high"), rounded(quartiles), strict=True)))
     return rows

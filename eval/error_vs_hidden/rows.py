@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
+from eval.common import rounded
+
 CONFIDENCE = 0.95
 QUANTITIES = ("matrix", "output", "normaliser", "block")
 Row = dict[str, Any]
@@ -25,13 +27,8 @@ def make_row(model: str, layer: int | str, hidden: str, m: int, quantity: str, e
         "hidden": hidden,
         "m": m,
         "quantity": quantity,
-        **{name: round_number(np.exp(number)) for name, number in numbers.items()},
+        **{name: rounded(float(np.exp(number))) for name, number in numbers.items()},
     }
-
-
-def round_number(x: float) -> float:
-    """Five significant digits."""
-    return float(f"{x:.5g}")
 
 
 def select(rows: list[Row], **wanted: Any) -> list[Row]:
