@@ -8,6 +8,8 @@ from math import log
 import torch
 from torch import Tensor
 
+from eval.error_vs_hidden.draws import sample_pairs
+
 RATE = 0.05  # of Adam, falling to 0 as a cosine
 NORMALISER = 0.1  # weight of the squared error of log p in the loss, which else does not see the size of p
 
@@ -41,7 +43,10 @@ def learn(query: Tensor, key: Tensor, num_hidden: int, steps: int, seed: int = 0
     with a small share of the squared error of log p.
     """
     generator = torch.Generator().manual_seed(seed)
-    query_weight, key_weight = (weight.requires_grad_() for weight in _sample_pairs(query, key, num_hidden, generator))
+    head = torch.arange(query.shape[1])[:, None]
+    sequence, token, attended = sample_pairs((query @ key.mT).softmax(-1), num_hidden, generator)
+    query_weight = key[sequence, head, attended].requires_grad_()
+    key_weight = query[sequence, head, token].requires_grad_()
     optimiser = torch.optim.Adam([query_weight, key_weight], RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     with torch.enable_grad():
@@ -56,15 +61,3 @@ def learn(query: Tensor, key: Tensor, num_hidden: int, steps: int, seed: int = 0
             optimiser.step()
             schedule.step()
     return Learned(query_weight.detach(), key_weight.detach())
-
-
-def _sample_pairs(query: Tensor, key: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """W_q and W_k [H, count, D] to begin with: keys drawn as the attention of drawn queries, and these queries."""
-    batch, heads, tokens, _ = query.shape
-    index = torch.randint(batch * tokens, (heads, count), generator=generator)
-    head = torch.arange(heads)[:, None]
-    sequence, token = index // tokens, index % tokens
-    chosen = query[sequence, head, token]
-    rows = (chosen[..., None, :] @ key[sequence, head].mT)[..., 0, :].softmax(-1)
-    attended = torch.multinomial(rows.flatten(0, 1), 1, generator=generator).view(heads, count)
-    return key[sequence, head, attended].clone(), chosen.clone()
