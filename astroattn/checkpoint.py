@@ -32,15 +32,15 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
     Args:
         model: a patched model of any library. Its own weights are not written.
-        folder: where to; it is made where it is missing.
+        folder: where to; it is made where it is missing. Of several processes one should write.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: the model is not patched.
+        ValueError: the model is not patched; it is wrapped (DDP, torch.compile) or sharded (FSDP).
     """
     from safetensors.torch import save as to_bytes
 
-    _require_module(model)
+    _require_model(model)
     record = describe(model)
     if not record["modules"]:
         raise ValueError(f"model: {type(model).__name__} is not patched; there is nothing to save")
@@ -68,10 +68,10 @@ def load(model: nn.Module, folder: str | Path) -> PatchReport:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: a file is missing, damaged or not ours; the model is of another architecture. It is then left as it
-            was.
+        ValueError: a file is missing, damaged or not ours; the model is of another architecture, wrapped (DDP,
+            torch.compile) or sharded (FSDP). It is then left as it was.
     """
-    _require_module(model)
+    _require_model(model)
     folder = Path(folder)
     record = _read_record(folder / SETTINGS)
     tensors = _read_tensors(folder / TENSORS, record.get("sha256"))
@@ -275,6 +275,23 @@ def _base_model(model: nn.Module) -> str | None:
     return name or None
 
 
-def _require_module(model: nn.Module) -> None:
+def _require_model(model: nn.Module) -> None:
+    """Refuse what is no module, what wraps a model, and a model that has only a share of its weights here."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    parts = list(model.modules())
+    for part in parts:
+        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise ValueError(f"model: {type(part).__name__} wraps it; pass what accelerator.unwrap_model(model) gives")
+        if "_orig_mod" in part._modules:
+            raise ValueError("model: torch.compile wraps it; pass the model that was compiled (model._orig_mod)")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+        from torch.distributed.tensor import DTensor
+
+        sharded = any(isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in parts)
+        if sharded or any(isinstance(weight, DTensor) for weight in model.parameters()):
+            raise ValueError(
+                "model: its weights are divided among processes (FSDP); load before that, and save a model that is "
+                "whole, with the weights that accelerator.get_state_dict(model) gathers"
+            )

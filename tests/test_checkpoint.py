@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertForSequenceClassification, BertModel
 
 import astroattn
@@ -143,6 +147,63 @@ def test_a_model_that_was_not_patched(tmp_path: Path) -> None:
         astroattn.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="source: cannot load"):
         astroattn.from_pretrained(tmp_path / "nothing")
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (DistributedDataParallel, "model: DistributedDataParallel wraps it; .*unwrap_model"),
+        (lambda model: nn.Sequential(DistributedDataParallel(model)), "model: DistributedDataParallel wraps it"),
+        (torch.compile, "model: torch.compile wraps it; .*_orig_mod"),
+        (fully_shard, r"model: its weights are divided among processes .*accelerator.get_state_dict"),
+    ],
+    ids=["DDP", "DDP within", "compiled", "FSDP"],
+)
+@pytest.mark.usefixtures("one_process")
+def test_a_wrapped_or_sharded_model_is_refused(
+    wrap: Callable[[nn.Module], nn.Module], message: str, tmp_path: Path
+) -> None:
+    model = make_bert()
+    astroattn.patch(model, LEARNED)
+    train(model)
+    astroattn.save(model, tmp_path / "whole")
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    wrapped = wrap(model)
+    with pytest.raises(ValueError, match=message):
+        astroattn.save(wrapped, tmp_path / "wrapped")
+    assert not (tmp_path / "wrapped").exists()
+    with pytest.raises(ValueError, match=message):
+        astroattn.load(wrapped, tmp_path / "whole")
+    assert len(find_astrocytes(wrapped)) == 3
+    gathered = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    other = make_bert(seed=1)  # what the message says to do
+    astroattn.patch(other, LEARNED)
+    other.load_state_dict({name.removeprefix("0."): weight for name, weight in gathered.items()})
+    astroattn.save(other, tmp_path / "gathered")
+    again = make_bert()
+    astroattn.load(again, tmp_path / "gathered")
+    assert all(torch.equal(weights[name], weight) for name, weight in again.state_dict().items())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_save_pretrained_of_a_sharded_model(tmp_path: Path) -> None:
+    model = make_bert()
+    astroattn.patch(model, LEARNED)
+    train(model)
+    sharded = fully_shard(copy.deepcopy(model))
+    gathered = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    sharded.save_pretrained(tmp_path, state_dict=gathered)
+    other = astroattn.from_pretrained(tmp_path)
+    assert type(other) is BertModel
+    assert_same(other, model)
 
 
 @pytest.fixture

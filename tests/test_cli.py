@@ -179,7 +179,7 @@ def test_packed_photos_are_classified_as_before(data_dir: Path, tmp_path: Path) 
     path = tmp_path / "result.json"
     weights = data_dir / "vit_tiny_patch16_224" / "model.safetensors"
     photos = data_dir / "imagenet_photos" / "photos.tar"
-    options = ["--limit", "32", "--near", "256", "--diagnose", "0", "--json", str(path)]
+    options = ["--limit", "16", "--near", "256", "--diagnose", "0", "--json", str(path)]
     assert run("compare", "timm:vit_tiny_patch16_224", "--weights", str(weights), "--data", str(photos), *options) == 0
     rows = json.loads(path.read_text())["rows"]
     assert rows["original"]["values"]["accuracy"]["value"] > 0.7

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -236,7 +238,12 @@ def test_chunks_are_full_and_taken_from_the_documents_in_turn(
         load_data(str(tmp_path / "3.txt"), "text", tokenizer=tokenizer, tokens=16, max_tokens=16)
 
 
-def test_python_docs_are_long_varied_and_the_same_every_time(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_python_docs_are_long_varied_and_the_same_every_time(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("argparse", "doctest", "inspect", "shutil", "statistics", "threading", "turtle", "typing"):
+        shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", tmp_path)  # all of it takes seconds to read
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": tmp_path}.__getitem__)
     first = load_data("python-docs", "text", tokenizer=tokenizer, tokens=512, limit=64)
     assert [len(item) for item in first.items] == [512] * 64
     assert len({tuple(item) for item in first.items}) == 64
