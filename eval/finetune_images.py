@@ -91,6 +91,7 @@ def main(
     attention: variants.AttentionOption = [variants.Attention.default],  # noqa: B006 (typer copies it)
     num_hidden: variants.HiddenOption = 16,
     distill: variants.DistillOption = 0,
+    distill_batch_size: variants.DistillBatchOption = 8,
     epochs: variants.EpochsOption = 10,
     batch_size: variants.BatchOption = 64,
     learning_rate: variants.RateOption = 3e-4,
@@ -110,12 +111,25 @@ def main(
             raise ValueError(f"model: {model!r}; must be timm:NAME")
         task = load_folder_task(data, test, load_model(model, weights=weights).encode, limit)
         load = partial(load_classifier, model, weights, 1 + max(label for _, label in task.train))
-    runs = [
-        Settings(epochs, batch_size, learning_rate, hidden_learning_rate, patience, seed, each)
-        for each in attention
-        for seed in range(seeds)
-    ]
-    variants.run_all(load, task, runs, num_hidden=num_hidden, distill=distill, out=out, resume=resume, json=json)
+    variants.run_all(
+        load,
+        task,
+        Settings(
+            epochs,
+            batch_size,
+            learning_rate,
+            hidden_learning_rate,
+            patience,
+            distill=distill,
+            distill_batch_size=distill_batch_size,
+        ),
+        attention=attention,
+        seeds=seeds,
+        num_hidden=num_hidden,
+        out=out,
+        resume=resume,
+        json=json,
+    )
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ def main(
     attention: variants.AttentionOption = [variants.Attention.default],  # noqa: B006 (typer copies it)
     num_hidden: variants.HiddenOption = 64,
     distill: variants.DistillOption = 0,
+    distill_batch_size: variants.DistillBatchOption = 8,
     epochs: variants.EpochsOption = 3,
     batch_size: variants.BatchOption = 32,
     learning_rate: variants.RateOption = 1e-4,
@@ -145,22 +146,26 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     task = load_task(data, test, tokenizer, tokens, join, limit)
     classes = 1 + max(label for _, label in task.train)
-    runs = [
-        Settings(epochs, batch_size, learning_rate, hidden_learning_rate, patience, seed, each)
-        for each in attention
-        for seed in range(seeds)
-    ]
 
-    def keep(trained: nn.Module, folder: Path) -> None:
-        trained.save_pretrained(folder)
+    def keep(trained: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
+        trained.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
 
     variants.run_all(
         partial(load_classifier, source, classes),
         task,
-        runs,
+        Settings(
+            epochs,
+            batch_size,
+            learning_rate,
+            hidden_learning_rate,
+            patience,
+            distill=distill,
+            distill_batch_size=distill_batch_size,
+        ),
+        attention=attention,
+        seeds=seeds,
         num_hidden=num_hidden,
-        distill=distill,
         out=out,
         resume=resume,
         json=json,

@@ -1,8 +1,11 @@
 """Fine-tuning of a classifier, patched or not, on accelerate: one CPU, one GPU or many with the same code.
 
     python -m eval.finetune_text ...                        # one process
-    accelerate launch -m eval.finetune_text ...             # as many as there are GPUs, by DDP or FSDP
+    accelerate launch -m eval.finetune_text ...             # as many as there are GPUs, by DDP; by FSDP with --use_fsdp
+                                                            # --fsdp_version 2 --fsdp_cpu_ram_efficient_loading false
     ACCELERATE_USE_CPU=1 torchrun --standalone --nproc_per_node 2 -m eval.finetune_text ...     # on one CPU, by DDP
+
+(`accelerate launch --cpu --num_processes 2` starts one process, and says nothing.)
 
 The batch size is that of all processes together. A checkpoint is written after every epoch and holds safetensors and
 JSON, no pickle. The order of the data and the dropout of an epoch are drawn from its seed and number, and the learning
@@ -11,6 +14,7 @@ rate follows from the number of the step, so a run that is resumed ends as it wo
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict
 from torch.utils.data import DataLoader
@@ -64,7 +68,8 @@ class Settings:
         hidden_learning_rate: of learned hidden layers, whose weights move much further than pretrained ones.
         patience: stop after so many epochs without a lower validation loss, and keep the best; None trains on to the
             end, and keeps that.
-        attention: the kind that the model has, so that no checkpoint of another is gone on from.
+        attention: the kind that the model has; distill, distill_batch_size: steps of distillation before, and items in
+            one. They are there so that no checkpoint of another run is gone on from.
     """
 
     epochs: int
@@ -74,17 +79,29 @@ class Settings:
     patience: int | None = None
     seed: int = 0
     attention: str = "original"
+    distill: int = 0
+    distill_batch_size: int = 8
 
 
 def make_accelerator() -> Accelerator:
     """An accelerator that cuts every batch into equal shares; precision and processes are `accelerate launch`'s.
 
     Raises:
-        ValueError: float16, whose scaler a checkpoint does not hold.
+        ValueError: float16, whose scaler a checkpoint does not hold; what accelerate would leave out without a word:
+            other processes, or FSDP, on a CPU; an FSDP that is not version 2 with every weight loaded by all.
     """
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed_precision: 'fp16'; must be no or bf16")
+    started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
+    if started != seen:
+        raise ValueError(f"processes: {started} were started, but accelerate sees {seen}; set ACCELERATE_USE_CPU=1")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if accelerator.distributed_type != DistributedType.FSDP:
+            raise ValueError("fsdp: accelerate shards on accelerators only, not on a CPU; leave --use_fsdp out")
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+            raise ValueError("fsdp: needs --fsdp_version 2 and --fsdp_cpu_ram_efficient_loading false")
     return accelerator
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import StrEnum
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from astroattn import AstroConfig, patch
 from eval.common import print_rows, write_json
-from eval.finetuning import Settings, Task, finetune, make_accelerator
+from eval.finetuning import Settings, Task, finetune, make_accelerator, shuffle
 from eval.finetuning_state import last_checkpoint
+
+COSTS = ("distill_", "")  # what takes seconds: distillation, and fine-tuning
+DISTILLED = "distill.json"  # the report of a run's distillation
 
 
 class Attention(StrEnum):
@@ -39,6 +45,7 @@ AttentionOption = Annotated[
 ]
 HiddenOption = Annotated[int, typer.Option(min=1, help="Hidden neurons of linear and random.")]
 DistillOption = Annotated[int, typer.Option(min=0, help="Steps of astroattn.distill before, for linear.")]
+DistillBatchOption = Annotated[int, typer.Option(min=1, help="Items in a step of --distill, of each process.")]
 EpochsOption = Annotated[int, typer.Option(min=1, help="Passes over the training data.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Items in a batch, of all processes together.")]
 RateOption = Annotated[float, typer.Option(min=0, help="Highest learning rate.")]
@@ -65,20 +72,22 @@ def make_config(attention: Attention, num_hidden: int) -> AstroConfig | None:
 def run_all(
     load: Callable[[], nn.Module],
     task: Task,
-    settings: Sequence[Settings],
+    settings: Settings,
     *,
+    attention: Sequence[Attention],
+    seeds: int,
     num_hidden: int,
-    distill: int,
     out: Path | None,
     resume: bool,
     json: Path | None,
-    keep: Callable[[nn.Module, Path], None] | None = None,
+    keep: Callable[[nn.Module, Path, dict[str, Tensor]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train every variant from the same pretrained model, print a table and, where asked, write rows and checkpoints.
 
     Args:
+        settings: of every run, but for the seed and the kind of attention.
         load: gives the pretrained model with a head; called once a run, from the seed of the run.
-        keep: writes the finished model into a folder.
+        keep: writes the finished model into a folder; it is given the model, the folder, and the whole weights.
 
     Raises:
         ValueError: as `eval.finetuning.finetune`; `resume` without `out`.
@@ -88,48 +97,95 @@ def run_all(
     torch.set_flush_denormal(True)  # the exponentials of hidden layers make many, which slow a CPU down
     accelerator = make_accelerator()
     first = accelerator.is_main_process
+    runs = [replace(settings, attention=kind, seed=seed) for kind in attention for seed in range(seeds)]
     rows = []
-    for each in tqdm(settings, task.name, unit="run", disable=not first):
+    for each in tqdm(runs, task.name, unit="run", disable=not first):
         torch.manual_seed(each.seed)
         model = load()
         config = make_config(Attention(each.attention), num_hidden)
         if config is not None:
             patch(model, config)
-        start = time.perf_counter()
         folder = None if out is None else out / f"{each.attention}-{each.seed}"
-        begun = resume and folder is not None and last_checkpoint(folder) is not None
-        if distill and each.attention == Attention.linear and not begun:
-            _distill(model, task, each, distill, accelerator)
-        seconds = time.perf_counter() - start
+        seconds = 0.0
+        if each.distill and each.attention == Attention.linear:
+            if resume and folder is not None and last_checkpoint(folder) is not None:
+                seconds = loads((folder / DISTILLED).read_text("utf-8"))["seconds"]
+            else:
+                seconds = _distill(model, task, each, accelerator, folder)
         result = finetune(model, task, each, accelerator, folder=folder, resume=resume)
-        if folder is not None and keep is not None and first:
-            keep(accelerator.unwrap_model(model), folder / "model")
-        rows.append({"attention": each.attention, "seed": each.seed, "distill_seconds": seconds, **result})
+        if folder is not None and keep is not None:
+            weights = accelerator.get_state_dict(model)  # gathered from all processes where they are sharded
+            if first:
+                keep(model, folder / "model", weights)
+        rows.append(
+            {"task": task.name, "attention": each.attention, "seed": each.seed, "distill_seconds": seconds, **result}
+        )
     if first:
         print_rows([{name: row[name] for name in row if name != "log"} for row in rows], title=task.name)
         print_rows(summarise(rows), title="Mean and standard deviation over seeds")
         if json is not None:
-            write_json(json, rows, seed=settings[0].seed, device=str(accelerator.device))
+            write_json(json, rows, seed=runs[0].seed, device=str(accelerator.device))
     accelerator.end_training()
     return rows
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation of the accuracy over seeds, in percent, one row per kind of attention."""
+    """Mean over seeds, one row per task and kind of attention; `spread` is the standard deviation of the accuracy.
+
+    Accuracies are in percent; `difference` is to the original with the same seeds, NaN without it; seconds of a run.
+    """
     summary = []
-    for attention in dict.fromkeys(row["attention"] for row in rows):
-        values = [100 * row["accuracy"] for row in rows if row["attention"] == attention]
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-        summary.append({"attention": attention, "accuracy": statistics.mean(values), "spread": spread})
+    for task, attention in dict.fromkeys((row["task"], row["attention"]) for row in rows):
+        mine, originals = (
+            {row["seed"]: row for row in rows if (row["task"], row["attention"]) == (task, kind)}
+            for kind in (attention, "original")
+        )
+        values = [100 * row["accuracy"] for row in mine.values()]
+        comparable = originals.keys() >= mine.keys()
+        differences = [
+            100 * (row["accuracy"] - originals[seed]["accuracy"]) for seed, row in mine.items() if comparable
+        ]
+        seconds = {f"{name}seconds": statistics.mean(row[f"{name}seconds"] for row in mine.values()) for name in COSTS}
+        summary.append(
+            {
+                "task": task,
+                "attention": attention,
+                "seeds": len(mine),
+                "accuracy": statistics.mean(values),
+                "spread": statistics.stdev(values) if len(values) > 1 else math.nan,
+                "difference": statistics.mean(differences) if comparable else math.nan,
+                **seconds,
+            }
+        )
     return summary
 
 
-def _distill(model: nn.Module, task: Task, settings: Settings, steps: int, accelerator: Accelerator) -> None:
-    """Attention transfer on the items that are trained on, without their labels."""
+def format_markdown(rows: list[dict[str, Any]]) -> str:
+    """What `summarise` finds in the rows of one or several tasks, as a markdown table."""
+    lines = [
+        "| task | attention | accuracy, % | minus the original, points | distillation, s | fine-tuning, s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['task']} | {row['attention']} | {row['accuracy']:.2f} ± {row['spread']:.2f} "
+        f"| {row['difference']:+.2f} | {row['distill_seconds']:.0f} | {row['seconds']:.0f} |"
+        for row in summarise(rows)
+    ]
+    return "\n".join(lines)
+
+
+def _distill(model: nn.Module, task: Task, settings: Settings, accelerator: Accelerator, folder: Path | None) -> float:
+    """Attention transfer on the items that are trained on, without their labels; the seconds it took."""
     from astroattn.distillation import distill
 
-    size, items = settings.batch_size, list(task.train)
-    starts = range(0, len(items) - size + 1, size)
-    batches = [task.collate(items[start : start + size])[0] for start in starts]
-    first = accelerator.is_main_process
-    distill(model, batches, steps=steps, seed=settings.seed, accelerator=accelerator, progress=first)
+    start, first = time.perf_counter(), accelerator.is_main_process
+    size, seed = settings.distill_batch_size, settings.seed
+    order = shuffle(task, size, seed)
+    batches = [task.collate([task.train[i] for i in order[at : at + size]])[0] for at in range(0, len(order), size)]
+    report = distill(model, batches, steps=settings.distill, seed=seed, accelerator=accelerator, progress=first)
+    seconds = time.perf_counter() - start
+    accelerator.print(report)
+    if folder is not None and first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DISTILLED).write_text(dumps(report.to_dict() | {"seconds": seconds}, indent=2) + "\n", "utf-8")
+    return seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,31 @@ def test_kinds_of_attention() -> None:
     assert variants.make_config(variants.Attention.random, 8) == replace(linear, hidden="random")
 
 
+def test_summary_compares_the_same_seeds() -> None:
+    def row(attention: str, seed: int, accuracy: float) -> dict[str, Any]:
+        return {"task": "t", "attention": attention, "seed": seed, "accuracy": accuracy} | {
+            "seconds": 10.0 * accuracy,
+            "distill_seconds": 2.0,
+        }
+
+    rows = [row("original", 0, 0.9), row("original", 1, 0.8), row("linear", 0, 0.8), row("linear", 1, 0.75)]
+    original, linear = variants.summarise(rows)
+    assert (original["difference"], linear["seeds"]) == (0, 2)
+    assert linear["accuracy"] == pytest.approx(77.5)
+    assert linear["spread"] == pytest.approx(5 / 2**0.5)
+    assert linear["difference"] == pytest.approx(-7.5)
+    assert linear["seconds"] == pytest.approx(7.75)
+    assert math.isnan(variants.summarise(rows[1:])[1]["difference"])  # the original has not been run with seed 0
+    assert "| t | linear | 77.50 ± 3.54 | -7.50 | 2 | 8 |" in variants.format_markdown(rows)
+
+
+GOALS = {  # points of accuracy below the original, at most
+    "sst2": {"default": 0.3, "linear": 1.0},
+    "agnews": {"default": 0.3, "linear": 1.0},
+    "digits": {"linear": 0.5},
+}
+
+
 def run(main: Any, *arguments: str) -> Any:
     app = typer.Typer()
     app.command()(main)
@@ -245,3 +271,17 @@ def test_photos_of_a_folder(tmp_path: Path) -> None:
     assert [len(part) for part in (task.train, task.validation, task.test)] == [28, 4, 8]
     result = finetune(tiny_vit(), task, replace(SETTINGS, epochs=15, batch_size=14), make_accelerator())
     assert result["accuracy"] == 1
+
+
+def test_docs_have_the_committed_table_and_the_goals_are_met() -> None:
+    root = Path(__file__).parent.parent
+    names = ("sst2", "agnews", "digits")
+    tasks = {name: json.loads((root / f"docs/results/finetune_{name}.json").read_text("utf-8")) for name in names}
+    table = variants.format_markdown([row for content in tasks.values() for row in content["rows"]])
+    assert table in (root / "docs/finetuning.md").read_text("utf-8")
+    for name, goals in GOALS.items():
+        found = {row["attention"]: row for row in variants.summarise(tasks[name]["rows"])}
+        assert found["original"]["seeds"] == 3
+        for attention, points in goals.items():
+            assert found[attention]["seeds"] == 3
+            assert found[attention]["difference"] >= -points, name
