@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 import astroattn
 from astroattn import AstroConfig, AstrocyteAttention, DistillReport, distill, patch, unpatch
-from astroattn.distillation.transfer import draw_pairs, read_calls
+from astroattn.distillation.rows import log_rows, softmax_rows, take
+from astroattn.distillation.transfer import divergence, draw_pairs, read_calls
 from astroattn.fidelity.calls import AttentionCall, find_astrocytes
 from eval.distill import format_markdown
 
@@ -150,13 +152,11 @@ def test_a_causal_layer_sees_no_future_after_distillation() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_neurons_start_as_queries_and_keys_that_they_attend_to(causal: bool) -> None:
-    exact = AstrocyteAttention(2, 4, LEARNED)
-    exact.exact = True
     query, key, value = torch.randn(3, 3, 2, 9, 4)
     mask = torch.arange(9)[None] >= torch.tensor([[0], [4], [9]])  # padding in front; the last row is nothing else
     key = key * 200  # nearly all of the attention of a query goes to one key
     call = AttentionCall(query, key, value, {"key_mask": mask, "causal": causal, "scale": 0.25})
-    queries, keys = draw_pairs(exact, call, 50, torch.Generator().manual_seed(0))
+    queries, keys = draw_pairs(call, 50, torch.Generator().manual_seed(0))
     first_choices, sequences = 0, set()
     for head in range(2):
         for q, k in zip(queries[head] * 2, keys[head] * 2, strict=True):
@@ -171,6 +171,42 @@ def test_neurons_start_as_queries_and_keys_that_they_attend_to(causal: bool) -> 
             sequences.add(sequence)
     assert first_choices > 90
     assert sequences == {0, 1}
+
+
+@pytest.mark.parametrize(("causal", "exact_queries"), [(False, 0), (False, 1), (False, 3), (True, 0)])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_rows_are_those_of_the_module(causal: bool, exact_queries: int, padding: str | None) -> None:
+    """The rows of some queries against the output where the values are the identity matrix."""
+    torch.manual_seed(0)
+    module = AstrocyteAttention(2, 8, dataclasses.replace(LEARNED, exact_queries=exact_queries))
+    nn.init.normal_(module.hidden.query_weight)
+    softmax = AstrocyteAttention(2, 8)
+    softmax.exact = True
+    query, key = torch.randn(2, 3, 2, 20, 8)
+    place, lengths = torch.arange(20)[None], torch.tensor([[20], [7], [2]])
+    mask = {None: None, "left": place >= 20 - lengths, "right": place < lengths}[padding]
+    call = AttentionCall(query, key, key, {"key_mask": mask, "causal": causal, "scale": 0.7})
+    real = call.real_queries()
+    queries = torch.rand(real.shape).masked_fill(~real, -1).topk(2)[1]
+    identity = torch.eye(20).expand(3, 2, -1, -1)
+    for rows, attention in ((softmax_rows(call, queries), softmax), (log_rows(module, call, queries).exp(), module)):
+        expected = take(attention(query, key, identity, **call.options), queries)
+        torch.testing.assert_close(rows, expected.clamp(min=rows.min().item()), rtol=1e-4, atol=1e-6)
+
+
+def test_some_queries_stand_for_all() -> None:
+    """The divergence of drawn queries is on average that of all of them."""
+    torch.manual_seed(0)
+    module, generator = AstrocyteAttention(2, 8, LEARNED), torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 2, 2, 80, 8)
+    call = AttentionCall(query, key, key, {"key_mask": torch.arange(80)[None] < torch.tensor([[80], [75]])})
+    real = call.real_queries()
+    target = softmax_rows(call)
+    rows = (torch.xlogy(target, target) - target * log_rows(module, call)).sum(-1)
+    expected = rows.transpose(1, 2)[real].mean()
+    drawn = torch.stack([divergence(module, call, generator) for _ in range(40)])
+    assert drawn.std() > 0
+    assert drawn.mean().item() == pytest.approx(expected.item(), abs=4 * drawn.std().item() / 40**0.5)
 
 
 @pytest.mark.parametrize("train", ["hidden", "all"])
@@ -238,6 +274,24 @@ def test_everything_moves_and_the_original_that_is_matched_stays() -> None:
         mine, theirs = (each(**batches[-1]).last_hidden_state[mask] for each in (model, original))
     error = ((mine - theirs).square().sum() / theirs.square().sum()).item()
     assert report.output_after == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "train", "rate"),
+    [
+        (AstroConfig(hidden="random", num_hidden=16, near=0, exact_keys=0), "qk", 1e-3),
+        (AstroConfig(hidden="random", num_hidden=16, near=0, exact_keys=0), "all", 1e-3),
+        (AstroConfig(num_hidden=1, near=1, exact_keys=0), "all", 1e-4),
+    ],
+)
+def test_models_without_learned_layers_learn_end_to_end(config: AstroConfig, train: str, rate: float) -> None:
+    model = learned("bert", config)
+    before = weights(model)
+    report = run(model, texts(), steps=0, end_to_end=30, train=train, host_learning_rate=rate)
+    assert report.output_after < 0.9 * report.output_before
+    assert [row.name for row in report.layers] == list(find_astrocytes(model))
+    projections = {name for name in before if ".self.query." in name or ".self.key." in name}
+    assert moved(model, before) == (projections if train == "qk" else {name for name in before if "pooler" not in name})
 
 
 def test_adapters_of_peft_move() -> None:
@@ -367,9 +421,15 @@ def test_models_that_cannot_be_distilled_are_refused() -> None:
     model = build(BIDIRECTIONAL["bert"])
     with pytest.raises(ValueError, match="model: BertModel has no learned hidden layer"):
         run(model, texts())
+    with pytest.raises(ValueError, match="model: BertModel is not patched"):
+        run(model, texts(), steps=0, end_to_end=1, train="all")
     patch(model)
-    with pytest.raises(ValueError, match="model: BertModel has no learned hidden layer"):
-        run(model, texts())
+    for options in ({}, {"end_to_end": 1, "train": "all"}, {"steps": 0, "end_to_end": 1}):
+        with pytest.raises(ValueError, match="model: BertModel has no learned hidden layer"):
+            run(model, texts(), **options)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="train: 'marked', but no weight of BertModel has requires_grad"):
+        run(model, texts(), steps=0, end_to_end=1, train="marked")
     patch(model, LEARNED)
     find_astrocytes(model)["encoder.layer.1.attention.self.astrocyte"].exact = True
     with pytest.raises(ValueError, match=r"encoder.layer.1.*exact"):

@@ -40,16 +40,17 @@ def distill(
     machine a seed gives the same weights. The first part needs memory for N x N attention of one layer.
 
     Args:
-        model: patched with hidden="learned"; its other attention modules may be anything. It stays on its device, or
-            moves to the accelerator's.
+        model: patched with hidden="learned"; its other attention modules may be anything. With steps=0 and a `train`
+            other than "hidden" it may be without learned hidden layers (random features, near + far). It stays on its
+            device, or moves to the accelerator's.
         batches: at least two, each as the model takes it: a mapping of keyword inputs or a tensor. Padding that
             `attention_mask` names does not count. The last tenth of them, at least one, is held out for the report.
         steps: of the first part, one batch each. 0 leaves it out: the hidden layers are trained on from what they are.
         end_to_end: steps of the second part.
         train: what the second part moves. "hidden": the hidden layers alone; "qk": and the query and key projections of
-            their attention modules; "all": and every other weight; "marked": and the weights with requires_grad, which
-            for a peft model are those of its adapters.
-        learning_rate: of Adam on hidden layers in the first part; a fiftieth of it in the second.
+            their attention modules (without learned hidden layers, of all patched ones); "all": and every other weight;
+            "marked": and the weights with requires_grad, which for a peft model are those of its adapters.
+        learning_rate: of Adam on hidden layers in the first part; a tenth of it in the second.
         host_learning_rate: of Adam on all other weights. Adapters of peft take more (1e-4).
         seed: of the neurons drawn and the order of the batches.
         progress: show progress bars.
@@ -58,8 +59,8 @@ def distill(
             (no FSDP). None: one process, the model's device and precision.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, a model without learned hidden layers, or batches that do
-            not call one. Whatever ends it early, the weights are then what they were.
+        TypeError, ValueError: an argument that does not fit, a model without what is to be trained, or batches that do
+            not call its astrocytes. Whatever ends it early, the weights are then what they were.
     """
     from astroattn.distillation.training import Plan, run  # heavier than torch
 

@@ -1,4 +1,4 @@
-"""What distillation did to every learned layer."""
+"""What distillation did to every layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DistillReport:
     """Errors on batches that nothing was trained on, and the losses of the training.
 
     Attributes:
-        layers: the error of each learned layer.
+        layers: the error of each learned layer; of all patched layers where none is learned.
         output_before, output_after: what the end-to-end loss is on the held-out batches, of the whole patched model;
             NaN where it gives neither hidden states nor logits.
         transfer_losses: of each step, the mean divergence of the layers in nats. end_to_end_losses: of each step.

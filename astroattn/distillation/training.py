@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 10  # one batch in so many
 START_BATCHES = 16  # most batches that the neurons start from
-SLOWER = 0.02  # the hidden layers' rate end to end, relative to that of the first part
+SLOWER = 0.1  # the hidden layers' rate end to end, relative to that of the first part
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Plan:
 
 def run(model: nn.Module, batches: Iterable[Any], plan: Plan, accelerator: Accelerator | None) -> DistillReport:
     """What `distill` does."""
-    modules = find_learned(model)
+    modules = find_modules(model, plan)
     host, fused = host_weights(model, modules, plan.train)
     inputs = read_batches(model, batches)
     if accelerator is not None:
@@ -71,6 +71,8 @@ def run(model: nn.Module, batches: Iterable[Any], plan: Plan, accelerator: Accel
     held = max(1, len(inputs) // HELD_OUT)
     training, held_out = inputs[:-held], inputs[-held:]
     hidden = [weight for module in modules.values() for weight in module.parameters()]
+    if not hidden and not host:
+        raise ValueError(f"train: {plan.train!r}, but no weight of {type(model).__name__} has requires_grad")
     automatic = nullcontext if accelerator is None else accelerator.autocast
 
     with (
@@ -92,7 +94,7 @@ def run(model: nn.Module, batches: Iterable[Any], plan: Plan, accelerator: Accel
                 return errors, mean_output_loss(model, original, held_out) if comparable else math.nan
 
         def layer_losses(batch: Any) -> Iterator[Tensor]:
-            return transfer_losses(modules, exact, calls_of(original, exact, batch))
+            return transfer_losses(modules, calls_of(original, exact, batch), draws)
 
         def loss_end_to_end(batch: Any) -> Iterator[Tensor]:
             with automatic():
@@ -105,10 +107,9 @@ def run(model: nn.Module, batches: Iterable[Any], plan: Plan, accelerator: Accel
         options: dict[str, Any] = {"seed": plan.seed, "progress": plan.progress, "accelerator": accelerator}
         before, output_before = measure()
         transfer: list[float] = []
+        draws = torch.Generator().manual_seed(plan.seed)
         if plan.steps:
-            start_from_data(
-                modules, exact, [calls_of(original, exact, batch) for batch in training[:START_BATCHES]], plan.seed
-            )
+            start_from_data(modules, [calls_of(original, exact, batch) for batch in training[:START_BATCHES]], draws)
             rates = [(hidden, plan.learning_rate)]
             transfer = take_steps(rates, training, layer_losses, steps=plan.steps, title="layers", **options)
         end_to_end: list[float] = []
@@ -122,19 +123,23 @@ def run(model: nn.Module, batches: Iterable[Any], plan: Plan, accelerator: Accel
     return DistillReport(tuple(rows), output_before, output_after, tuple(transfer), tuple(end_to_end))
 
 
-def find_learned(model: nn.Module) -> dict[str, AstrocyteAttention]:
-    """The astrocytes with a learned hidden layer, by name."""
+def find_modules(model: nn.Module, plan: Plan) -> dict[str, AstrocyteAttention]:
+    """The astrocytes with a learned hidden layer by name, or all of them where none has one and none is needed."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    found = {name: each for name, each in find_astrocytes(model).items() if each.config.hidden == "learned"}
-    if not found:
+    astrocytes = find_astrocytes(model)
+    found = {name: each for name, each in astrocytes.items() if each.config.hidden == "learned"}
+    if not found and (plan.steps or plan.train == "hidden"):
         raise ValueError(
-            f"model: {type(model).__name__} has no learned hidden layer; patch it with AstroConfig(hidden='learned')"
+            f"model: {type(model).__name__} has no learned hidden layer; patch it with AstroConfig(hidden='learned'), "
+            "or train its other weights with steps=0 and train='qk', 'all' or 'marked'"
         )
-    for name, module in found.items():
+    if not astrocytes:
+        raise ValueError(f"model: {type(model).__name__} is not patched; astroattn.patch(model) first")
+    for name, module in (found or astrocytes).items():
         if module.exact:
             raise ValueError(f"model: {name} is set to exact; set it to exact = False")
-    return found
+    return found or astrocytes
 
 
 def read_batches(model: nn.Module, batches: Iterable[Any]) -> list[Any]:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
+from astroattn.distillation.rows import is_row_by_row, log_rows, softmax_rows
 from astroattn.fidelity.calls import AttentionCall, read_call
 from astroattn.fidelity.passes import call as run_model
 from astroattn.hidden import LearnedHidden
 
-LEAST_SHARE = 1e-6  # of attention, below which a share counts as this much in the loss
+QUERIES = 64  # of a sequence in a step; their rows say enough of the others', and cost 64 N instead of N^2
 
 Modules = Mapping[str, AstrocyteAttention]
 Calls = list[tuple[str, AttentionCall]]  # of one forward, with the name of the module that was called
@@ -50,50 +51,46 @@ def read_calls(model: nn.Module, modules: Modules, inputs: Any) -> Calls:
     return calls
 
 
-def attention_rows(module: AstrocyteAttention, call: AttentionCall) -> Tensor:
-    """What each query takes of each value [B, H, Nq, Nk]: the output where the values are the identity matrix."""
-    batch, heads, keys, _ = call.key.shape
-    identity = torch.eye(keys, dtype=call.key.dtype, device=call.key.device).expand(batch, heads, -1, -1)
-    rows: Tensor = module(call.query, call.key, identity, **call.options)
-    return rows
+def divergence(module: AstrocyteAttention, call: AttentionCall, generator: torch.Generator) -> Tensor:
+    """KL(softmax attention || the module's) in nats, mean over heads and queries that are real tokens.
 
-
-def divergence(module: AstrocyteAttention, exact: AstrocyteAttention, call: AttentionCall) -> Tensor:
-    """KL(softmax attention || the module's), mean over heads and the queries that are real tokens, in nats."""
+    Of each sequence `QUERIES` queries are drawn, where a row can be had without the others.
+    """
+    real, queries = call.real_queries(), None
+    if is_row_by_row(module, call) and real.shape[1] > QUERIES:
+        draw = torch.rand(real.shape, generator=generator).to(real.device)
+        queries = draw.masked_fill(~real, -1).topk(QUERIES)[1]
+        real = real.gather(1, queries)
     with torch.no_grad():
-        target = attention_rows(exact, call)
-    log_rows = attention_rows(module, call).clamp(min=LEAST_SHARE).log()
-    rows = (torch.xlogy(target, target) - target * log_rows).sum(-1)
-    return rows.transpose(1, 2)[call.real_queries()].mean()
+        target = softmax_rows(call, queries)
+    rows = (torch.xlogy(target, target) - target * log_rows(module, call, queries)).sum(-1)
+    return rows.transpose(1, 2)[real].mean()
 
 
-def transfer_losses(modules: Modules, exact: Modules, calls: Calls) -> Iterator[Tensor]:
+def transfer_losses(modules: Modules, calls: Calls, generator: torch.Generator) -> Iterator[Tensor]:
     """The divergence of every call. One at a time, so that only one layer's graph is in memory."""
     for name, call in calls:
-        yield divergence(modules[name], exact[name], call)
+        yield divergence(modules[name], call, generator)
 
 
 @torch.no_grad()
-def start_from_data(modules: Modules, exact: Modules, batches: Sequence[Calls], seed: int) -> None:
+def start_from_data(modules: Modules, batches: Sequence[Calls], generator: torch.Generator) -> None:
     """Make every neuron a pair of tokens: W_k a query, W_q a key drawn by this query's softmax attention.
 
     Both are multiplied by sqrt(scale). Such a neuron is written to by the keys that its query attends to, and read by
     the queries that attend to its key. The calls of a layer give equally many.
     """
-    generator = torch.Generator().manual_seed(seed)
     for name, module in modules.items():
         assert isinstance(module.hidden, LearnedHidden)
         m, mine = module.config.num_hidden, [call for calls in batches for of, call in calls if of == name]
         counts = [m * (i + 1) // len(mine) - m * i // len(mine) for i in range(len(mine))]
-        pairs = [draw_pairs(exact[name], call, n, generator) for call, n in zip(mine, counts, strict=True) if n]
+        pairs = [draw_pairs(call, n, generator) for call, n in zip(mine, counts, strict=True) if n]
         query, key = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
         module.hidden.key_weight.copy_(query)
         module.hidden.query_weight.copy_(key)
 
 
-def draw_pairs(
-    exact: AstrocyteAttention, call: AttentionCall, count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def draw_pairs(call: AttentionCall, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Queries of real tokens, and for each a key that it attends to: both [H, count, D], times sqrt(scale)."""
     heads = call.query.shape[1]
     place, share = torch.rand(2, heads, count, generator=generator, dtype=torch.float64).to(call.query.device)
@@ -101,10 +98,9 @@ def draw_pairs(
     sequence, token = real[(place * len(real)).long()].unbind(-1)
     head = torch.arange(heads, device=call.query.device)[:, None]
     # by the inverse of the distribution function: padding then does not move what is drawn
-    cumulative = attention_rows(exact, call)[sequence, head, token].double().cumsum(-1)
+    cumulative = softmax_rows(call)[sequence, head, token].double().cumsum(-1)
     attended = torch.searchsorted(cumulative, share[..., None] * cumulative[..., -1:], right=True)[..., 0]
-    scale = call.options.get("scale")
-    root = (call.query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    root = call.scale**0.5
     return call.query[sequence, head, token] * root, call.key[sequence, head, attended] * root
 
 

@@ -22,6 +22,12 @@ class AttentionCall(NamedTuple):
     value: Tensor
     options: dict[str, Any]  # key_mask, causal, scale, grid
 
+    @property
+    def scale(self) -> float:
+        """What multiplies q.k."""
+        scale = self.options.get("scale")
+        return float(self.query.shape[-1] ** -0.5 if scale is None else scale)
+
     def real_queries(self) -> Tensor:
         """Bool [B, Nq]: the queries that are real tokens. Queries are the last of the keys, as in causal attention."""
         batch, _, count, _ = self.query.shape
