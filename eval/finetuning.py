@@ -68,8 +68,8 @@ class Settings:
         hidden_learning_rate: of learned hidden layers, whose weights move much further than pretrained ones.
         patience: stop after so many epochs without a lower validation loss, and keep the best; None trains on to the
             end, and keeps that.
-        attention: the kind that the model has; distill, distill_batch_size: steps of distillation before, and items in
-            one. They are there so that no checkpoint of another run is gone on from.
+        attention: the kind that the model has; distill, end_to_end, distill_batch_size: steps of distillation before,
+            and items in one. They are there so that no checkpoint of another run is gone on from.
     """
 
     epochs: int
@@ -80,6 +80,7 @@ class Settings:
     seed: int = 0
     attention: str = "original"
     distill: int = 0
+    end_to_end: int = 0
     distill_batch_size: int = 8
 
 

@@ -44,13 +44,18 @@ AttentionOption = Annotated[
     ),
 ]
 HiddenOption = Annotated[int, typer.Option(min=1, help="Hidden neurons of linear and random.")]
-DistillOption = Annotated[int, typer.Option(min=0, help="Steps of astroattn.distill before, for linear.")]
+DistillOption = Annotated[
+    int, typer.Option(min=0, help="Steps of astroattn.distill before, layer by layer, for linear.")
+]
+EndToEndOption = Annotated[
+    int, typer.Option(min=0, help="Steps of it end to end, all weights moving, after that: for linear and random.")
+]
 DistillBatchOption = Annotated[int, typer.Option(min=1, help="Items in a step of --distill, of each process.")]
 EpochsOption = Annotated[int, typer.Option(min=1, help="Passes over the training data.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Items in a batch, of all processes together.")]
 RateOption = Annotated[float, typer.Option(min=0, help="Highest learning rate.")]
 HiddenRateOption = Annotated[float, typer.Option(min=0, help="The same for learned hidden layers.")]
-SeedsOption = Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")]
+SeedsOption = Annotated[list[int], typer.Option("--seed", min=0, help="Seed of a run. May be repeated.")]
 PatienceOption = Annotated[
     int | None,
     typer.Option(min=1, help="Stop after so many epochs without a lower loss on the validation part; keep the best."),
@@ -69,13 +74,25 @@ def make_config(attention: Attention, num_hidden: int) -> AstroConfig | None:
     return AstroConfig(hidden=hidden, num_hidden=num_hidden, near=0, exact_keys=0, exact_queries=1)
 
 
+def _of_kind(settings: Settings, attention: Attention, seed: int) -> Settings:
+    """The settings of a run: only linear has layers that learn by transfer; it and random learn end to end."""
+    linear, distilled = attention is Attention.linear, attention in (Attention.linear, Attention.random)
+    return replace(
+        settings,
+        attention=attention.value,
+        seed=seed,
+        distill=settings.distill if linear else 0,
+        end_to_end=settings.end_to_end if distilled else 0,
+    )
+
+
 def run_all(
     load: Callable[[], nn.Module],
     task: Task,
     settings: Settings,
     *,
     attention: Sequence[Attention],
-    seeds: int,
+    seeds: Sequence[int],
     num_hidden: int,
     out: Path | None,
     resume: bool,
@@ -97,7 +114,7 @@ def run_all(
     torch.set_flush_denormal(True)  # the exponentials of hidden layers make many, which slow a CPU down
     accelerator = make_accelerator()
     first = accelerator.is_main_process
-    runs = [replace(settings, attention=kind, seed=seed) for kind in attention for seed in range(seeds)]
+    runs = [_of_kind(settings, kind, seed) for kind in attention for seed in seeds]
     rows = []
     for each in tqdm(runs, task.name, unit="run", disable=not first):
         torch.manual_seed(each.seed)
@@ -107,7 +124,7 @@ def run_all(
             patch(model, config)
         folder = None if out is None else out / f"{each.attention}-{each.seed}"
         seconds = 0.0
-        if each.distill and each.attention == Attention.linear:
+        if each.distill or each.end_to_end:
             if resume and folder is not None and last_checkpoint(folder) is not None:
                 seconds = loads((folder / DISTILLED).read_text("utf-8"))["seconds"]
             else:
@@ -175,14 +192,24 @@ def format_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _distill(model: nn.Module, task: Task, settings: Settings, accelerator: Accelerator, folder: Path | None) -> float:
-    """Attention transfer on the items that are trained on, without their labels; the seconds it took."""
+    """Distil on the items that are trained on, without their labels; the seconds it took."""
     from astroattn.distillation import distill
 
     start, first = time.perf_counter(), accelerator.is_main_process
     size, seed = settings.distill_batch_size, settings.seed
     order = shuffle(task, size, seed)
     batches = [task.collate([task.train[i] for i in order[at : at + size]])[0] for at in range(0, len(order), size)]
-    report = distill(model, batches, steps=settings.distill, seed=seed, accelerator=accelerator, progress=first)
+    report = distill(
+        model,
+        batches,
+        steps=settings.distill,
+        end_to_end=settings.end_to_end,
+        train="all",
+        host_learning_rate=settings.learning_rate,
+        seed=seed,
+        accelerator=accelerator,
+        progress=first,
+    )
     seconds = time.perf_counter() - start
     accelerator.print(report)
     if folder is not None and first:

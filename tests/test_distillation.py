@@ -185,6 +185,8 @@ def test_rows_are_those_of_the_module(causal: bool, exact_queries: int, padding:
     query, key = torch.randn(2, 3, 2, 20, 8)
     place, lengths = torch.arange(20)[None], torch.tensor([[20], [7], [2]])
     mask = {None: None, "left": place >= 20 - lengths, "right": place < lengths}[padding]
+    if mask is not None:
+        key[~mask[:, None].expand(3, 2, 20)] = 1e3  # a padding key that every neuron would see
     call = AttentionCall(query, key, key, {"key_mask": mask, "causal": causal, "scale": 0.7})
     real = call.real_queries()
     queries = torch.rand(real.shape).masked_fill(~real, -1).topk(2)[1]

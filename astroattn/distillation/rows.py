@@ -51,8 +51,11 @@ def _far_logits(module: AstrocyteAttention, call: AttentionCall, queries: Tensor
     """log phi(q).phi(k), but q.k where query or key is one of the exact queries, the first real tokens."""
     assert isinstance(module.hidden, LearnedHidden)
     root, keys = sqrt(call.scale), call.key.shape[2]
+    real: Tensor | None = call.options.get("key_mask")
     reading = take(call.query, queries) @ module.hidden.query_weight.mT * root
     writing = call.key @ module.hidden.key_weight.mT * root
+    if real is not None:
+        writing = writing.masked_fill(~real[:, None, :, None], torch.finfo(writing.dtype).min)
     top = writing.detach().amax(2, keepdim=True)
     reading = reading + top
     best = reading.detach().amax(-1, keepdim=True)
@@ -61,7 +64,6 @@ def _far_logits(module: AstrocyteAttention, call: AttentionCall, queries: Tensor
     prefix = prefix_length(module.config, keys, None)
     if not prefix:
         return logits
-    real: Tensor | None = call.options.get("key_mask")
     places = torch.arange(1, keys + 1, device=logits.device)[None] if real is None else real.cumsum(1) * real
     first = ((places > 0) & (places <= prefix)).expand(len(logits), -1)
     asks = first if queries is None else first.gather(1, queries)
