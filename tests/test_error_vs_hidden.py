@@ -99,7 +99,7 @@ def test_learning_lowers_the_error(digits: real.Subject) -> None:
         layer = layers[1]
         target, found = real.Target(layer), []
         for steps in (1, 60):
-            log_shares, log_p = real.learn(layer.query, layer.key, 16, steps).attend(layer.query, layer.key)
+            log_shares, log_p = real.attend(real.learn(layer.query, layer.key, 16, steps), layer.query, layer.key)
             found.append(target.errors((log_shares - log_p[..., None]).exp(), log_p))
     for quantity in rows.QUANTITIES:
         assert found[1][quantity] < 0.8 * found[0][quantity]

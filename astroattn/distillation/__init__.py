@@ -37,7 +37,8 @@ def distill(
     (relative squared error) and logits (KL), of those that it has.
 
     The model runs in evaluation mode. Afterwards its modes and `requires_grad` flags are what they were. On the same
-    machine a seed gives the same weights. The first part needs memory for N x N attention of one layer.
+    machine a seed gives the same weights. The first part needs memory for the attention of 64 queries of each sequence
+    in one layer, or of all its N queries where near > 0.
 
     Args:
         model: patched with hidden="learned"; its other attention modules may be anything. With steps=0 and a `train`

@@ -47,20 +47,27 @@ def _exact_logits(call: AttentionCall, queries: Tensor | None) -> Tensor:
     return take(call.query, queries) @ call.key.mT * call.scale
 
 
-def _far_logits(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None) -> Tensor:
-    """log phi(q).phi(k), but q.k where query or key is one of the exact queries, the first real tokens."""
-    assert isinstance(module.hidden, LearnedHidden)
-    root, keys = sqrt(call.scale), call.key.shape[2]
-    real: Tensor | None = call.options.get("key_mask")
-    reading = take(call.query, queries) @ module.hidden.query_weight.mT * root
-    writing = call.key @ module.hidden.key_weight.mT * root
+def log_products(
+    hidden: LearnedHidden, query: Tensor, key: Tensor, scale: float = 1.0, real: Tensor | None = None
+) -> Tensor:
+    """log phi(q).phi(k) [B, H, Nq, Nk], phi(q) = exp(W_q q sqrt(scale)) / sqrt(m); of `real` keys [B, Nk] alone."""
+    reading = query @ hidden.query_weight.mT * sqrt(scale)
+    writing = key @ hidden.key_weight.mT * sqrt(scale)
     if real is not None:
         writing = writing.masked_fill(~real[:, None, :, None], torch.finfo(writing.dtype).min)
     top = writing.detach().amax(2, keepdim=True)
     reading = reading + top
     best = reading.detach().amax(-1, keepdim=True)
-    shares = (reading - best).exp() @ (writing - top).exp().mT / module.config.num_hidden
-    logits = shares.clamp(min=torch.finfo(shares.dtype).tiny).log() + best
+    shares = (reading - best).exp() @ (writing - top).exp().mT / writing.shape[-1]
+    return shares.clamp(min=torch.finfo(shares.dtype).tiny).log() + best
+
+
+def _far_logits(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None) -> Tensor:
+    """log phi(q).phi(k), but q.k where query or key is one of the exact queries, the first real tokens."""
+    assert isinstance(module.hidden, LearnedHidden)
+    keys = call.key.shape[2]
+    real: Tensor | None = call.options.get("key_mask")
+    logits = log_products(module.hidden, take(call.query, queries), call.key, call.scale, real)
     prefix = prefix_length(module.config, keys, None)
     if not prefix:
         return logits

@@ -97,8 +97,14 @@ def draw_pairs(call: AttentionCall, count: int, generator: torch.Generator) -> t
     real = call.real_queries().nonzero()
     sequence, token = real[(place * len(real)).long()].unbind(-1)
     head = torch.arange(heads, device=call.query.device)[:, None]
+    rows = call.query.new_empty(heads, count, call.key.shape[2])
+    for index in sequence.unique().tolist():  # N x N attention of all sequences would be too much
+        mine = sequence == index
+        tokens, place_of = token[mine].unique(return_inverse=True)
+        attention = softmax_rows(call.sequence(index), tokens[None])[0]
+        rows[mine] = attention[head.expand_as(mine)[mine], place_of]
     # by the inverse of the distribution function: padding then does not move what is drawn
-    cumulative = softmax_rows(call)[sequence, head, token].double().cumsum(-1)
+    cumulative = rows.double().cumsum(-1)
     attended = torch.searchsorted(cumulative, share[..., None] * cumulative[..., -1:], right=True)[..., 0]
     root = call.scale**0.5
     return call.query[sequence, head, token] * root, call.key[sequence, head, attended] * root

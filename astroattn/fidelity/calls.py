@@ -37,6 +37,13 @@ class AttentionCall(NamedTuple):
         real: Tensor = mask[:, mask.shape[1] - count :].expand(batch, count)
         return real
 
+    def sequence(self, index: int) -> AttentionCall:
+        """The call on one of the sequences alone."""
+        mask = self.options.get("key_mask")
+        masks = {} if mask is None else {"key_mask": mask.expand(len(self.query), -1)[index : index + 1]}
+        query, key, value = (x[index : index + 1] for x in self[:3])
+        return AttentionCall(query, key, value, self.options | masks)
+
 
 _FORWARD = inspect.signature(AstrocyteAttention.forward)
 

@@ -10,6 +10,8 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from astroattn.distillation.transfer import draw_pairs
+from astroattn.fidelity.calls import AttentionCall
 from astroattn.hidden import draw_independent, draw_orthogonal
 from eval.error_vs_hidden.streaming import Draw
 
@@ -61,25 +63,11 @@ class Calibration:
 def calibrate(query: Tensor, key: Tensor, seed: int = 0) -> Calibration:
     """Learn the coordinates of each head and sample its pairs, from queries and keys [B, H, N, D]."""
     generator = torch.Generator().manual_seed(seed)
-    attention = (query @ key.mT).softmax(-1)
     means = [x.mean((0, 2))[:, None] for x in (query, key)]
     maps = _balance(*(_second_moment(x - mean) for x, mean in zip((query, key), means, strict=True)))
-    query, key, _ = _transform(query, key, *means, *maps)
-
-    head = torch.arange(query.shape[1])[:, None]
-    sequence, token, attended = sample_pairs(attention, PAIRS, generator)
-    pairs = query[sequence, head, token] + key[sequence, head, attended]
-    return Calibration(*means, *maps, pairs)
-
-
-def sample_pairs(attention: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries drawn evenly, each with a key by its attention [B, H, N, N]: sequence, query, key [H, count]."""
-    batch, heads, tokens = attention.shape[:3]
-    index = torch.randint(batch * tokens, (heads, count), generator=generator)
-    sequence, token = index // tokens, index % tokens
-    rows = attention[sequence, torch.arange(heads)[:, None], token]
-    attended = torch.multinomial(rows.flatten(0, 1), 1, generator=generator).view(heads, count)
-    return sequence, token, attended
+    asking, attended = draw_pairs(AttentionCall(query, key, key, {"scale": 1.0}), PAIRS, generator)
+    asking, attended, _ = _transform(asking, attended, *means, *maps)
+    return Calibration(*means, *maps, asking + attended)
 
 
 def draw_calibrated(centres: Tensor, seed: int) -> Draw:

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from astroattn import AstroConfig, AstrocyteAttention
+from astroattn.hidden import LearnedHidden
 from eval.common import rounded
 from eval.error_vs_hidden.draws import CENTRES, RANDOM, Calibration, calibrate, draw_calibrated, draw_random
-from eval.error_vs_hidden.learned import Learned, learn
+from eval.error_vs_hidden.learned import attend, learn
 from eval.error_vs_hidden.rows import Row, make_row
 from eval.error_vs_hidden.streaming import stream_attention
 from eval.error_vs_hidden.theory import GOAL, log_normaliser_variance, log_output_variance
@@ -47,7 +48,7 @@ class Fit:
 
     calibration: Calibration
     centres: Tensor
-    learned: dict[int, Learned]
+    learned: dict[int, LearnedHidden]
 
 
 class Target:
@@ -148,7 +149,7 @@ def measure_layer(
         for m, attention, log_normaliser in stream_attention(*moved[:2], weights, sizes, moved[2]):
             keep("calibrated", m, target.errors(attention, log_normaliser + shift))
     for m, learned in fit.learned.items():
-        log_shares, log_normaliser = learned.attend(layer.query, layer.key)
+        log_shares, log_normaliser = attend(learned, layer.query, layer.key)
         keep("learned", m, target.errors((log_shares - log_normaliser[..., None]).exp(), log_normaliser))
     for m, attention, log_normaliser in _hebbian(layer, sizes):
         keep("Hebbian", m, target.errors(attention, log_normaliser))
