@@ -149,7 +149,8 @@ def run_all(
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean over seeds, one row per task and kind of attention; `spread` is the standard deviation of the accuracy.
 
-    Accuracies are in percent; `difference` is to the original with the same seeds, NaN without it; seconds of a run.
+    Accuracies are in percent; `difference` is to the original with the same seeds, NaN without it; the loss in nats;
+    seconds of a run.
     """
     summary = []
     for task, attention in dict.fromkeys((row["task"], row["attention"]) for row in rows):
@@ -171,6 +172,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "accuracy": statistics.mean(values),
                 "spread": statistics.stdev(values) if len(values) > 1 else math.nan,
                 "difference": statistics.mean(differences) if comparable else math.nan,
+                "loss": statistics.mean(row["loss"] for row in mine.values()),
                 **seconds,
             }
         )
@@ -180,12 +182,12 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def format_markdown(rows: list[dict[str, Any]]) -> str:
     """What `summarise` finds in the rows of one or several tasks, as a markdown table."""
     lines = [
-        "| task | attention | accuracy, % | minus the original, points | distillation, s | fine-tuning, s |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| task | attention | accuracy, % | minus the original, points | loss, nats | distillation, s | fine-tuning, s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
         f"| {row['task']} | {row['attention']} | {row['accuracy']:.2f} ± {row['spread']:.2f} "
-        f"| {row['difference']:+.2f} | {row['distill_seconds']:.0f} | {row['seconds']:.0f} |"
+        f"| {row['difference']:+.2f} | {row['loss']:.3f} | {row['distill_seconds']:.0f} | {row['seconds']:.0f} |"
         for row in summarise(rows)
     ]
     return "\n".join(lines)
