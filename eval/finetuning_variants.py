@@ -181,10 +181,8 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def format_markdown(rows: list[dict[str, Any]]) -> str:
     """What `summarise` finds in the rows of one or several tasks, as a markdown table."""
-    lines = [
-        "| task | attention | accuracy, % | minus the original, points | loss, nats | distillation, s | fine-tuning, s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ("accuracy, %", "minus the original, points", "loss, nats", "distillation, s", "fine-tuning, s")
+    lines = [f"| task | attention | {' | '.join(columns)} |", "| --- " * (2 + len(columns)) + "|"]
     lines += [
         f"| {row['task']} | {row['attention']} | {row['accuracy']:.2f} ± {row['spread']:.2f} "
         f"| {row['difference']:+.2f} | {row['loss']:.3f} | {row['distill_seconds']:.0f} | {row['seconds']:.0f} |"
