@@ -123,8 +123,11 @@ def main(file: Path) -> None:
         content[kind]["ddp" if several else "alone"] = work(kind, task, accelerator, folder / kind)
     if several:
         shard(accelerator)
+        mean = torch.empty(1)
+        torch.distributed.reduce_scatter_tensor(mean, torch.ones(2), op=torch.distributed.ReduceOp.AVG)
         for kind in CONFIGS:
             content[kind]["fsdp"] = work(kind, task, accelerator, folder / f"{kind}-sharded")
+            content[kind]["fsdp"]["gloo averages"] = mean.item() == 1
     if accelerator.is_main_process:
         file.write_text(json.dumps(content), encoding="utf-8")
     accelerator.end_training()

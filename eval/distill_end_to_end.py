@@ -1,0 +1,147 @@
+"""What should move end to end: hidden layers, the query and key projections, adapters of peft, or every weight?
+
+MiniLM with pure linear attention (64 learned neurons) learns layer by layer on docstrings, and from there, as a whole,
+to give the original's last hidden states. Reported are other docstrings. The rate of the weights outside hidden layers
+is, of `RATES`, the one with the least loss for the first seed on batches held out of the training.
+
+    python -m eval.distill_end_to_end --json out/distill_end_to_end.json      # some twenty minutes of three cores
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from astroattn import AstroConfig, DistillReport, distill, patch
+from eval.common import JsonOption, LimitOption, print_rows, rounded, write_json
+from eval.distill import BATCH, ITEMS, TOKENS, split
+from eval.distill_sentences import SeedsOption
+from eval.heads import first_items, load_minilm
+
+TRAINING, STEPS, NUM_HIDDEN, RANK = 512, 200, 64, 8
+RATES = (2e-5, 1e-4, 5e-4)
+START, LORA = "layer by layer", "adapters of the query and key projections"
+MOVED = {  # `train` of distill
+    "hidden layers": "hidden",
+    "and query and key projections": "qk",
+    f"and {LORA}, rank {RANK}": "marked",
+    "all weights": "all",
+}
+
+
+def measure(limit: int | None, seeds: int, steps: int) -> list[dict[str, Any]]:
+    """One row for the start and one for each choice of weights, means over seeds."""
+    torch.set_flush_denormal(True)  # the exponentials of hidden layers make many, which slow a CPU down
+    subject = load_minilm(TRAINING if limit is None else max(limit, 2 * BATCH), TOKENS)
+    reported = first_items(subject.inputs, limit or ITEMS)
+    training = split(subject.calibration, BATCH)
+    original = last_states(subject.model, reported)
+    rates: dict[str, float] = {}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (START, *MOVED)}
+
+    def keep(name: str, rate: float, model: nn.Module, before: nn.Module, seconds: float) -> None:
+        row = {"rate": rate, "weights": count_moved(model, before), "seconds": seconds}
+        found[name].append(row | errors_of(last_states(model, reported), original))
+
+    for seed in range(seeds):
+        start, began = copy.deepcopy(subject.model), time.process_time()
+        patch(start, AstroConfig(hidden="learned", num_hidden=NUM_HIDDEN, near=0, exact_keys=0, seed=seed))
+        distill(start, training, steps=steps, seed=seed)
+        keep(START, 0.0, start, subject.model, time.process_time() - began)
+        for name, train in tqdm(MOVED.items(), f"seed {seed}", unit="model"):
+            some = (rates[name],) if name in rates else RATES[:1] if train == "hidden" else RATES
+            trained = [train_end_to_end(start, training, train, rate, steps, seed) for rate in some]
+            best = min(trained, key=lambda each: each.report.output_after)
+            rates[name] = best.rate
+            keep(name, best.rate, best.model, start, best.seconds)
+    return [{"moved": name, **summarise(rows)} for name, rows in found.items()]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after distillation end to end at one rate, and the CPU seconds it took."""
+
+    model: nn.Module
+    rate: float
+    report: DistillReport
+    seconds: float
+
+
+def train_end_to_end(
+    start: nn.Module, training: Sequence[Any], train: str, rate: float, steps: int, seed: int
+) -> Trained:
+    """Train a copy."""
+    model, began = copy.deepcopy(start), time.process_time()
+    if train == "marked":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["query", "key"]))
+    report = distill(model, training, steps=0, end_to_end=steps, train=train, host_learning_rate=rate, seed=seed)
+    return Trained(model, rate, report, time.process_time() - began)
+
+
+@torch.no_grad()
+def last_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The last hidden states [B, N, hidden]; the chunks have no padding."""
+    states: Tensor = model(**inputs).last_hidden_state
+    return states
+
+
+def errors_of(states: Tensor, original: Tensor) -> dict[str, float]:
+    """Relative error of the states, and the mean cosine of the chunks' embeddings, the means over tokens."""
+    error = (states - original).norm() / original.norm()
+    return {"error": error.item(), "cosine": F.cosine_similarity(states.mean(1), original.mean(1)).mean().item()}
+
+
+def count_moved(model: nn.Module, before: nn.Module) -> int:
+    """How many numbers are in the weights that moved, or that `before` does not have (peft renames the others)."""
+    old = dict(before.named_parameters())
+    moved = 0
+    for name, weight in model.named_parameters():
+        same = old.get(name.removeprefix("base_model.model.").replace(".base_layer", ""))
+        moved += 0 if same is not None and torch.equal(weight, same) else weight.numel()
+    return moved
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of several seeds as one: means, with standard deviations of the measures; 0 for one seed."""
+    summary = dict(rows[0]) | {"seconds": statistics.mean(row["seconds"] for row in rows)}
+    for name in ("error", "cosine"):
+        values = [row[name] for row in rows]
+        summary[name] = statistics.mean(values)
+        summary[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    return rounded(summary)
+
+
+def format_markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a markdown table; docs/finetuning.md must hold it as it is (tested)."""
+    columns = ("moved", "weights that moved", "rate", "CPU seconds", "error of the states", "cosine of embeddings")
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    lines += [
+        f"| {row['moved']} | {row['weights']:,} | {row['rate']:g} | {row['seconds']:.0f} "
+        f"| {row['error']:.3f} ± {row['error_spread']:.3f} | {row['cosine']:.4f} ± {row['cosine_spread']:.4f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(seeds: SeedsOption = 3, limit: LimitOption = None, json: JsonOption = None) -> None:
+    """Distil pure linear attention end to end, moving few weights or all, and measure what each is worth."""
+    rows = measure(limit, seeds, STEPS)
+    print_rows(rows, title="MiniLM on docstrings that nothing was trained on")
+    if json:
+        write_json(json, rows, seed=0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
