@@ -63,7 +63,7 @@ def measure(limit: int | None, seeds: int, steps: int) -> list[dict[str, Any]]:
             trained = [train_end_to_end(start, training, train, rate, steps, seed) for rate in some]
             best = min(trained, key=lambda each: each.report.output_after)
             rates[name] = best.rate
-            keep(name, best.rate, best.model, start, best.seconds)
+            keep(name, 0.0 if train == "hidden" else best.rate, best.model, start, best.seconds)
     return [{"moved": name, **summarise(rows)} for name, rows in found.items()]
 
 
@@ -128,7 +128,7 @@ def format_markdown(rows: list[dict[str, Any]]) -> str:
     columns = ("moved", "weights that moved", "rate", "CPU seconds", "error of the states", "cosine of embeddings")
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     lines += [
-        f"| {row['moved']} | {row['weights']:,} | {row['rate']:g} | {row['seconds']:.0f} "
+        f"| {row['moved']} | {row['weights']:,} | {row['rate'] or '-'} | {row['seconds']:.0f} "
         f"| {row['error']:.3f} ± {row['error_spread']:.3f} | {row['cosine']:.4f} ± {row['cosine_spread']:.4f} |"
         for row in rows
     ]

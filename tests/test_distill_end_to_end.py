@@ -38,7 +38,7 @@ def test_the_rate_is_that_of_the_least_held_out_loss_with_the_first_seed(monkeyp
     monkeypatch.setattr(script, "train_end_to_end", train)
     rows = script.measure(limit=8, seeds=2, steps=1)
     best = {"hidden": script.RATES[0], "qk": script.RATES[1], "marked": script.RATES[1], "all": script.RATES[1]}
-    assert [row["rate"] for row in rows] == [0, *best.values()]
+    assert [row["rate"] for row in rows] == [0, 0, *[script.RATES[1]] * 3]
     assert [call for call in calls if call[2]] == [(train, rate, 1) for train, rate in best.items()]
     assert [rate for train, rate, seed in calls if (train, seed) == ("all", 0)] == list(script.RATES)
     assert [row["weights"] for row in rows[1:]] == [0] * 4
