@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,9 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
         if not known:
             raise ValueError(f"transformers {transformers.__version__} has no model {record['model']!r}")
         dtype_of = {"dtype": "auto" if dtype is None else dtype}
-        model = cls.from_pretrained(source, config=config, use_safetensors=True, **options, **dtype_of).eval()
         wanted = {f"{row['name']}.{CORE}.{tensor}" for row, _ in rows for tensor in row["tensors"]}
+        with _expecting(cls, wanted):
+            model = cls.from_pretrained(source, config=config, use_safetensors=True, **options, **dtype_of).eval()
         tensors: dict[str, Tensor] = {}
         for path in _shards(source, revision) if wanted else []:
             with safe_open(path, framework="pt") as file:
@@ -120,6 +123,17 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
     if dtype is not None:
         model.to(dtype)
     return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _expecting(cls: Any, names: Iterable[str]) -> Iterator[None]:
+    """Inside, the class does not warn of these tensors, which its models have only once they are patched."""
+    before = cls._keys_to_ignore_on_load_unexpected
+    cls._keys_to_ignore_on_load_unexpected = [*(before or ()), *map(re.escape, names)]
+    try:
+        yield
+    finally:
+        cls._keys_to_ignore_on_load_unexpected = before
 
 
 def _shards(source: str, revision: str | None) -> list[str]:

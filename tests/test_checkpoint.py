@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -122,6 +123,23 @@ def test_save_pretrained_and_from_pretrained(cls: type, config: AstroConfig, tmp
     astroattn.unpatch(other)
     assert "astroattn" not in other.config.to_dict()
     assert_same(cls.from_pretrained(tmp_path).eval(), other)
+
+
+def test_what_is_restored_is_not_called_unexpected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_bert()
+    astroattn.patch(model, LEARNED)
+    model.extra = torch.nn.Linear(2, 2)
+    model.save_pretrained(tmp_path)
+    transformers.logging.enable_propagation()
+    try:
+        astroattn.from_pretrained(tmp_path)
+        assert "extra.weight" in caplog.text  # which a BertModel does not have
+        assert ".astrocyte." not in caplog.text
+        caplog.clear()
+        BertModel.from_pretrained(tmp_path)
+        assert ".astrocyte." in caplog.text
+    finally:
+        transformers.logging.disable_propagation()
 
 
 def test_shards_and_dtypes(tmp_path: Path) -> None:
