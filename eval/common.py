@@ -19,6 +19,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from astroattn.fidelity.environment import describe_device, describe_versions
 
@@ -61,6 +62,12 @@ def write_figure(path: Path, figure: Figure) -> None:
     """Save a figure, making the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """||found - truth|| / ||truth||, in float64."""
+    found, truth = found.double(), truth.double()
+    return ((found - truth).norm() / truth.norm()).item()
 
 
 def summarise_seeds(rows: Sequence[dict[str, Any]], measures: Sequence[str]) -> dict[str, Any]:

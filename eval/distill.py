@@ -17,8 +17,17 @@ from tqdm import tqdm
 
 from astroattn import AstroConfig, AstrocyteAttention, distill, patched
 from astroattn.fidelity.calls import find_astrocytes
-from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, write_figure, write_json
-from eval.heads import Layer, load_minilm, read_layers
+from eval.common import (
+    FigureOption,
+    JsonOption,
+    LimitOption,
+    SeedOption,
+    print_rows,
+    relative_error,
+    write_figure,
+    write_json,
+)
+from eval.heads import Layer, first_items, load_minilm, read_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +52,7 @@ def measure(limit: int | None, seed: int, steps: int = STEPS) -> list[dict[str, 
     """One row per layer and one for their mean: the relative error of each hidden layer, and the ratio of two."""
     subject = load_minilm(TRAINING if limit is None else max(limit, 2 * BATCH), TOKENS)
     training = split(subject.calibration, BATCH)
-    reported = {name: x[: limit or ITEMS] for name, x in subject.inputs.items()}
+    reported = first_items(subject.inputs, limit or ITEMS)
     errors: dict[str, list[float]] = {}
     for m in LEARNED:
         config = AstroConfig(hidden="learned", num_hidden=m, near=0, exact_keys=0, seed=seed)
@@ -91,7 +100,7 @@ def measure_others(layer: Layer, seed: int) -> dict[str, float]:
 def error_of(module: AstrocyteAttention, layer: Layer) -> float:
     """||output - softmax attention's|| / ||softmax attention's|| over the layer."""
     truth = (layer.query @ layer.key.mT).softmax(-1) @ layer.value
-    return ((module(layer.query, layer.key, layer.value, scale=1.0) - truth).norm() / truth.norm()).item()
+    return relative_error(module(layer.query, layer.key, layer.value, scale=1.0), truth)
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:

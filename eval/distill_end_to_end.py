@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from astroattn import AstroConfig, DistillReport, distill, patch
-from eval.common import JsonOption, LimitOption, SeedsOption, print_rows, summarise_seeds, write_json
+from eval.common import JsonOption, LimitOption, SeedsOption, print_rows, relative_error, summarise_seeds, write_json
 from eval.distill import BATCH, ITEMS, TOKENS, split
 from eval.heads import first_items, load_minilm
 
 TRAINING, STEPS, NUM_HIDDEN, RANK = 512, 200, 64, 8
 RATES = (2e-5, 1e-4, 5e-4)
 MEASURES = ("error", "cosine")
-START = "layer by layer"
+START, HIDDEN = "layer by layer", "hidden layers"
 MOVED = {  # `train` of distill
-    "hidden layers": "hidden",
+    HIDDEN: "hidden",
     "and query and key projections": "qk",
     f"and adapters of the query and key projections, rank {RANK}": "marked",
     "all weights": "all",
@@ -45,7 +45,7 @@ def measure(limit: int | None, seeds: int, steps: int) -> list[dict[str, Any]]:
     reported = first_items(subject.inputs, limit or ITEMS)
     training = split(subject.calibration, BATCH)
     original = last_states(subject.model, reported)
-    rates: dict[str, float] = {}
+    rates = {HIDDEN: RATES[0]}  # of weights that it does not move
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in (START, *MOVED)}
 
     def keep(name: str, rate: float, model: nn.Module, before: nn.Module, seconds: float) -> None:
@@ -58,11 +58,11 @@ def measure(limit: int | None, seeds: int, steps: int) -> list[dict[str, Any]]:
         distill(start, training, steps=steps, seed=seed)
         keep(START, 0.0, start, subject.model, time.process_time() - began)
         for name, train in tqdm(MOVED.items(), f"seed {seed}", unit="model"):
-            some = (rates[name],) if name in rates else RATES[:1] if train == "hidden" else RATES
+            some = (rates[name],) if name in rates else RATES
             trained = [train_end_to_end(start, training, train, rate, steps, seed) for rate in some]
             best = min(trained, key=lambda each: each.report.output_after)
             rates[name] = best.rate
-            keep(name, 0.0 if train == "hidden" else best.rate, best.model, start, best.seconds)
+            keep(name, 0.0 if name == HIDDEN else best.rate, best.model, start, best.seconds)
     return [{"moved": name, **summarise_seeds(rows, MEASURES)} for name, rows in found.items()]
 
 
@@ -98,8 +98,8 @@ def last_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def errors_of(states: Tensor, original: Tensor) -> dict[str, float]:
     """Relative error of the states, and the mean cosine of the chunks' embeddings, the means over tokens."""
-    error = (states - original).norm() / original.norm()
-    return {"error": error.item(), "cosine": F.cosine_similarity(states.mean(1), original.mean(1)).mean().item()}
+    cosines = F.cosine_similarity(states.mean(1), original.mean(1))
+    return {"error": relative_error(states, original), "cosine": cosines.mean().item()}
 
 
 def count_moved(model: nn.Module, before: nn.Module) -> int:

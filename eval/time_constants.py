@@ -26,7 +26,17 @@ from tqdm import tqdm
 
 from astroattn import AstroConfig
 from astroattn.simulation import Motion, NeuronAstrocyteNetwork, StaticNeurons, TimeConstants, Trace, integrate
-from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, rounded, write_figure, write_json
+from eval.common import (
+    FigureOption,
+    JsonOption,
+    LimitOption,
+    SeedOption,
+    print_rows,
+    relative_error,
+    rounded,
+    write_figure,
+    write_json,
+)
 from eval.heads import load_minilm, read_layers
 
 if TYPE_CHECKING:
@@ -79,14 +89,10 @@ def measure(inputs: dict[str, Tokens], seed: int = 0) -> list[dict[str, Any]]:
             moved, _ = integrate(network, *tokens, constants=constants, causal=causal, scale=1.0, samples=1)
             predicted = None
             if varied == "astrocyte":
-                predicted = _relative(discrete * predict_scale(trace, time, causal)[..., None], discrete)
+                predicted = rounded(relative_error(discrete * predict_scale(trace, time, causal)[..., None], discrete))
             row = {"input": name, "phases": PHASES[causal], "varied": varied, "time": rounded(time)}
-            rows.append(row | {"error": _relative(moved, discrete), "predicted": predicted})
+            rows.append(row | {"error": rounded(relative_error(moved, discrete)), "predicted": predicted})
     return rows
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return rounded(((found - wanted).norm() / wanted.norm()).item())
 
 
 def predict_scale(trace: Trace, astrocyte: float, causal: bool) -> Tensor:

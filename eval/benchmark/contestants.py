@@ -16,6 +16,7 @@ from astroattn.hidden import draw_orthogonal
 from astroattn.ops.backends import choose_backend
 from astroattn.ops.near_far import Choice, attend
 from astroattn.ops.tiles import Layout
+from eval.common import relative_error
 
 CONFIGS = {
     "default": AstroConfig(),
@@ -212,7 +213,7 @@ def check_results(contestant: Contestant, problem: Problem, tokens: int, backwar
     exact = run_pass(plain, *exact_inputs, None if d_out is None else d_out.double())
     bound = BOUNDS[problem.dtype] if contestant.backend == "auto" else ROUGH
     for number, (mine, theirs, right) in enumerate(zip(ours, same, exact, strict=True)):
-        error, allowed = _error(mine, right), max(bound, (3 if number else 2) * _error(theirs, right))
+        error, allowed = relative_error(mine, right), max(bound, (3 if number else 2) * relative_error(theirs, right))
         if not error <= allowed:  # NaN is not
             what = ("output", "query's gradient", "key's gradient", "value's gradient")[number]
             raise GateError(
@@ -223,7 +224,8 @@ def check_results(contestant: Contestant, problem: Problem, tokens: int, backwar
     if config is None or config.hidden == "random":
         return
     softmax, reference = _softmax(*exact_inputs), _module(problem, replace(config, backend="torch"))
-    error, allowed = _error(exact[0], softmax), WORSE_CHOICES * _error(reference(*exact_inputs), softmax)
+    error = relative_error(exact[0], softmax)
+    allowed = WORSE_CHOICES * relative_error(reference(*exact_inputs), softmax)
     if not error <= allowed:
         raise GateError(
             f"{contestant.label}, {problem.dtype}, {tokens} tokens: with its choices {error:.2f} from "
@@ -247,7 +249,7 @@ def check_properties(contestant: Contestant, problem: Problem, tokens: int, back
     bound = PROPERTY_BOUNDS[problem.dtype] if contestant.name in CONFIGS else ROUGH
     errors = {"a constant value": float((results[0][..., :half].float() - 1).abs().max())}
     if d_out is not None:
-        errors["the sum of the values' gradients"] = _error(
+        errors["the sum of the values' gradients"] = relative_error(
             results[3].sum(2, dtype=torch.float32), d_out.sum(2, dtype=torch.float32)
         )
     for what, error in errors.items():
@@ -263,7 +265,3 @@ def check_properties(contestant: Contestant, problem: Problem, tokens: int, back
 def draw_gradient(problem: Problem, tokens: int) -> Tensor:
     """A gradient of the output, whose sum over the tokens is far from zero."""
     return problem.draw(tokens + 1)[0][0][:, :, 1:] + 1
-
-
-def _error(ours: Tensor, right: Tensor) -> float:
-    return float((ours.double() - right.double()).norm() / right.double().norm())

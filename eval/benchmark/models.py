@@ -19,6 +19,7 @@ import astroattn
 from eval.benchmark.contestants import CONFIGS, GateError
 from eval.benchmark.rows import Row
 from eval.benchmark.timing import Call, Effort, capture, quartiles, time_in_turns
+from eval.common import relative_error
 
 PIXELS = (224, 384, 512, 1024)
 TOKENS = (512, 1024, 2048, 4096, 8192)
@@ -163,15 +164,11 @@ def _check(models: dict[str, nn.Module], inputs: Tensor, dtype: torch.dtype, dev
     for name in PATCHED:
         with astroattn.patched(original, replace(CONFIGS[name], backend="torch")):
             plain = _output(original(inputs))
-        error, allowed = (_distance(x, right) for x in (_output(models[name](inputs)), plain))
+        error, allowed = (relative_error(x, right) for x in (_output(models[name](inputs)), plain))
         allowed = WORSE * allowed + ROUNDING[dtype]
         if not error <= allowed:
             kind = type(original).__name__
             raise GateError(f"{kind}, {name}: {error:.1e} from the original, allowed {allowed:.1e}")
-
-
-def _distance(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def _move(inputs: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

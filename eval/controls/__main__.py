@@ -39,7 +39,17 @@ from tqdm import tqdm
 from astroattn import AstroConfig, AstrocyteAttention, patched
 from astroattn.fidelity.passes import forward, pool, token_mask
 from eval.calcium_traces.astrocyte import draw_weights, normalise, stream
-from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, rounded, write_figure, write_json
+from eval.common import (
+    FigureOption,
+    JsonOption,
+    LimitOption,
+    SeedOption,
+    print_rows,
+    relative_error,
+    rounded,
+    write_figure,
+    write_json,
+)
 from eval.controls.conditions import OTHER, REAL, SYNAPSES, TOKENS, UNTRAINED, Head, conditions, shuffle_tokens
 from eval.controls.conditions import untrained as make_untrained
 from eval.controls.figure import plot
@@ -109,8 +119,8 @@ def _score(p: Tensor, out: Tensor, head: Head) -> dict[str, float]:
     return {
         "log_correlation": _correlate(p.log(), log_z),
         "rms_error": (p.log() - log_z).expm1().square().mean().sqrt().item(),
-        "output_error": ((out - exact).norm() / exact.norm()).item(),
-        "uniform_error": ((head.value.mean(0) - exact).norm() / exact.norm()).item(),
+        "output_error": relative_error(out, exact),
+        "uniform_error": relative_error(head.value.mean(0), exact),
         "log_spread": log_z.std().item(),
         "mean_square": (head.query.square().sum(-1).mean() + head.key.square().sum(-1).mean()).item(),
     }
@@ -186,9 +196,8 @@ def _patch_whole(subject: Subject, seed: int) -> list[Row]:
                 if isinstance(inputs, Mapping)
                 else (before.argmax(1) == after.argmax(1)).double().mean()
             )
-            error = (after - before).norm() / before.norm()
             rows.append({"part": "whole model", "model": subject.name, "condition": condition, "config": name}
-                        | {"agreement": same.item(), "error": error.item()})  # fmt: skip
+                        | {"agreement": same.item(), "error": relative_error(after, before)})  # fmt: skip
     return rows
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.hidden import LearnedHidden
-from eval.common import rounded
+from eval.common import relative_error, rounded
 from eval.error_vs_hidden.draws import CENTRES, RANDOM, Calibration, calibrate, draw_calibrated, draw_random
 from eval.error_vs_hidden.learned import attend, learn
 from eval.error_vs_hidden.rows import Row, make_row
@@ -65,9 +65,9 @@ class Target:
         """Relative errors: of matrix, output and block in the Frobenius norm over the layer, of p per token, median."""
         output = attention @ self.layer.value
         found = {
-            "matrix": _relative(attention, self.attention),
-            "output": _relative(output, self.output),
-            "block": _relative(self.layer.block_output(output), self.layer.output),
+            "matrix": relative_error(attention, self.attention),
+            "output": relative_error(output, self.output),
+            "block": relative_error(self.layer.block_output(output), self.layer.output),
         }
         if log_normaliser is not None:
             found["normaliser"] = self.normaliser_errors(log_normaliser).median().item()
@@ -76,10 +76,6 @@ class Target:
     def normaliser_errors(self, log_normaliser: Tensor) -> Tensor:
         """|p^ / p - 1| of every token."""
         return (log_normaliser - self.log_normaliser).expm1().abs()
-
-
-def _relative(x: Tensor, truth: Tensor) -> float:
-    return ((x - truth).norm() / truth.norm()).item()
 
 
 def measure_real(

@@ -14,6 +14,7 @@ from scipy.stats import linregress
 from tqdm import tqdm
 
 from astroattn import AstroConfig, AstrocyteAttention
+from eval.common import relative_error
 from eval.error_vs_hidden.rows import make_row
 
 NAME = "random vectors"
@@ -40,7 +41,7 @@ def draw_error(m: int, hidden: str, seed: int) -> float:
     out = network(query, key, value, scale=1.0)
     network.exact = True
     softmax = network(query, key, value, scale=1.0)
-    return ((out - softmax).norm() / softmax.norm()).item()
+    return relative_error(out, softmax)
 
 
 def fit_slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
