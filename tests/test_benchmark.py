@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import typer
+from scripts import run as run_script
 from torch import Tensor
-from typer.testing import CliRunner
 
 from eval import summary
 from eval.benchmark import __main__ as benchmark
@@ -38,10 +37,8 @@ def contestant(name: str, given: Problem, backend: str = "auto") -> contestants.
 
 
 def run(*options: str, folder: Path) -> list[dict]:
-    app = typer.Typer()
-    app.command()(benchmark.main)
     paths = ["--json", str(folder / "b.json"), "--figure", str(folder / "b.png"), "--device", "cpu"]
-    result = CliRunner().invoke(app, [*options, *paths], catch_exceptions=False)
+    result = run_script(benchmark.main, *options, *paths)
     assert result.exit_code == 0, result.output
     assert "flash-linear-attention is not installed" in result.output
     assert (folder / "b.png").stat().st_size > 10_000
@@ -256,19 +253,8 @@ def test_graph_replays_and_is_timed() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_is_measured(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(benchmark.main)
-    options = [
-        "--limit",
-        "512",
-        "--repeats",
-        "3",
-        "--json",
-        str(tmp_path / "b.json"),
-        "--figure",
-        str(tmp_path / "b.png"),
-    ]
-    result = CliRunner().invoke(app, options, catch_exceptions=False)
+    paths = ["--json", str(tmp_path / "b.json"), "--figure", str(tmp_path / "b.png")]
+    result = run_script(benchmark.main, "--limit", "512", "--repeats", "3", *paths)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "b.json").read_text("utf-8"))["rows"]
     assert values_of(rows, "launch", "attention") == ["eager", "graph"]

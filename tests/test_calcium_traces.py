@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AlbertConfig,
@@ -18,7 +19,6 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
-from typer.testing import CliRunner
 
 from astroattn.hidden import draw_orthogonal
 from astroattn.simulation import NeuronAstrocyteNetwork, StaticNeurons
@@ -180,7 +180,7 @@ def test_the_authors_kind_of_models_end_to_end(
     out, figure = tmp_path / "out.json", tmp_path / "out.png"
     models = ["--text-model", str(albert), "--image-model", str(vit)]
     files = ["--json", str(out), "--figure", str(figure)]
-    done = run([*full, *models, *inputs, *files, "-m", "64", "-m", "512", "--redraws", "2"])
+    done = run(command.main, *full, *models, *inputs, *files, "-m", "64", "-m", "512", "--redraws", "2")
     assert done.exit_code == 0, done.output
     rows = json.loads(out.read_text("utf-8"))["rows"]
     assert {row["part"] for row in rows} == {"selected", "redraws", "all heads"}
@@ -213,13 +213,7 @@ def test_what_is_missing_is_said(
 ) -> None:
     monkeypatch.delenv("ASTROATTN_DATA", raising=False)
     stand_in = {"ALBERT": str(albert), "VIT": str(vit), "TEXT": inputs[1]}
-    done = run([stand_in.get(option, option) for option in options])
+    done = run(command.main, *(stand_in.get(option, option) for option in options))
     assert done.exit_code == 2
     assert said in done.output
     assert "--full needs ALBERT-base-v2" in done.output
-
-
-def run(options: list[str]):
-    app = command.typer.Typer()
-    app.command()(command.main)
-    return CliRunner().invoke(app, options)

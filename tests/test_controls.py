@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from scripts import run
 
 from eval.calcium_traces.astrocyte import draw_weights, normalise, stream
 from eval.controls import __main__ as command
@@ -144,9 +144,7 @@ def test_the_command_writes_its_rows(
     monkeypatch.setattr(command, "measure", lambda subjects, seed: rows)
     for name in ("load_minilm", "load_vit"):
         monkeypatch.setattr(command, name, lambda *sizes: digits)
-    app = command.typer.Typer()
-    app.command()(command.main)
-    done = CliRunner().invoke(app, ["--json", str(tmp_path / "c.json")], catch_exceptions=False)
+    done = run(command.main, "--json", str(tmp_path / "c.json"))
     assert done.exit_code == 0
     assert json.loads((tmp_path / "c.json").read_text("utf-8"))["rows"] == rows
     assert "tokens" in done.output

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import typer
+from scripts import run
 from torch import nn
-from typer.testing import CliRunner
 
 from astroattn import DistillReport
 from eval import distill_end_to_end as script
@@ -49,10 +48,8 @@ def test_the_rate_is_that_of_the_least_held_out_loss_with_the_first_seed(monkeyp
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "RATES", (1e-4,))
     monkeypatch.setattr(script, "STEPS", 20)
-    app = typer.Typer()
-    app.command()(script.main)
     path = tmp_path / "rows.json"
-    done = CliRunner().invoke(app, ["--json", str(path), "--seeds", "2", "--limit", "8"], catch_exceptions=False)
+    done = run(script.main, "--json", str(path), "--seeds", "2", "--limit", "8")
     assert done.exit_code == 0
     rows = json.loads(path.read_text("utf-8"))["rows"]
     assert [row["moved"] for row in rows] == [script.START, *script.MOVED]

