@@ -1,4 +1,4 @@
-"""Pretrained models by name, with what turns texts or photos into their inputs."""
+"""Pretrained models by name, with what turns texts, photos or recordings into their inputs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 # the auto class of transformers that keeps the head, by what the name of the architecture ends in
@@ -20,6 +21,8 @@ HEADS = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
 }
+SPEECH_INPUTS = ("input_features", "input_values")  # main inputs of speech models
+FRAME_MASK = "frame_mask"  # beside them, Bool [B, T]: the steps of the input before the recording ends; for `compare`
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,15 @@ class LoadedModel:
     Args:
         name: as it was asked for.
         library: `"transformers"` or `"timm"`.
-        kind: `"text"` or `"image"`, what its items are.
+        kind: `"text"`, `"image"` or `"audio"`, what its items are.
         model: the module.
-        encode: makes one batch of inputs from a list of texts, of lists of token ids, or of PIL images.
-        tokenizer: of a text model.
+        encode: makes one batch of inputs from a list of texts, of lists of token ids, of PIL images, or of recordings:
+            the samples [T] of -1 to 1, and how many there are in a second.
+        tokenizer: of a text model, and of a speech model that writes.
         classes: class index by lower-case name, where the model knows names for its classes.
         num_classes: number of classes it predicts, 0 for none.
-        max_tokens: most tokens of a text, 0 for photos.
-        image_size: pixels per side of its inputs, 0 for text.
+        max_tokens: most tokens of a text, 0 for other items.
+        image_size: pixels per side of its photos, 0 for other items.
         notes: how items are prepared.
     """
 
@@ -66,7 +70,8 @@ def load_model(
     Args:
         spec: a local folder, an id on the Hugging Face hub (transformers), `timm:NAME`, or `package:NAME` for a Python
             package that carries a model folder.
-        weights: for `timm:NAME`, a safetensors file that must fit strictly; None loads the pretrained weights.
+        weights: for `timm:NAME`, a safetensors file that must fit strictly; for an id on the hub, a local folder that
+            holds the same model; None loads the pretrained weights.
         size: pixels per side of the photos, with interpolated position embeddings; None is the model's own.
         dtype: of the weights; None is float32.
         device: None is the CPU.
@@ -77,11 +82,14 @@ def load_model(
     if size is not None and size < 1:
         raise ValueError(f"size: must be at least 1 pixel, got {size}")
     if weights is not None and not spec.startswith("timm:"):
-        raise ValueError(f"weights: only for timm:NAME models; {spec!r} has its weights in its folder")
+        if spec.startswith("package:") or Path(spec).is_dir():
+            raise ValueError(f"weights: only for timm:NAME models and ids on the hub; {spec!r} has them in its folder")
+        if not (Path(weights) / "config.json").is_file():
+            raise ValueError(f"weights: for {spec!r} must be a folder with a config.json, got {str(weights)!r}")
     if spec.startswith("timm:"):
         loaded = _load_timm(spec, spec.removeprefix("timm:"), weights, size)
     else:
-        folder = find_package_folder(spec.removeprefix("package:")) if spec.startswith("package:") else spec
+        folder = find_package_folder(spec.removeprefix("package:")) if spec.startswith("package:") else weights or spec
         loaded = _load_transformers(spec, str(folder), size)
     try:
         target = torch.device(device or "cpu")
@@ -168,6 +176,7 @@ def _load_strictly(model: nn.Module, name: str, path: Path) -> None:
 
 def _load_transformers(spec: str, source: str, size: int | None) -> LoadedModel:
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
     local = Path(source).is_dir()
     if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
@@ -179,10 +188,12 @@ def _load_transformers(spec: str, source: str, size: int | None) -> LoadedModel:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         architecture = (config.architectures or [""])[0]
         auto = next((auto for end, auto in HEADS.items() if architecture.endswith(end)), "AutoModel")
+        if architecture in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values():  # their names end like those of T5, BART
+            auto = "AutoModelForSpeechSeq2Seq"
         model = getattr(transformers, auto).from_pretrained(source, config=config, use_safetensors=True, **options)
         main_input = model.main_input_name
         if main_input not in _ENCODERS:
-            raise ValueError(f"it reads {main_input!r}, and only texts and photos are known here")
+            raise ValueError(f"it reads {main_input!r}, and only texts, photos and recordings are known here")
         return _ENCODERS[main_input](spec, source, model, size, options)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model: cannot load {spec!r}: {_first_line(error)}") from None
@@ -235,7 +246,50 @@ def _with_processor(spec: str, source: str, model: Any, size: int | None, option
     )  # fmt: skip
 
 
-_ENCODERS = {"input_ids": _with_tokenizer, "pixel_values": _with_processor}
+def _with_feature_extractor(
+    spec: str, source: str, model: Any, size: int | None, options: dict[str, Any]
+) -> LoadedModel:
+    import transformers
+
+    if size is not None:
+        raise ValueError("size: is for photos, this model reads recordings")
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(source, **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options) if model.can_generate() else None
+    rate, longest = extractor.sampling_rate, getattr(extractor, "n_samples", None)
+
+    def encode(clips: Sequence[Any]) -> Mapping[str, Any]:
+        inputs = extractor(
+            [resample(samples, given, rate) for samples, given in clips],
+            sampling_rate=rate,
+            padding="max_length" if longest else True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask = inputs.get("attention_mask")
+        seen = {"attention_mask": mask} if extractor.return_attention_mask else {}  # others were trained without
+        clip = {} if mask is None else {FRAME_MASK: mask.bool()}
+        return {model.main_input_name: inputs[model.main_input_name], **seen, **clip}
+
+    notes = [f"{type(extractor).__name__}, {rate} Hz (other rates are resampled)"]
+    if longest:
+        notes.append(f"at most {longest / rate:g} s (longer ones are cut)")
+    return LoadedModel(spec, "transformers", "audio", model, encode, tokenizer=tokenizer, notes=tuple(notes))
+
+
+def resample(samples: NDArray[Any], given: int, wanted: int) -> NDArray[Any]:
+    """A recording [T] at another rate, in samples per second, by polyphase filtering."""
+    from scipy.signal import resample_poly
+
+    common = math.gcd(given, wanted)
+    resampled: NDArray[Any] = resample_poly(samples, wanted // common, given // common) if given != wanted else samples
+    return resampled
+
+
+_ENCODERS = {
+    "input_ids": _with_tokenizer,
+    "pixel_values": _with_processor,
+    **dict.fromkeys(SPEECH_INPUTS, _with_feature_extractor),
+}
 
 
 def _count_classes(model: Any) -> int:

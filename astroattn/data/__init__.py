@@ -1,4 +1,4 @@
-"""Real inputs: photos, texts, sentence pairs; from folders, tar files, tables and the `datasets` library."""
+"""Real inputs: photos, speech, texts, sentence pairs; from folders, tar files, tables and the `datasets` library."""
 
 from astroattn.data.loading import PYTHON_DOCS, Data, load_data
 

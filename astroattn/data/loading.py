@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from astroattn.data import photos, texts
+from astroattn.data import clips, photos, texts
+from astroattn.data.clips import Clip
 from astroattn.data.hub import read_dataset
 from astroattn.data.photos import Photo
 from astroattn.data.texts import Texts
@@ -16,28 +17,34 @@ from astroattn.data.texts import Texts
 PYTHON_DOCS = "python-docs"
 DATASETS = "datasets:"
 HALVES = {"even": 0, "odd": 1}
+FINDERS: dict[str, Callable[[Path], list[Photo] | list[Clip]]] = {
+    "image": photos.find_photos,
+    "audio": clips.find_clips,
+}
 
 
 @dataclass(frozen=True)
 class Data:
-    """Items to run a model on: texts, lists of token ids, or photos.
+    """Items to run a model on: texts, lists of token ids, photos, or recordings of speech.
 
     Args:
         name: what it is, for tables.
         items: the items; for scored pairs the sentences 2i and 2i + 1 are pair i.
         labels: class index of every item, or None.
         scores: score of every pair, or None.
+        transcripts: what is said in every recording, or None.
         notes: how the source was understood.
     """
 
     name: str
-    items: Sequence[str | list[int] | Photo]
+    items: Sequence[str | list[int] | Photo | Clip]
     labels: Sequence[int] | None = None
     scores: Sequence[float] | None = None
+    transcripts: Sequence[str] | None = None
     notes: tuple[str, ...] = ()
 
     def batches(self, encode: Callable[[list[Any]], Any], batch_size: int) -> Batches:
-        """The items in order, `batch_size` at a time, as `encode` makes them; photos are opened in their turn."""
+        """The items in order, `batch_size` at a time, as `encode` makes them; files are opened in their turn."""
         if batch_size < 1:
             raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
         return Batches(self.items, encode, batch_size)
@@ -55,7 +62,7 @@ class Batches(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         number = range(len(self))[index]
         items = self._items[number * self._size : (number + 1) * self._size]
-        return self._encode([item.open() if isinstance(item, Photo) else item for item in items])
+        return self._encode([item.open() if isinstance(item, Photo | Clip) else item for item in items])
 
 
 def load_data(
@@ -74,9 +81,10 @@ def load_data(
     """Find the items of a source.
 
     Args:
-        source: a folder or tar file of photos; a text file, CSV or TSV, or a folder of .txt files; `datasets:NAME`,
-            with `:SPLIT` if wanted; `python-docs` for docstrings of Python's standard library.
-        kind: `"text"` or `"image"`, what the model reads.
+        source: a folder or tar file of photos; a folder of .wav files, with a `transcripts.tsv` (file name, tab, words)
+            if there is one; a text file, CSV or TSV, or a folder of .txt files; `datasets:NAME`, with `:SPLIT` if
+            wanted; `python-docs` for docstrings of Python's standard library.
+        kind: `"text"`, `"image"` or `"audio"`, what the model reads.
         tokenizer: of the model, for `tokens`.
         tokens: cut long texts into chunks of so many tokens; 0 does not cut.
         max_tokens: most tokens that the model takes, 0 for any number.
@@ -94,15 +102,15 @@ def load_data(
     if half is not None and half not in HALVES:
         raise ValueError(f"half: must be even or odd, got {half!r}")
     wanted = None if limit is None else limit * (2 if half else 1)
-    found: list[Photo] | Texts | list[list[int]]
+    found: list[Photo] | list[Clip] | Texts | list[list[int]]
     if tokens and kind != "text":
-        raise ValueError("tokens: is for texts, this model reads photos")
+        raise ValueError(f"tokens: is for texts, this model reads {kind}")
     if source.startswith(DATASETS):
         found = read_dataset(source.removeprefix(DATASETS), wanted)
     elif kind == "text":
         found = _read_text(source, tokenizer, tokens, max_tokens)
     else:
-        found = photos.find_photos(_existing(source))
+        found = FINDERS[kind](_existing(source))
     name = Path(source).name if Path(source).exists() else source
     chosen = slice(HALVES[half] if half else 0, None, 2 if half else 1)
     if half:
@@ -117,6 +125,9 @@ def load_data(
         if len(folders) == num_classes and not set(map(str.lower, folders)) <= named.keys():
             named = {folder.lower(): index for index, folder in enumerate(folders)}
         return _photo_data(name, source, found[chosen][:limit], classes, named)
+    if isinstance(found[0], Clip):
+        _require(kind, "audio", source)
+        return _clip_data(name, [clip for clip in found[chosen][:limit] if isinstance(clip, Clip)])
     if source == PYTHON_DOCS:
         name += f" {platform.python_version()}"
     items = found[chosen][:limit]
@@ -193,3 +204,12 @@ def _photo_data(
     if labels is not None:
         return replace(data, labels=labels, notes=("classes by the names of the folders",))
     return replace(data, notes=(f"no labels: {unknown!r} is not known as a class of the model",))
+
+
+def _clip_data(name: str, items: list[Clip]) -> Data:
+    data = Data(name, _not_empty(items))
+    known = [clip.transcript for clip in items if clip.transcript is not None]
+    if len(known) == len(items):
+        return replace(data, transcripts=known)
+    silent = next(clip.name for clip in items if clip.transcript is None)
+    return replace(data, notes=(f"no transcripts: {silent!r} has none",))
