@@ -7,11 +7,13 @@ Importing it imports torch and nothing heavier.
 """
 
 from astroattn.attention import AstrocyteAttention
+from astroattn.calibration import calibrate
 from astroattn.checkpoint import from_pretrained, load, save
 from astroattn.config import AstroConfig
 from astroattn.cost import Cost
 from astroattn.distillation import DistillReport, distill
 from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
+from astroattn.plan import Plan
 from astroattn.version import __version__
 
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "Cost",
     "DistillReport",
     "PatchReport",
+    "Plan",
     "__version__",
+    "calibrate",
     "distill",
     "fallbacks",
     "from_pretrained",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.checks import check_call, check_grid, check_size, check_state
-from astroattn.config import AstroConfig
+from astroattn.config import AstroConfig, check_heads
 from astroattn.cost import Cost, count_cost, covers, prefix_length
 from astroattn.hidden import STATIC
 from astroattn.ops.causal import CausalState
@@ -30,28 +32,56 @@ class AstrocyteAttention(nn.Module):
     Source: Kozachkov, Kastanenka & Krotov, PNAS 2023; the near field, the exact keys and the Hebbian layer are ours.
 
     Args:
-        num_heads: H. head_dim: D. config: what to do; the default keeps pretrained models working.
+        num_heads: H. head_dim: D.
+        config: what to do; the default keeps pretrained models working. A sequence has one config per head; heads that
+            differ must have no weights of their own (hidden="hebbian", "none" or "exact").
 
     Attributes:
+        configs: one config per head.
+        config: the config that all heads have, or `configs` where they differ.
         exact: while True, forward is plain softmax attention (to compare with).
 
     Raises:
-        TypeError, ValueError: sizes that are not positive integers.
+        TypeError, ValueError: sizes that are not positive integers; configs that are none, not as many as heads, or
+            that cannot stand side by side.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, config: AstroConfig | None = None) -> None:
+    head_order: Tensor
+    head_place: Tensor
+
+    def __init__(
+        self, num_heads: int, head_dim: int, config: AstroConfig | Sequence[AstroConfig] | None = None
+    ) -> None:
         super().__init__()
         check_size("num_heads", num_heads)
         check_size("head_dim", head_dim)
         config = AstroConfig() if config is None else config
-        if not isinstance(config, AstroConfig):
-            raise TypeError(f"config: {type(config).__name__}; expected AstroConfig")
+        if isinstance(config, AstroConfig):
+            config = (config,) * num_heads
+        if not isinstance(config, Sequence):
+            raise TypeError(f"config: {type(config).__name__}; expected AstroConfig or one per head")
+        self.configs = check_heads(config)
+        if len(self.configs) != num_heads:
+            raise ValueError(f"config: {len(self.configs)} of them; this module has num_heads={num_heads}")
         self.num_heads = num_heads
         self.head_dim = head_dim
-        self.config = config
         self.exact = False
-        layer = STATIC.get(config.hidden)
-        self.hidden = None if layer is None else layer(num_heads, head_dim, config)
+        heads: dict[AstroConfig, list[int]] = {}
+        for head, each in enumerate(self.configs):
+            heads.setdefault(each, []).append(head)
+        self._groups = tuple((each, len(mine)) for each, mine in heads.items())  # heads of one config run together
+        if len(self._groups) > 1:
+            order = torch.tensor([head for mine in heads.values() for head in mine])
+            self.register_buffer("head_order", order, persistent=False)
+            self.register_buffer("head_place", order.argsort(), persistent=False)
+        first = self.configs[0]
+        layer = STATIC.get(first.hidden)
+        self.hidden = None if layer is None else layer(num_heads, head_dim, first)
+
+    @property
+    def config(self) -> AstroConfig | tuple[AstroConfig, ...]:
+        """The config that all heads have, or one per head where they differ."""
+        return self.configs if len(self._groups) > 1 else self.configs[0]
 
     def forward(
         self,
@@ -129,6 +159,8 @@ class AstrocyteAttention(nn.Module):
         """
         check_call(self, query, key, value, key_mask, True, scale, None)
         reason = "it is set to exact" if self.exact else self.refusal(causal=True)
+        if reason is None and self.hidden is None:
+            reason = "it is softmax attention"
         if reason is not None:
             raise ValueError(f"decode: this module has no causal state; {reason}")
         if query.shape[2] != key.shape[2]:
@@ -144,11 +176,11 @@ class AstrocyteAttention(nn.Module):
         out, state = decode(
             *(query, key, value, weight, phase),
             activation=self.hidden.activation,
-            near=self.config.near,
+            near=self.configs[0].near,
             scale=scale,
             key_mask=key_mask,
             state=state,
-            backend=self.config.backend,
+            backend=self.configs[0].backend,
         )
         if order is not None and key_mask is not None:
             out = _in_order(out.masked_fill(~key_mask[:, None, :, None], 0), order.argsort(dim=1))
@@ -158,18 +190,12 @@ class AstrocyteAttention(nn.Module):
         """Why this configuration cannot serve such attention at every length, or None."""
         if not causal:
             return None
-        if self.hidden is None:
-            return "causal attention needs a static hidden layer (hidden='random' or 'learned')"
-        if self.config.exact_keys and self.config.near:
-            return "causal attention cannot choose exact keys per tile (exact_keys=0)"
-        if self.config.exact_queries:
-            return "causal attention has no exact queries (exact_queries=0)"
-        return None
+        return next((reason for config, _ in self._groups if (reason := _causal_refusal(config)) is not None), None)
 
     def cost(
         self, num_queries: int, num_keys: int, *, causal: bool = False, grid: tuple[int, int] | None = None
     ) -> Cost:
-        """Positions and products per query, counted from the configuration for a sequence of this length.
+        """Positions and products per query, the mean of the heads, counted from their configs for such a sequence.
 
         Raises:
             TypeError, ValueError: numbers that are not positive integers, a grid that does not fit.
@@ -179,10 +205,19 @@ class AstrocyteAttention(nn.Module):
         check_grid(grid, num_keys)
         if self.exact:
             return Cost(num_keys, 2 * num_keys, 2 * num_keys)
-        return count_cost(self.config, self.head_dim, num_queries, num_keys, causal, grid)
+        positions = products = 0.0
+        for config, heads in self._groups:
+            cost = count_cost(config, self.head_dim, num_queries, num_keys, causal, grid)
+            positions += heads / self.num_heads * cost.positions
+            products += heads / self.num_heads * cost.products
+        return Cost(positions, products, 2 * num_keys)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, {self.config}"
+        sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+        if len(self._groups) == 1:
+            return f"{sizes}, {self.configs[0]}"
+        groups = [f"heads {[h for h, mine in enumerate(self.configs) if mine == c]}: {c}" for c, _ in self._groups]
+        return "\n".join([sizes, *groups])
 
     def _attend(
         self,
@@ -199,17 +234,47 @@ class AstrocyteAttention(nn.Module):
         scale = self.head_dim**-0.5 if scale is None else float(scale)
         if query.shape[0] == 0 or query.shape[2] == 0:
             return query.new_zeros(*query.shape[:3], value.shape[-1]), query.new_zeros(query.shape[:3])
-        if self.exact or covers(self.config, key.shape[2], grid):
+        if self.exact:
             return _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
-        reason = self.refusal(causal=causal)
+        options = (key_mask, causal, scale, grid, with_normaliser)
+        if len(self._groups) == 1:
+            return self._attend_alike(self.configs[0], query, key, value, *options)
+        parts = []
+        first = 0
+        for config, count in self._groups:
+            heads = self.head_order[first : first + count]
+            first += count
+            query_, key_, value_ = (x.index_select(1, heads) for x in (query, key, value))
+            parts.append(self._attend_alike(config, query_, key_, value_, *options))
+        out = torch.cat([part[0] for part in parts], 1).index_select(1, self.head_place)
+        if not with_normaliser:
+            return out, query.new_empty(0)
+        return out, torch.cat([part[1] for part in parts], 1).index_select(1, self.head_place)
+
+    def _attend_alike(
+        self,
+        config: AstroConfig,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        grid: tuple[int, int] | None,
+        with_normaliser: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend with heads of one config."""
+        if covers(config, key.shape[2], grid):
+            return _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
+        if not causal:
+            return self._bidirectional(config, query, key, value, key_mask, scale, grid)
+        reason = _causal_refusal(config)
         if reason is not None:
             raise ValueError(f"causal: True with this config; {reason}")
-        if causal:
-            return self._causal(query, key, value, key_mask, scale)
-        return self._bidirectional(query, key, value, key_mask, scale, grid)
+        return self._causal(config, query, key, value, key_mask, scale)
 
     def _causal(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
+        self, config: AstroConfig, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         assert self.hidden is not None
         query, key, weight, phase = self.hidden.inputs(query, key)
@@ -229,10 +294,10 @@ class AstrocyteAttention(nn.Module):
             weight,
             phase,
             activation=self.hidden.activation,
-            near=self.config.near,
+            near=config.near,
             scale=scale,
             key_mask=key_mask,
-            backend=self.config.backend,
+            backend=config.backend,
         )
         if order is not None and key_mask is not None:
             out, normaliser = _zero_padding(out, normaliser, key_mask)
@@ -244,6 +309,7 @@ class AstrocyteAttention(nn.Module):
 
     def _bidirectional(
         self,
+        config: AstroConfig,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -251,7 +317,7 @@ class AstrocyteAttention(nn.Module):
         scale: float,
         grid: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
-        config, num_keys = self.config, key.shape[2]
+        num_keys = key.shape[2]
         prefix, tiled = prefix_length(config, num_keys, grid), config.near > 0
         backend = config.backend
         if self.hidden is not None and not tiled and not prefix:
@@ -297,6 +363,19 @@ class AstrocyteAttention(nn.Module):
             back = order.argsort(dim=1)
             out, normaliser = _in_order(out, back), _in_order(normaliser, back)
         return out, normaliser
+
+
+def _causal_refusal(config: AstroConfig) -> str | None:
+    """Why heads of this config cannot serve causal attention at every length, or None."""
+    if config.hidden == "exact":
+        return None
+    if config.hidden not in STATIC:
+        return "causal attention needs a static hidden layer (hidden='random' or 'learned')"
+    if config.exact_keys and config.near:
+        return "causal attention cannot choose exact keys per tile (exact_keys=0)"
+    if config.exact_queries:
+        return "causal attention has no exact queries (exact_queries=0)"
+    return None
 
 
 def _softmax_attention(

@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +21,14 @@ from astroattn.config import AstroConfig
 from astroattn.patching import PatchReport, patch, restored_on_error, unpatch
 from astroattn.patching.record import CONFIG_RECORD, RECORD_VERSION, describe
 from astroattn.patching.site import CORE
+from astroattn.plan import Plan, pick_configs, read_configs
 from astroattn.version import __version__
 
 SETTINGS, TENSORS = "astroattn.json", "astroattn.safetensors"
-FIELDS = {"format": int, "model": str, "modules": list}
-MODULE_FIELDS = {"name": str, "class": str, "heads": int, "head_dim": int, "config": dict, "tensors": list}
+FIELDS = {"format": int, "model": str, "configs": list, "modules": list}
+MODULE_FIELDS = {"name": str, "class": str, "heads": list, "head_dim": int, "tensors": list}
+
+Rows = list[tuple[dict[str, Any], tuple[AstroConfig, ...]]]  # the modules of a record, each with its heads' configs
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -157,39 +159,34 @@ def restore(model: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, T
     """
     rows = _check_record(record, source)
     _check_fit(model, record, rows, tensors, source)
-    by_config: dict[AstroConfig, list[str]] = defaultdict(list)
-    for row, config in rows:
-        by_config[config].append(row["name"])
     with restored_on_error(model):
         unpatch(model)
-        for config, names in by_config.items():
-            report = patch(model, config, lambda name, module, names=frozenset(names): name in names)
-        left = [row for row in report.exact if any(row.name == mine["name"] for mine, _ in rows)]
-        if left:
-            raise ValueError(f"{source}: {left[0].name} cannot be patched here: {left[0].reason}")
+        try:
+            plan = Plan(model=record["model"], modules={row["name"]: heads for row, heads in rows})
+            report = patch(model, plan)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
         mine = {row["name"]: row for row in describe(model)["modules"]}
         for row, _ in rows:
-            was, now = (
-                f"a {each['class']} of {each['heads']} heads of {each['head_dim']}" for each in (row, mine[row["name"]])
-            )
+            was, now = (f"a {each['class']} of head dimension {each['head_dim']}" for each in (row, mine[row["name"]]))
             if was != now:
                 raise ValueError(f"{source}: {row['name']} was {was}; here it is {now}")
             _load_tensors(model, row, tensors, source)
     return report
 
 
-def _check_record(record: Mapping[str, Any], source: str) -> list[tuple[dict[str, Any], AstroConfig]]:
-    """The modules of a record with their configs."""
+def _check_record(record: Mapping[str, Any], source: str) -> Rows:
+    """The modules of a record with the configs of their heads."""
     _check_fields(record, FIELDS, source)
     if record["format"] != RECORD_VERSION:
         raise ValueError(f"{source}: format {record['format']}; this version of astroattn reads {RECORD_VERSION}")
-    rows = []
     for row in record["modules"]:
         _check_fields(row, MODULE_FIELDS, source)
-        try:
-            rows.append((row, AstroConfig(**row["config"])))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{source}: the config of {row['name']} is not one: {error}") from None
+    try:
+        configs = read_configs(record["configs"])
+        rows = [(row, pick_configs(configs, row["heads"], f"the heads of {row['name']}")) for row in record["modules"]]
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     if not rows:
         raise ValueError(f"{source}: has no modules")
     return rows
@@ -208,7 +205,7 @@ def _check_fields(record: Any, kinds: Mapping[str, type], source: str) -> None:
 def _check_fit(
     model: nn.Module,
     record: Mapping[str, Any],
-    rows: list[tuple[dict[str, Any], AstroConfig]],
+    rows: Rows,
     tensors: Mapping[str, Tensor],
     source: str,
 ) -> None:

@@ -53,8 +53,7 @@ def check_call(
             raise ValueError(f"scale: {scale}; must be positive and finite")
     if causal and num_queries > num_keys:
         raise ValueError(f"query: {num_queries} tokens, more than the {num_keys} keys; causal needs at most as many")
-    config = module.config
-    if num_queries != num_keys and not causal and not module.exact and not _reads_any_queries(config):
+    if num_queries != num_keys and not (causal or module.exact or all(map(_reads_any_queries, module.configs))):
         raise ValueError(
             f"query: {num_queries} tokens and {num_keys} keys; tiles and Hebbian learning need self-attention "
             "(as many queries as keys); a static hidden layer with near=0 and exact_queries=0 does not"
@@ -70,7 +69,7 @@ def check_state(module: AstrocyteAttention, state: CausalState | None, query: Te
         return
     if not isinstance(state, CausalState):
         raise TypeError(f"state: {type(state).__name__}; expected what decode has returned, or None")
-    config, shape = module.config, tuple(query.shape[:2])
+    config, shape = module.configs[0], tuple(query.shape[:2])  # heads with a hidden layer share one config
     expected = {
         "kv_state": (*shape, config.num_hidden, value.shape[3]),
         "key": (*shape, max(config.near - 1, 0), query.shape[3]),
@@ -100,7 +99,8 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int) -> N
 
 def _reads_any_queries(config: AstroConfig) -> bool:
     """Whether the queries need not be those of the keys' own tokens."""
-    return config.hidden in ("random", "learned") and not config.near and not config.exact_queries
+    static = config.hidden in ("random", "learned") and not config.near and not config.exact_queries
+    return static or config.hidden == "exact"
 
 
 def check_grid(grid: tuple[int, int] | None, num_keys: int) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `astroattn patch`, `astroattn compare`, `astroattn info`."""
+"""The command line: `astroattn patch`, `astroattn compare`, `astroattn calibrate`, `astroattn info`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from astroattn.data import PYTHON_DOCS
 from astroattn.fidelity.environment import describe_cpu_kernels, describe_device, describe_versions
 from astroattn.fidelity.figure import check_path
 from astroattn.fidelity.passes import POOLINGS
+from astroattn.plan import METRICS
 from astroattn.recipes import DTYPES, open_recipe, override
 
 app = typer.Typer(
@@ -35,7 +36,12 @@ Model = Annotated[
         " (.toml).",
     ),
 ]
-Weights = Annotated[Path | None, typer.Option(help="Weights of a timm: model, a .safetensors file.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="Weights of a timm: model, a .safetensors file; of an id on the hub, a local folder of that model."
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: cuda where there is one.")]
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
@@ -48,6 +54,23 @@ NumHidden = Annotated[int | None, typer.Option(help="Hidden neurons per head (m)
 Near = Annotated[int | None, typer.Option(help="Near field in tokens; 0 for none.")]
 ExactKeys = Annotated[int | None, typer.Option(help="Keys per tile attended exactly, beyond the near field.")]
 Tile = Annotated[int | None, typer.Option(help="Tokens per tile of queries.")]
+DataSource = Annotated[
+    str | None,
+    typer.Option(
+        help="Photos: a folder, class/photo folders, or a .tar. Texts: a text file, CSV or TSV, a folder of .txt,"
+        f" or {PYTHON_DOCS}. Speech: a folder of .wav, with a transcripts.tsv if there is one. All:"
+        " datasets:NAME or datasets:NAME:SPLIT."
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Most items.")]
+Half = Annotated[str | None, typer.Option(help="even or odd: every second item only.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Items per batch.")]
+Tokens = Annotated[int | None, typer.Option(help="Cut long texts into chunks of so many tokens; 0: do not cut.")]
+Classes = Annotated[
+    Path | None, typer.Option(help="List of classes (index, wnid, name); classes.tsv beside photos is found.")
+]
+Pooling = Annotated[str | None, typer.Option(help=f"Embedding: {', '.join(POOLINGS)}.")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="What every head does: a .json that calibrate wrote.")]
 Seed = Annotated[int | None, typer.Option(help="Of random hidden layers and of the intervals.")]
 
 
@@ -75,6 +98,7 @@ def patch_model(
     dtype: Dtype = "float32",
     size: Size = None,
     layers: Layers = None,
+    plan: PlanFile = None,
     hidden: Hidden = None,
     num_hidden: NumHidden = None,
     near: Near = None,
@@ -83,44 +107,35 @@ def patch_model(
     seed: Seed = None,
 ) -> None:
     """Patch a model and show what became of every attention module."""
-    recipe = override(
-        open_recipe(model), _settings(hidden, num_hidden, near, exact_keys, tile, seed), {"size": size}, layers
-    )
+    settings = _settings(hidden, num_hidden, near, exact_keys, tile, seed)
+    recipe = override(open_recipe(model), settings, {"size": size}, layers, plan)
     report = recipe.patch(recipe.load(weights, device, dtype))
     print(report)
     if json_path:
-        result = {"config": dataclasses.asdict(recipe.settings)} | report.to_dict()
+        chosen = {"plan": recipe.plan.to_dict()} if recipe.plan else {"config": dataclasses.asdict(recipe.settings)}
+        result = chosen | report.to_dict()
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 @app.command("compare")
 def compare_model(
     model: Model,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Photos: a folder, class/photo folders, or a .tar. Texts: a text file, CSV or TSV, a folder of .txt,"
-            f" or {PYTHON_DOCS}. Both: datasets:NAME or datasets:NAME:SPLIT."
-        ),
-    ] = None,
+    data: DataSource = None,
     weights: Weights = None,
     json_path: Json = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the figure into this .png, .pdf or .svg.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most items.")] = None,
-    half: Annotated[str | None, typer.Option(help="even or odd: every second item only.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Items per batch.")] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Cut long texts into chunks of so many tokens; 0: do not cut.")
-    ] = None,
-    classes: Annotated[
-        Path | None, typer.Option(help="List of classes (index, wnid, name); classes.tsv beside photos is found.")
-    ] = None,
-    pooling: Annotated[str | None, typer.Option(help=f"Embedding: {', '.join(POOLINGS)}.")] = None,
+    limit: Limit = None,
+    half: Half = None,
+    batch_size: BatchSize = None,
+    tokens: Tokens = None,
+    classes: Classes = None,
+    pooling: Pooling = None,
     diagnose: Annotated[int, typer.Option(min=0, help="Batches to measure per layer and head.")] = 2,
     device: Device = None,
     dtype: Dtype = "float32",
     size: Size = None,
     layers: Layers = None,
+    plan: PlanFile = None,
     hidden: Hidden = None,
     num_hidden: NumHidden = None,
     near: Near = None,
@@ -132,28 +147,57 @@ def compare_model(
     recipe = override(
         open_recipe(model),
         _settings(hidden, num_hidden, near, exact_keys, tile, seed),
-        {
-            "source": data,
-            "limit": limit,
-            "half": half,
-            "batch_size": batch_size,
-            "tokens": tokens,
-            "classes": None if classes is None else str(classes),
-            "pooling": pooling,
-            "size": size,
-        },
+        _data(data, limit, half, batch_size, tokens, classes, pooling, size),
         layers,
+        plan,
     )
     if figure:
         check_path(figure)
-    if json_path and not json_path.parent.is_dir():
-        raise ValueError(f"json: there is no folder {str(json_path.parent)!r}")
+    _check_folder("json", json_path)
     result = recipe.compare(recipe.load(weights, device, dtype), diagnose=diagnose, seed=seed or 0)
     print(result)
     if json_path:
         result.save_json(json_path)
     if figure:
         result.figure(figure)
+
+
+@app.command("calibrate")
+def calibrate_model(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Write the plan to this .json file.")],
+    data: DataSource = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Find the cheapest plan whose metric is at least this (kl: at most).")
+    ] = None,
+    cost: Annotated[
+        float | None, typer.Option(help="Find the truest plan with at most this share of softmax's products.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help=f"What the tolerance is of: auto, {', '.join(METRICS)}.")] = "auto",
+    state: Annotated[
+        Path | None, typer.Option(help="Keep what was measured in this .safetensors file, and go on from it.")
+    ] = None,
+    weights: Weights = None,
+    limit: Limit = None,
+    half: Half = None,
+    batch_size: BatchSize = None,
+    tokens: Tokens = None,
+    classes: Classes = None,
+    pooling: Pooling = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    size: Size = None,
+    layers: Layers = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of items and of the bounds.")] = 0,
+) -> None:
+    """Choose what every head does, for a tolerance or a cost, and verify it on items that were not used for that."""
+    found = _data(data, limit, half, batch_size, tokens, classes, pooling, size)
+    recipe = override(open_recipe(model), {}, found, layers)
+    _check_folder("out", out)
+    loaded = recipe.load(weights, device, dtype)
+    plan = recipe.calibrate(loaded, tolerance=tolerance, cost=cost, metric=metric, seed=seed, state=state)
+    plan.save(out)
+    print(plan)
 
 
 @app.command("info")
@@ -192,6 +236,33 @@ def _settings(
         "tile": tile,
         "seed": seed,
     }
+
+
+def _data(
+    source: str | None,
+    limit: int | None,
+    half: str | None,
+    batch_size: int | None,
+    tokens: int | None,
+    classes: Path | None,
+    pooling: str | None,
+    size: int | None,
+) -> dict[str, str | int | None]:
+    return {
+        "source": source,
+        "limit": limit,
+        "half": half,
+        "batch_size": batch_size,
+        "tokens": tokens,
+        "classes": None if classes is None else str(classes),
+        "pooling": pooling,
+        "size": size,
+    }
+
+
+def _check_folder(name: str, path: Path | None) -> None:
+    if path and not path.parent.is_dir():
+        raise ValueError(f"{name}: there is no folder {str(path.parent)!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

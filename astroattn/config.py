@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-HIDDEN = ("hebbian", "random", "learned", "none")
+HIDDEN = ("hebbian", "random", "learned", "none", "exact")
+MIXABLE = ("hebbian", "none", "exact")  # without weights of their own, so that the heads of a module may differ
 BACKENDS = ("auto", "torch", "triton", "native")
 ACTIVATIONS = (
     "positive_exp",
@@ -39,7 +41,7 @@ class AstroConfig:
     Args:
         hidden: the hidden layer. "hebbian" learns its weights from the keys being read; "random" draws them once,
             the paper's network; "learned" has weights to be trained, with phi = exp(W x); "none" has no far field (a
-            control: the near field alone).
+            control: the near field alone); "exact" is softmax attention itself, whatever else is set.
         num_hidden: m, the number of hidden neurons per head.
         near: the near field of a tile, in tokens: a run of tokens in a sequence, a rectangle in a patch grid. At least
             the sequence length gives softmax attention. 0 turns tiles off, and exact keys with them: every key is
@@ -89,3 +91,22 @@ class AstroConfig:
             raise ValueError(f"seed: {self.seed}; must be less than 2**64")
         if self.hidden == "none" and self.near == 0:
             raise ValueError("near: 0 with hidden='none' leaves a query no key at all; must be at least 1")
+
+
+def check_heads(configs: Iterable[AstroConfig]) -> tuple[AstroConfig, ...]:
+    """The configs of the heads of one module, one per head, where heads may have these side by side.
+
+    Raises:
+        TypeError: one of them is no AstroConfig.
+        ValueError: there are none; they differ and one has a hidden layer with weights, which all heads share.
+    """
+    heads = tuple(configs)
+    for head, config in enumerate(heads):
+        if not isinstance(config, AstroConfig):
+            raise TypeError(f"config: {type(config).__name__} for head {head}; expected AstroConfig")
+    if not heads:
+        raise ValueError("config: no heads; needs one AstroConfig for each")
+    own = next((config.hidden for config in heads if config.hidden not in MIXABLE), None)
+    if own is not None and len(set(heads)) > 1:
+        raise ValueError(f"config: heads that differ must be of {', '.join(MIXABLE)}; hidden={own!r} has weights")
+    return heads

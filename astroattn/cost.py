@@ -82,7 +82,9 @@ def _drive(config: AstroConfig) -> int:
 
 
 def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> bool:
-    """Whether near field and exact keys together hold every key, so that attention is softmax attention."""
+    """Whether every key is attended exactly, by near field and exact keys together: attention is softmax attention."""
+    if config.hidden == "exact":
+        return True
     if config.near == 0:
         return config.exact_queries >= num_keys
     prefix = prefix_length(config, num_keys, grid)

@@ -12,11 +12,13 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from astroattn.calibration import calibrate
 from astroattn.config import AstroConfig
-from astroattn.data import load_data
+from astroattn.data import Data, load_data
 from astroattn.fidelity import Fidelity, compare
 from astroattn.models import LoadedModel, load_model
 from astroattn.patching import PatchReport, patch
+from astroattn.plan import Plan
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 NOT_MEASURED = "not measured here"
@@ -66,6 +68,7 @@ class Recipe:
         title: what people call it.
         layers: which attention modules: `"all"`, indices and ranges (`"0-5,8"`), or a name pattern.
         settings: fields of `AstroConfig`; those left out have their defaults.
+        plan: what every head does, instead of settings; in the file the path of one, relative to it.
         data: `DataSettings`.
         measured: what was measured with these settings; empty for nothing.
     """
@@ -75,6 +78,7 @@ class Recipe:
     title: str = ""
     layers: str = "all"
     settings: AstroConfig = field(default_factory=AstroConfig)
+    plan: Plan | None = None
     data: DataSettings = field(default_factory=DataSettings)
     measured: tuple[Measurement, ...] = ()
 
@@ -87,7 +91,7 @@ class Recipe:
 
     def patch(self, loaded: LoadedModel) -> PatchReport:
         """Patch the model in place."""
-        return patch(loaded.model, self.settings, parse_layers(self.layers))
+        return patch(loaded.model, self.plan or self.settings, parse_layers(self.layers))
 
     def compare(
         self,
@@ -99,10 +103,57 @@ class Recipe:
         progress: bool = True,
     ) -> Fidelity:
         """Compare the model with a patched copy on the data of the recipe."""
-        data, settings = self.data, self.settings
+        data, found = self.data, self._read_data(loaded, "compare")
+        return compare(
+            loaded.model,
+            found.batches(loaded.encode, data.batch_size),
+            self.plan or self.settings,
+            where=parse_layers(self.layers),
+            labels=found.labels,
+            scores=found.scores,
+            transcripts=found.transcripts,
+            tokenizer=loaded.tokenizer,
+            pooling=data.pooling,
+            diagnose=diagnose,
+            controls=controls,
+            seed=seed,
+            name=loaded.name,
+            data="; ".join([found.name, *found.notes, *loaded.notes, f"batches of {data.batch_size}"]),
+            progress=progress,
+        )
+
+    def calibrate(
+        self,
+        loaded: LoadedModel,
+        *,
+        tolerance: float | None = None,
+        cost: float | None = None,
+        metric: str = "auto",
+        seed: int = 0,
+        progress: bool = True,
+        state: str | Path | None = None,
+    ) -> Plan:
+        """Choose a plan for the model, on the data of the recipe; see `astroattn.calibrate`."""
+        found = self._read_data(loaded, "calibrate")
+        plan = calibrate(
+            loaded.model,
+            found.batches(loaded.encode, self.data.batch_size),
+            tolerance=tolerance,
+            cost=cost,
+            metric=metric,
+            where=parse_layers(self.layers),
+            pooling=self.data.pooling,
+            seed=seed,
+            progress=progress,
+            state=state,
+        )
+        return replace(plan, provenance={**plan.provenance, "name": loaded.name, "data": found.name})
+
+    def _read_data(self, loaded: LoadedModel, purpose: str) -> Data:
+        data = self.data
         if not data.source:
-            raise ValueError("data: say what to compare on")
-        found = load_data(
+            raise ValueError(f"data: say what to {purpose} on")
+        return load_data(
             data.source,
             loaded.kind,
             tokenizer=loaded.tokenizer,
@@ -114,21 +165,6 @@ class Recipe:
             half=data.half,
             limit=data.limit,
         )
-        return compare(
-            loaded.model,
-            found.batches(loaded.encode, data.batch_size),
-            settings,
-            where=parse_layers(self.layers),
-            labels=found.labels,
-            scores=found.scores,
-            pooling=data.pooling,
-            diagnose=diagnose,
-            controls=controls,
-            seed=seed,
-            name=loaded.name,
-            data="; ".join([found.name, *found.notes, *loaded.notes, f"batches of {data.batch_size}"]),
-            progress=progress,
-        )
 
 
 def open_recipe(model: str) -> Recipe:
@@ -138,11 +174,26 @@ def open_recipe(model: str) -> Recipe:
     return Recipe(id=model, library="timm" if model.startswith("timm:") else "transformers")
 
 
-def override(recipe: Recipe, settings: Mapping[str, Any], data: Mapping[str, Any], layers: str | None) -> Recipe:
-    """The recipe with other values; None leaves what it says."""
+def override(
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    layers: str | None,
+    plan: str | Path | None = None,
+) -> Recipe:
+    """The recipe with other values; None leaves what it says. A plan, the path of its file, replaces the settings.
+
+    Raises:
+        ValueError: a plan that cannot be read; settings for a recipe that has a plan.
+    """
+    changed = {name: value for name, value in settings.items() if value is not None}
+    chosen = recipe.plan if plan is None else Plan.load(plan)
+    if chosen is not None and (others := changed.keys() - {"seed"}):  # the seed is also that of the intervals
+        raise ValueError(f"{min(others)}: cannot be set, as a plan says what every head does")
     return replace(
         recipe,
-        settings=replace(recipe.settings, **{name: value for name, value in settings.items() if value is not None}),
+        settings=recipe.settings if chosen is not None else replace(recipe.settings, **changed),
+        plan=chosen,
         data=replace(recipe.data, **{name: value for name, value in data.items() if value is not None}),
         layers=layers or recipe.layers,
     )
@@ -159,13 +210,13 @@ def load_recipe(path: str | Path) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"recipe: cannot read {str(path)!r}: {error}") from None
     try:
-        return parse_recipe(table)
+        return parse_recipe(table, Path(path).parent)
     except (TypeError, ValueError) as error:
         raise ValueError(f"recipe: {Path(path).name}: {error}") from None
 
 
-def parse_recipe(table: Mapping[str, Any]) -> Recipe:
-    """A recipe from the tables of its TOML file."""
+def parse_recipe(table: Mapping[str, Any], folder: Path | None = None) -> Recipe:
+    """A recipe from the tables of its TOML file, which lies in this folder (None: the current one)."""
     table = dict(table)
     measured = table.pop("measured", None)
     if measured is None:
@@ -174,7 +225,13 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         measured = []
     if not isinstance(measured, list):
         raise ValueError(f"measured: must be {NOT_MEASURED!r} or [[measured]] tables, got {measured!r}")
+    plan = table.pop("plan", None)
+    if plan is not None and not isinstance(plan, str):
+        raise ValueError(f"plan: must be str, got {plan!r}")
+    if plan is not None and "settings" in table:
+        raise ValueError("settings: a recipe has a plan or settings, not both")
     parts = {
+        "plan": None if plan is None else Plan.load((folder or Path()) / plan),
         "settings": _read(AstroConfig, table.pop("settings", {}), "settings."),
         "data": _read(DataSettings, table.pop("data", {}), "data."),
         "measured": tuple(_read(Measurement, row, f"measured[{n}].") for n, row in enumerate(measured)),

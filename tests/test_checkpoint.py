@@ -93,6 +93,20 @@ def test_each_layer_keeps_its_own_config_and_others_stay_exact(tmp_path: Path) -
     assert torch.equal(run(other), run(model))
 
 
+def test_every_head_keeps_its_own_config(tmp_path: Path) -> None:
+    model = make_bert()
+    heads = (AstroConfig(exact_keys=4), AstroConfig(hidden="exact"), AstroConfig(hidden="none", near=8))
+    plan = astroattn.Plan(model="BertModel", modules={"encoder.layer.1.attention.self": heads})
+    astroattn.patch(model, plan)
+    astroattn.save(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    other = make_bert()
+    astroattn.load(other, tmp_path / "ours")
+    for again in (other, astroattn.from_pretrained(tmp_path / "theirs")):
+        assert [each.configs for each in find_astrocytes(again).values()] == [heads]
+        assert_same(again, model)
+
+
 def test_the_record_says_what_it_belongs_to(tmp_path: Path) -> None:
     model = make_vit()
     astroattn.patch(model, LEARNED)
@@ -263,17 +277,24 @@ def damage(folder: Path, what: str) -> None:
     elif what == "another class":
         edit(folder, model="RobertaModel")
     elif what == "unknown setting":
-        edit(folder, modules=[modules[0] | {"config": modules[0]["config"] | {"temperature": 2}}])
+        edit(folder, configs=[record["configs"][0] | {"temperature": 2}])
     elif what == "bad setting":
-        edit(folder, modules=[modules[0] | {"config": modules[0]["config"] | {"num_hidden": 0}}])
+        edit(folder, configs=[record["configs"][0] | {"num_hidden": 0}])
+    elif what == "no such config":
+        edit(folder, modules=[modules[0] | {"heads": [0, 0, 1]}])
+    elif what == "heads that cannot differ":
+        other = record["configs"][0] | {"num_hidden": 16}
+        edit(folder, configs=[record["configs"][0], other], modules=[modules[0] | {"heads": [0, 0, 1]}])
+    elif what == "another head dimension":
+        edit(folder, modules=[modules[0] | {"head_dim": 8}])
     elif what == "another module":
         edit(folder, modules=[modules[0] | {"name": "encoder.layer.17.attention.self"}])
     elif what == "another module class":
         edit(folder, modules=[modules[0] | {"class": "RobertaSelfAttention"}])
     elif what == "other heads":
-        edit(folder, modules=[modules[0] | {"heads": 12}])
+        edit(folder, modules=[modules[0] | {"heads": [0] * 12}])
     elif what == "a size":
-        edit(folder, modules=[modules[0] | {"config": modules[0]["config"] | {"num_hidden": 16}}])
+        edit(folder, configs=[record["configs"][0] | {"num_hidden": 16}])
     elif what == "a tensor less":
         kept = load_file(tensors)
         kept.popitem()
@@ -290,17 +311,20 @@ def damage(folder: Path, what: str) -> None:
         ("one bit", "is not the file that was saved"),
         ("not JSON", "is not JSON"),
         ("another JSON", "is not a record of astrocytes"),
-        ("foreign JSON", "is not a record of astrocytes .format, model, modules missing"),
-        ("newer format", "format 99; this version of astroattn reads 1"),
+        ("foreign JSON", "is not a record of astrocytes .format, model, configs, modules missing"),
+        ("newer format", "format 99; this version of astroattn reads 2"),
         ("another class", "holds the astrocytes of a RobertaModel; this model is a BertModel"),
-        ("unknown setting", "the config of encoder.layer.0.attention.self is not one: .*temperature"),
-        ("bad setting", "the config of encoder.layer.0.attention.self is not one: num_hidden: 0"),
+        ("unknown setting", r"configs\[0\]: is not a config: .*temperature"),
+        ("bad setting", r"configs\[0\]: is not a config: num_hidden: 0"),
+        ("no such config", r"the heads of encoder.layer.0.attention.self: 1; must be numbers of configs, 0 to 0"),
+        ("heads that cannot differ", "heads that differ must be of hebbian, none, exact; hidden='learned' has weights"),
+        ("another head dimension", "was a BertSelfAttention of head dimension 8; here it is a BertSelfAttention of"),
         ("another module", "the model has no module 'encoder.layer.17.attention.self'"),
         (
             "another module class",
-            "encoder.layer.0.attention.self was a RobertaSelfAttention of 3 heads of 16; here it is a Bert",
+            "encoder.layer.0.attention.self was a RobertaSelfAttention of head dimension 16; here it is a Bert",
         ),
-        ("other heads", "of 12 heads of 16; here it is a BertSelfAttention of 3 heads"),
+        ("other heads", "'encoder.layer.0.attention.self' has 3 heads; the plan has configs for 12"),
         ("a size", r"is \[3, 8, 16\] .*; expected \[3, 16, 16\]"),
         ("a tensor less", "the tensor .* is missing"),
     ],

@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import astroattn
+from astroattn import AstroConfig, Plan
 from astroattn.cli import main
 
 SMALL = ["--near", "4", "--exact-keys", "2", "--tile", "2", "--num-hidden", "2"]
@@ -75,7 +76,7 @@ def test_version_and_help_from_a_shell() -> None:
     assert nothing.returncode == 2
 
 
-@pytest.mark.parametrize("command", ["patch", "compare", "info"])
+@pytest.mark.parametrize("command", ["patch", "compare", "calibrate", "info"])
 def test_every_command_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     text = capsys.readouterr().out
@@ -107,6 +108,27 @@ def test_compare_texts(bert: str, texts: str, tmp_path: Path, capsys: pytest.Cap
     assert saved["rows"]["patched"]["config"]["num_hidden"] == 2
     assert "texts.txt" in saved["data"]
     assert figure.stat().st_size > 10_000
+
+
+def test_calibrate_and_what_its_plan_is_for(
+    bert: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, result, report = (str(tmp_path / name) for name in ("plan.json", "result.json", "report.json"))
+    state = tmp_path / "state.safetensors"
+    options = ["--data", texts, "--batch-size", "5", "--state", str(state), "--seed", "2"]
+    assert run("calibrate", bert, *options, "--cost", "1", "--out", plan) == 0
+    assert "plan for BertModel: 2 modules, 8 heads" in capsys.readouterr().out
+    found = Plan.load(plan)
+    assert found.promise is not None
+    assert (found.promise.metric, found.promise.items) == ("cosine", 9)
+    assert (found.provenance["name"], found.provenance["seed"]) == (bert, 2)
+    assert state.exists()
+    assert run("compare", bert, "--data", texts, "--plan", plan, "--diagnose", "0", "--json", result) == 0
+    rows = json.loads(Path(result).read_text())["rows"]
+    assert rows["patched"]["config"] == found.to_dict()
+    assert {"uniform", "random"} <= set(rows)
+    assert run("patch", bert, "--plan", plan, "--json", report) == 0
+    assert json.loads(Path(report).read_text())["plan"] == found.to_dict()
 
 
 def test_compare_photos_with_a_recipe(weights: str, photos: Path, tmp_path: Path) -> None:
@@ -147,6 +169,13 @@ def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "BERT", "--data", "TEXTS", "--pooling", "max"], "pooling: must be one of"),
         (["compare", "BERT", "--data", "TEXTS", "--size", "32"], "size: is for photos"),
         (["compare", "timm:test_vit", "--weights", "WEIGHTS", "--data", "TEXTS"], "not a readable, uncompressed tar"),
+        (["calibrate", "BERT", "--data", "TEXTS", "--out", "no/such/a.json"], "out: there is no folder 'no/such'"),
+        (["calibrate", "BERT", "--data", "TEXTS", "--out", "a.json"], "tolerance, cost: give exactly one of them"),
+        (["calibrate", "BERT", "--cost", "0.5", "--out", "a.json"], "data: say what to calibrate on"),
+        (["calibrate", "BERT", "--data", "TEXTS", "--out", "a.json", "--limit", "8", "--tolerance", "0.9"], "so 11 in"),
+        (["compare", "BERT", "--data", "TEXTS", "--plan", "no.json"], "plan: 'no.json': cannot read it"),
+        (["patch", "BERT", "--plan", "PLAN", "--near", "8"], "near: cannot be set, as a plan says"),
+        (["patch", "BERT", "--plan", "PLAN"], "plan: BertModel has no attention module 'a'"),
         (["patch", "./nowhere"], "model: there is no folder './nowhere'"),
         (["patch", "nowhere.toml"], "recipe: cannot read 'nowhere.toml'"),
         (["patch", "BERT", "--dtype", "int8"], "dtype: must be one of"),
@@ -158,9 +187,11 @@ def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_bad_input_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, bert: str, texts: str, weights: str, photos: Path,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    places = {"BERT": bert, "TEXTS": texts, "WEIGHTS": weights, "PHOTOS": str(photos)}
+    plan = tmp_path / "plan.json"
+    Plan(model="BertModel", modules={"a": (AstroConfig(),)}).save(plan)
+    places = {"BERT": bert, "TEXTS": texts, "WEIGHTS": weights, "PHOTOS": str(photos), "PLAN": str(plan)}
     assert run(*(places.get(argument, argument) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error

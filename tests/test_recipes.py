@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from astroattn import AstroConfig
+from astroattn import AstroConfig, Plan
 from astroattn.fidelity import METRICS
 from astroattn.recipes import Measurement, Recipe, load_recipe, open_recipe, override, parse_layers, parse_recipe
 
@@ -49,9 +49,33 @@ def test_everything_in_a_recipe_arrives() -> None:
     assert parse_recipe(PLAIN).measured == ()
 
 
+def test_a_recipe_may_have_a_plan_beside_it(tmp_path: Path) -> None:
+    plan = Plan(model="BertModel", modules={"a": (AstroConfig(exact_keys=4), AstroConfig(hidden="exact"))})
+    (tmp_path / "plans").mkdir()
+    plan.save(tmp_path / "plans" / "a.json")
+    path = tmp_path / "a.toml"
+    text = 'id = "x"\nlibrary = "transformers"\nmeasured = "not measured here"\nplan = "plans/a.json"\n'
+    path.write_text(text)
+    assert load_recipe(path).plan == plan
+    assert override(load_recipe(path), {"near": None, "seed": 3}, {}, None).plan == plan
+    with pytest.raises(ValueError, match="near: cannot be set, as a plan says what every head does"):
+        override(load_recipe(path), {"near": 8}, {}, None)
+    other = Plan(model="BertModel", modules={"b": (AstroConfig(),)})
+    other.save(tmp_path / "b.json")
+    assert override(load_recipe(path), {}, {}, None, tmp_path / "b.json").plan == other
+    assert override(parse_recipe(PLAIN | {"settings": {"near": 8}}), {}, {}, None, tmp_path / "b.json").plan == other
+    path.write_text(text.replace("a.json", "c.json"))
+    with pytest.raises(ValueError, match=r"recipe: a\.toml: plan: .*c\.json': cannot read it"):
+        load_recipe(path)
+    path.write_text(text + "[settings]\nnear = 8\n")
+    with pytest.raises(ValueError, match="settings: a recipe has a plan or settings, not both"):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"plan": 3}, "plan: must be str, got 3"),
         ({"nmae": "x"}, "nmae: is not known; there are id, "),
         ({"settings": {"num_hiden": 3}}, r"settings\.num_hiden: is not known"),
         ({"data": {"token": 3}}, r"data\.token: is not known"),

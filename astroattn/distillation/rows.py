@@ -35,7 +35,8 @@ def log_rows(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | 
 
 def is_row_by_row(module: AstrocyteAttention, call: AttentionCall) -> bool:
     """Whether the row of a query can be had alone: without tiles, whose queries choose keys together."""
-    return module.config.near == 0 and not covers(module.config, call.key.shape[2], call.options.get("grid"))
+    keys, grid = call.key.shape[2], call.options.get("grid")
+    return all(config.near == 0 and not covers(config, keys, grid) for config in module.configs)
 
 
 def take(x: Tensor, queries: Tensor | None) -> Tensor:
@@ -68,7 +69,7 @@ def _far_logits(module: AstrocyteAttention, call: AttentionCall, queries: Tensor
     keys = call.key.shape[2]
     real: Tensor | None = call.options.get("key_mask")
     logits = log_products(module.hidden, take(call.query, queries), call.key, call.scale, real)
-    prefix = prefix_length(module.config, keys, None)
+    prefix = prefix_length(module.configs[0], keys, None)
     if not prefix:
         return logits
     places = torch.arange(1, keys + 1, device=logits.device)[None] if real is None else real.cumsum(1) * real

@@ -119,7 +119,7 @@ def run(model: nn.Module, batches: Iterable[Any], plan: Plan, accelerator: Accel
                 rates, training, loss_end_to_end, steps=plan.end_to_end, title="end to end", **options
             )
         after, output_after = measure()
-    rows = [LayerError(n, module.config.num_hidden, before[n], after[n]) for n, module in modules.items()]
+    rows = [LayerError(n, module.configs[0].num_hidden, before[n], after[n]) for n, module in modules.items()]
     return DistillReport(tuple(rows), output_before, output_after, tuple(transfer), tuple(end_to_end))
 
 
@@ -128,7 +128,7 @@ def find_modules(model: nn.Module, plan: Plan) -> dict[str, AstrocyteAttention]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     astrocytes = find_astrocytes(model)
-    found = {name: each for name, each in astrocytes.items() if each.config.hidden == "learned"}
+    found = {name: each for name, each in astrocytes.items() if each.configs[0].hidden == "learned"}
     if not found and (plan.steps or plan.train == "hidden"):
         raise ValueError(
             f"model: {type(model).__name__} has no learned hidden layer; patch it with AstroConfig(hidden='learned'), "

@@ -82,7 +82,7 @@ def start_from_data(modules: Modules, batches: Sequence[Calls], generator: torch
     """
     for name, module in modules.items():
         assert isinstance(module.hidden, LearnedHidden)
-        m, mine = module.config.num_hidden, [call for calls in batches for of, call in calls if of == name]
+        m, mine = module.configs[0].num_hidden, [call for calls in batches for of, call in calls if of == name]
         counts = [m * (i + 1) // len(mine) - m * i // len(mine) for i in range(len(mine))]
         pairs = [draw_pairs(call, n, generator) for call, n in zip(mine, counts, strict=True) if n]
         query, key = (torch.cat(side, 1) for side in zip(*pairs, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,21 +21,33 @@ from astroattn.fidelity.calls import find_astrocytes
 from astroattn.fidelity.diagnosis import Diagnosis
 from astroattn.fidelity.environment import describe_device, describe_versions
 from astroattn.fidelity.metrics import Value
-from astroattn.fidelity.passes import POOLINGS, Outputs, count_items, to_model, token_mask
+from astroattn.fidelity.passes import (
+    POOLINGS,
+    Outputs,
+    count_items,
+    find_speech_encoder,
+    is_speech,
+    to_model,
+    token_mask,
+)
 from astroattn.fidelity.resources import MEMORY_METHODS
 from astroattn.fidelity.result import Fidelity, Row
+from astroattn.fidelity.speech import transcribe, within_encoder, word_error
 from astroattn.fidelity.subject import Reading, Subject, left_exact
 from astroattn.patching import fallbacks
+from astroattn.plan import Plan
 
 
 def compare(
     model: nn.Module,
     batches: Iterable[Any],
-    config: AstroConfig | None = None,
+    config: AstroConfig | Plan | None = None,
     *,
     where: Any = None,
     labels: Sequence[int] | None = None,
     scores: Sequence[float] | None = None,
+    transcripts: Sequence[str] | None = None,
+    tokenizer: Any = None,
     pooling: str = "auto",
     diagnose: int = 2,
     controls: bool = True,
@@ -49,16 +61,22 @@ def compare(
     Every batch goes once through the original, the patched model and the controls, which share their weights. The
     batches are read once, one after the other; of each only logit statistics and pooled embeddings are kept.
 
+    Of a model that turns speech into text the encoder is compared, and only it is patched: time, memory and cost are
+    those of its forward. Outside of them the decoder, which stays as it is, writes greedy transcripts from its frames.
+
     Args:
         model: a model without patches, on the device and in the dtype to measure.
         batches: model inputs, each a mapping of keyword arguments or one tensor, with the items along dimension 0. An
-            `attention_mask` [B, N] marks real tokens; padding is left out of every figure.
-        config: for `patch`; None is the default.
+            `attention_mask` [B, N] marks real tokens; padding is left out of every figure. A batch of recordings may
+            hold `frame_mask` [B, T], True for the steps of its input before a clip ends; the model does not get it.
+        config: for `patch`; None is the default. With a plan the controls patch the modules that it names.
         where: for `patch`; None is all layers.
         labels: the class of every item, in order, for accuracy; needs logits [B, C].
         scores: for sentence pairs, the score of items 2i and 2i + 1.
+        transcripts: for recordings, what is said in every item, in order.
+        tokenizer: of a model that turns speech into text; without it no transcripts are compared.
         pooling: how hidden states become an embedding: `"mean"` over real tokens, `"cls"`, `"model"` (its own), or
-            `"auto"`: `mean` for text, `model` for the rest.
+            `"auto"`: `mean` for text, `model` for photos. Recordings have no embedding: their frames are compared.
         diagnose: number of batches, from the first, that are also measured per layer and head.
         controls: also measure uniform attention, the near field alone and random features with the same m.
         seed: of the bootstrap intervals.
@@ -66,7 +84,8 @@ def compare(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no batches, a model that is patched already, labels or scores that do not fit the items.
+        ValueError: no batches, a model that is patched already, or labels, scores or transcripts that do not fit the
+            items.
         TypeError: a batch that is neither a tensor nor a mapping.
     """
     if pooling not in POOLINGS:
@@ -76,9 +95,12 @@ def compare(
     if find_astrocytes(model):
         raise ValueError("model: is patched already; unpatch it first (compare patches a copy of its own)")
     config = config or AstroConfig()
+    where = within_encoder(model, where)
+    writes = tokenizer is not None and find_speech_encoder(model) is not None
     subjects = {"original": Subject(model), "patched": Subject(model, config, where)}
     if controls:
-        subjects |= {title: Subject(model, choice, where) for title, choice in control_configs(config).items()}
+        same = _same_modules(subjects["patched"]) if isinstance(config, Plan) else where
+        subjects |= {title: Subject(model, choice, same) for title, choice in control_configs(config).items()}
     diagnosis = Diagnosis(subjects["patched"].model)
     exact_check: float | None = None
     diagnosed = items = 0
@@ -86,6 +108,10 @@ def compare(
     with torch.inference_mode():
         for number, batch in enumerate(tqdm(batches, "comparing", total, unit="batch", disable=not progress)):
             inputs = to_model(model, batch)
+            if is_speech(inputs) and pooling != "auto":
+                raise ValueError(
+                    f"pooling: recordings are compared frame by frame, so it must be auto, got {pooling!r}"
+                )
             start, items = items, items + count_items(inputs)
             chosen = None if labels is None else labels[start:items]
             if chosen is not None and len(chosen) < items - start:
@@ -93,6 +119,8 @@ def compare(
             original: Reading | None = None
             for subject in subjects.values():
                 reading = subject.run(inputs, pooling, original, chosen)
+                if writes and reading.outputs.hidden is not None:
+                    subject.transcripts += transcribe(subject.model, reading.outputs.hidden, inputs, tokenizer)
                 original = original or reading
             if number < diagnose and original is not None:
                 difference = _difference(diagnosis.add(inputs), original.outputs, token_mask(inputs))
@@ -104,9 +132,11 @@ def compare(
         raise ValueError(f"labels: {len(labels)}, but there are {items} items")
     if scores is not None and 2 * len(scores) != items:
         raise ValueError(f"scores: {len(scores)}, but there are {items} items; one is needed for every two")
-    rows, notes = _summarise(subjects, labels, scores, seed)
+    if transcripts is not None and len(transcripts) != items:
+        raise ValueError(f"transcripts: {len(transcripts)}, but there are {items} items")
+    rows, notes = _summarise(subjects, labels, scores, transcripts, seed)
     notes += _patch_notes(subjects["patched"])
-    if controls and not config.near:
+    if controls and "near alone" not in subjects:
         notes.append("the config has no near field, so there is no control with the near field alone")
     return Fidelity(
         model=name or type(model).__name__,
@@ -121,8 +151,18 @@ def compare(
     )
 
 
-def control_configs(config: AstroConfig) -> dict[str, AstroConfig]:
-    """The controls that every comparison shows beside `config`."""
+def _same_modules(subject: Subject) -> Callable[[str, nn.Module], bool]:
+    """The `where` of `patch` that means the modules which are patched in this copy."""
+    names = {row.name for row in subject.report.patched} if subject.report is not None else set()
+    return lambda name, module: name in names
+
+
+def control_configs(config: AstroConfig | Plan) -> dict[str, AstroConfig]:
+    """The controls that every comparison shows beside `config`; beside a plan, those of its widest heads."""
+    if isinstance(config, Plan):
+        heads = [head for heads in config.modules.values() for head in heads if head.hidden != "exact"]
+        widest = {name: max((getattr(head, name) for head in heads), default=0) for name in ("near", "num_hidden")}
+        config = AstroConfig(near=widest["near"], num_hidden=max(widest["num_hidden"], 1))
     controls = {"uniform": AstroConfig(hidden="random", activation="constant", num_hidden=1, near=0)}
     if config.near:
         controls["near alone"] = replace(config, hidden="none", exact_keys=0)
@@ -131,7 +171,11 @@ def control_configs(config: AstroConfig) -> dict[str, AstroConfig]:
 
 
 def _summarise(
-    subjects: dict[str, Subject], labels: Sequence[int] | None, scores: Sequence[float] | None, seed: int
+    subjects: dict[str, Subject],
+    labels: Sequence[int] | None,
+    scores: Sequence[float] | None,
+    transcripts: Sequence[str] | None,
+    seed: int,
 ) -> tuple[dict[str, Row], list[str]]:
     rows: dict[str, Row] = {}
     notes: list[str] = []
@@ -141,6 +185,12 @@ def _summarise(
         notes.append("labels were not used: the model gives no logits with one prediction per item")
     if scores is not None and "embedding" not in original:
         notes.append("scores were not used: the model gives no hidden states to make embeddings of")
+    if transcripts is not None and not first.transcripts:
+        notes.append("transcripts were not used: the model writes none, or no tokenizer was given")
+    if first.transcripts:
+        notes.append(
+            "time, memory, positions and cost are those of the encoder; transcripts are written outside of them"
+        )
     for title, subject in subjects.items():
         parts = original if subject is first else subject.parts()
         values = {"nonfinite": Value(float(subject.nonfinite))} if subject.nonfinite else {}
@@ -153,13 +203,25 @@ def _summarise(
                 values |= metrics.score_pairs(parts["embedding"], np.asarray(scores, dtype=float), seed)
             if "kl" in parts:
                 values |= metrics.summarise_logits(parts, seed)
+            if "hidden_error" in parts:
+                values |= metrics.summarise_frames(parts, seed)
+            if subject.transcripts and subject is not first:
+                values["word_error"] = word_error(subject.transcripts, first.transcripts, seed)
+            if subject.transcripts and transcripts is not None:
+                values["transcript_error"] = word_error(subject.transcripts, transcripts, seed)
             if "embedding" in parts and subject is not first:
                 values |= metrics.summarise_embeddings(parts["embedding"], original["embedding"], seed)
-        rows[title] = Row(None if subject.config is None else asdict(subject.config), values | subject.costs())
+        rows[title] = Row(_plain(subject.config), values | subject.costs())
     keys = rows["patched"].values.get("keys")
     if keys is not None:
         rows["original"].values.update(keys=keys, positions=keys, cost=Value(1.0))
     return rows, notes
+
+
+def _plain(config: AstroConfig | Plan | None) -> dict[str, Any] | None:
+    if config is None:
+        return None
+    return config.to_dict() if isinstance(config, Plan) else asdict(config)
 
 
 def _patch_notes(subject: Subject) -> list[str]:

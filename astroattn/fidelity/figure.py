@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which stay apart for all common kinds of colour blindness
 ALONE, TOGETHER, HIDDEN = "#0072B2", "#D55E00", "#555555"
 PATCHED, CONTROL = "#D55E00", "#B8B8B8"
-LOWER_IS_BETTER = {"logit_error"}
-BARS = (("top1_agreement", "logit_error"), ("embedding_cosine", "same_neighbour"))  # the first pair that was measured
+LOWER_IS_BETTER = {"logit_error", "word_error", "hidden_error", "speech_error"}
+BARS = (  # the first pair that was measured
+    ("top1_agreement", "logit_error"),
+    ("embedding_cosine", "same_neighbour"),
+    ("word_error", "hidden_error"),
+    ("hidden_error", "speech_error"),
+)
 
 
 def draw(result: Fidelity, path: str | Path) -> None:

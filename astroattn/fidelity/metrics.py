@@ -44,6 +44,20 @@ METRICS = {
     "top5_agreement": Metric("top-5 agreement", "{:.3f}", "mean share of the original's first five that are kept"),
     "logit_error": Metric("logit error", "{:.4f}", "||logits - original|| / ||original|| over all items; bootstrap"),
     "kl": Metric("KL, nats", "{:.4f}", "mean KL(original || model) of the predictions; bootstrap interval"),
+    "hidden_error": Metric(
+        "hidden state error", "{:.4f}", "||h - original|| / ||original||, last hidden state, all frames; bootstrap"
+    ),
+    "speech_error": Metric(
+        "the same, speech", "{:.4f}", "of the frames before a clip ends, padding left out; bootstrap"
+    ),
+    "word_error": Metric(
+        "word error",
+        "{:.1%}",
+        "of greedy transcripts against the original's own; lower case, no punctuation; bootstrap",
+    ),
+    "transcript_error": Metric(
+        "word error, truth", "{:.1%}", "the same against the transcripts of the data; bootstrap"
+    ),
     "embedding_cosine": Metric(
         "embedding cosine", "{:.4f}", "mean cosine with the original's pooled embedding; bootstrap"
     ),
@@ -56,7 +70,7 @@ METRICS = {
     "cost": Metric("cost", "{:.1%}", "products of length D per query over the 2N of softmax, all work counted"),
     "seconds": Metric("seconds / batch", "{:.3f}", "median over batches, without hooks"),
     "peak_bytes": Metric("peak memory, MB", "{:.1f}", "of one pass over the first batch, weights not counted"),
-    "nonfinite": Metric("not finite", "{:.0f}", "items whose logits or embedding hold NaN or infinity"),
+    "nonfinite": Metric("not finite", "{:.0f}", "items whose logits, embedding or frames hold NaN or infinity"),
 }
 SCALES = {"spearman": 100.0, "peak_bytes": 1e-6}  # the factor from a value to what is shown
 
@@ -77,6 +91,22 @@ def compare_logits(logits: Tensor, original: Tensor) -> dict[str, Array]:
     return {name: part.cpu().numpy() for name, part in parts.items()}
 
 
+def compare_frames(hidden: Tensor, original: Tensor, seen: Tensor | None, speech: Tensor | None) -> dict[str, Array]:
+    """Per item, of last hidden states [B, N, D]: squared error and norm over the frames seen, and over those of speech.
+
+    The masks are Bool [B, N]. None for `seen` is all frames; None for `speech` leaves that part out.
+    """
+    error = (hidden.double() - original.double()).square().sum(-1)
+    norm = original.double().square().sum(-1)
+    masks = {"hidden": torch.ones_like(error, dtype=torch.bool) if seen is None else seen, "speech": speech}
+    parts = {}
+    for name, mask in masks.items():
+        if mask is not None:
+            for kind, values in (("error", error), ("norm", norm)):
+                parts[f"{name}_{kind}"] = values.masked_fill(~mask, 0).sum(1).cpu().numpy()
+    return parts
+
+
 def score_logits(logits: Tensor, labels: Sequence[int]) -> dict[str, Array]:
     """Per item: whether the label is the first choice, and whether it is among the first five."""
     target = torch.as_tensor(labels, device=logits.device)
@@ -91,14 +121,22 @@ def score_logits(logits: Tensor, labels: Sequence[int]) -> dict[str, Array]:
 def summarise_logits(parts: dict[str, Array], seed: int) -> dict[str, Value]:
     values = {
         "top1_agreement": share(parts["same1"]),
-        "logit_error": bootstrap(
-            lambda rows: np.sqrt(parts["error"][rows].sum() / parts["norm"][rows].sum()), len(parts["kl"]), seed
-        ),
+        "logit_error": _relative_error(parts["error"], parts["norm"], seed),
         "kl": bootstrap(lambda rows: parts["kl"][rows].mean(), len(parts["kl"]), seed),
     }
     if "same5" in parts:
         values["top5_agreement"] = Value(float(parts["same5"].mean()))
     return values
+
+
+def summarise_frames(parts: dict[str, Array], seed: int) -> dict[str, Value]:
+    names = [name for name in ("hidden", "speech") if f"{name}_error" in parts]
+    return {f"{name}_error": _relative_error(parts[f"{name}_error"], parts[f"{name}_norm"], seed) for name in names}
+
+
+def _relative_error(error: Array, norm: Array, seed: int) -> Value:
+    """The root of the sum of squared errors over that of squared norms, one of each per item."""
+    return bootstrap(lambda rows: np.sqrt(error[rows].sum() / norm[rows].sum()), len(error), seed)
 
 
 def summarise_labels(parts: dict[str, Array], original: dict[str, Array]) -> dict[str, Value]:
@@ -114,18 +152,40 @@ def summarise_labels(parts: dict[str, Array], original: dict[str, Array]) -> dic
 
 
 def summarise_embeddings(embeddings: Array, original: Array, seed: int) -> dict[str, Value]:
-    mine, theirs = normalise(embeddings), normalise(original)
-    cosine = (mine * theirs).sum(1)
+    cosine = compare_embeddings(embeddings, original)
     values = {"embedding_cosine": bootstrap(lambda rows: cosine[rows].mean(), len(cosine), seed)}
-    if len(mine) >= 3:
-        mine, theirs = mine[:MAX_PAIRED] @ mine[:MAX_PAIRED].T, theirs[:MAX_PAIRED] @ theirs[:MAX_PAIRED].T
+    if len(embeddings) >= 3:
+        mine, theirs = _similarities(embeddings), _similarities(original)
         upper = np.triu_indices(len(mine), 1)
         if mine[upper].std() > 0 and theirs[upper].std() > 0:
             values["similarity_r"] = Value(float(np.corrcoef(mine[upper], theirs[upper])[0, 1]))
-        np.fill_diagonal(mine, -np.inf)
-        np.fill_diagonal(theirs, -np.inf)
-        values["same_neighbour"] = share(mine.argmax(1) == theirs.argmax(1))
+        values["same_neighbour"] = share(_same_neighbours(mine, theirs))
     return values
+
+
+def compare_embeddings(embeddings: Array, original: Array) -> Array:
+    """Per item [B, D]: the cosine with the original's embedding."""
+    cosine: Array = (normalise(embeddings) * normalise(original)).sum(1)
+    return cosine
+
+
+def compare_neighbours(embeddings: Array, original: Array) -> Array:
+    """Per item [B, D], of the first `MAX_PAIRED`: whether its nearest other item is the original's."""
+    return _same_neighbours(_similarities(embeddings), _similarities(original))
+
+
+def _similarities(embeddings: Array) -> Array:
+    """The cosines of all pairs of the first `MAX_PAIRED` items."""
+    unit = normalise(embeddings[:MAX_PAIRED])
+    cosines: Array = unit @ unit.T
+    return cosines
+
+
+def _same_neighbours(mine: Array, theirs: Array) -> Array:
+    np.fill_diagonal(mine, -np.inf)
+    np.fill_diagonal(theirs, -np.inf)
+    same: Array = mine.argmax(1) == theirs.argmax(1)
+    return same
 
 
 def score_pairs(embeddings: Array, scores: Array, seed: int) -> dict[str, Value]:
@@ -152,8 +212,10 @@ def share(hits: Array) -> Value:
     return Value(count / len(hits), float(interval.low), float(interval.high))
 
 
-def bootstrap(statistic: Callable[[Any], Any], count: int, seed: int, resamples: int = 1000) -> Value:
-    """A statistic of the rows 0 to count - 1, with the 95 % percentile interval over resampled rows."""
+def bootstrap(
+    statistic: Callable[[Any], Any], count: int, seed: int, resamples: int = 1000, level: float = 0.95
+) -> Value:
+    """A statistic of the rows 0 to count - 1, with the percentile interval of this level over resampled rows."""
     rng = np.random.default_rng(seed)
     value = float(statistic(np.arange(count)))
     if count < 2:
@@ -161,5 +223,5 @@ def bootstrap(statistic: Callable[[Any], Any], count: int, seed: int, resamples:
     draws = [float(statistic(rng.integers(count, size=count))) for _ in range(resamples)]
     if not np.isfinite(draws).any():
         return Value(value)
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    low, high = np.nanpercentile(draws, [50 - 50 * level, 50 + 50 * level])
     return Value(value, float(low), float(high))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from astroattn.models import FRAME_MASK, SPEECH_INPUTS
 
 POOLINGS = ("auto", "mean", "cls", "model")
 
@@ -43,8 +46,11 @@ def count_items(inputs: Any) -> int:
 
 
 def token_mask(inputs: Any) -> Tensor | None:
-    """Bool [B, N], True for a real token; None where the batch has no padding mask."""
-    if isinstance(inputs, Mapping):
+    """Bool [B, N], True for a real token; None where the batch has no padding mask, or one of recordings.
+
+    The mask of a recording counts the steps of the input, not the frames that attention sees; see `frame_mask`.
+    """
+    if isinstance(inputs, Mapping) and not is_speech(inputs):
         real, padding = inputs.get("attention_mask"), inputs.get("src_key_padding_mask")
         if isinstance(real, Tensor):
             return real.bool()
@@ -53,17 +59,46 @@ def token_mask(inputs: Any) -> Tensor | None:
     return None
 
 
+def is_speech(inputs: Any) -> bool:
+    """Whether a batch holds recordings, as features or samples."""
+    return isinstance(inputs, Mapping) and any(name in inputs for name in SPEECH_INPUTS)
+
+
+def frame_mask(inputs: Mapping[str, Any], name: str, frames: int) -> Tensor | None:
+    """A mask of a batch of recordings, over the frames [B, N] of the hidden states; None where the batch has none.
+
+    A frame is real if its share of the input begins before the recording ends.
+    """
+    mask = inputs.get(name)
+    if not isinstance(mask, Tensor):
+        return None
+    ends = mask.sum(1, keepdim=True) * frames / mask.shape[1]
+    return torch.arange(frames, device=mask.device) < ends
+
+
+def find_speech_encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of a model that turns speech into text; None for any other model."""
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) in SPEECH_INPUTS and getattr(config, "is_encoder_decoder", False):
+        encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+        return encoder
+    return None
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if not isinstance(inputs, Mapping):
+        return model(inputs)
+    return model(**{name: value for name, value in inputs.items() if name != FRAME_MASK})
 
 
 def forward(model: Any, inputs: Any) -> Outputs:
     """Run the model as its users do and keep what it computed on the way to its result.
 
     timm models run as `forward_head(forward_features(x))`, which is their `forward`. Models of transformers run as they
-    are; below a task head the output of the base model is kept. Any other module may return logits [B, C] or hidden
-    states [B, N, D].
+    are; below a task head the output of the base model is kept. Of a model that turns speech into text only the encoder
+    runs. Any other module may return logits [B, C] or hidden states [B, N, D].
     """
+    model = find_speech_encoder(model) or model
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         features = model.forward_features(inputs)
         logits = model.forward_head(features)

@@ -15,9 +15,11 @@ from astroattn.config import AstroConfig
 from astroattn.fidelity import metrics
 from astroattn.fidelity.calls import CostMeter
 from astroattn.fidelity.metrics import Array, Value
-from astroattn.fidelity.passes import Outputs, forward, pool, token_mask
+from astroattn.fidelity.passes import Outputs, forward, frame_mask, is_speech, pool, token_mask
 from astroattn.fidelity.resources import measure_memory, measure_time
+from astroattn.models import FRAME_MASK
 from astroattn.patching import PatchReport, patch
+from astroattn.plan import Plan
 
 
 class Reading(NamedTuple):
@@ -31,10 +33,11 @@ class Reading(NamedTuple):
 class Subject:
     """A copy of a model that shares the original's weights, patched with `config` unless that is None."""
 
-    def __init__(self, model: nn.Module, config: AstroConfig | None = None, where: Any = None) -> None:
+    def __init__(self, model: nn.Module, config: AstroConfig | Plan | None = None, where: Any = None) -> None:
         self.config = config
         self.model = share_weights(model)
         self.report = None if config is None else patch(self.model, config, where)
+        self.transcripts: list[str] = []
         self.nonfinite = 0
         self.peak_bytes: int | None = None
         self._meter = CostMeter(self.model, [] if self.report is None else left_exact(self.report))
@@ -51,17 +54,28 @@ class Subject:
             outputs, seconds = measure_time(lambda: forward(self.model, inputs))
         self._meter.add(mask)
         self._seconds.append(seconds)
-        reading = Reading(_predictions(outputs.logits, mask), pool(self.model, outputs, mask, pooling), outputs)
+        speech = is_speech(inputs)
+        embedding = None if speech else pool(self.model, outputs, mask, pooling)
+        reading = Reading(_predictions(outputs.logits, mask), embedding, outputs)
         self._keep(reading, original, labels)
+        if speech and original is not None:
+            self._compare_frames(inputs, outputs.hidden, original.outputs.hidden)
         return reading
+
+    def _compare_frames(self, inputs: Any, hidden: Tensor | None, original: Tensor | None) -> None:
+        if hidden is None or original is None:
+            return
+        seen, speech = (frame_mask(inputs, name, hidden.shape[1]) for name in ("attention_mask", FRAME_MASK))
+        for name, values in metrics.compare_frames(hidden, original, seen, speech).items():
+            self._parts[name].append(values)
 
     def _keep(self, reading: Reading, original: Reading | None, labels: Sequence[int] | None) -> None:
         logits, embedding, outputs = reading
         if embedding is not None:
             self._parts["embedding"].append(embedding.cpu().numpy())
-            self.nonfinite += int((~embedding.isfinite().all(-1)).sum())
-        elif logits is not None:
-            self.nonfinite += int((~logits.isfinite().all(-1)).sum())
+        checked = next((states for states in (embedding, logits, outputs.hidden) if states is not None), None)
+        if checked is not None:
+            self.nonfinite += int((~checked.flatten(1).isfinite().all(-1)).sum())
         parts: dict[str, Array] = {}
         if logits is not None and original is not None and original.logits is not None:
             parts |= metrics.compare_logits(logits, original.logits)

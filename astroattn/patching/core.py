@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,17 @@ from astroattn.patching.grid import PatchGrid, find_grid
 from astroattn.patching.report import PatchReport, Row
 from astroattn.patching.site import CORE, Site, install, remove, site_of
 from astroattn.patching.survey import Found, Where, front_ends, select, survey
+from astroattn.plan import Plan
 
 LONGEST = ("max_target_positions", "max_position_embeddings")  # settings that bound the length of a causal sequence
 NOT_SELECTED = "not selected by where"
+NOT_PLANNED = "not in the plan"
 
 State = list[tuple[nn.Module, Site, AstrocyteAttention]]
+Configs = Mapping[str, AstroConfig | tuple[AstroConfig, ...]]  # of all heads, or of each, by the name of the module
 
 
-def patch(model: nn.Module, config: AstroConfig | None = None, where: Where | None = None) -> PatchReport:
+def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Where | None = None) -> PatchReport:
     """Replace the self-attention of a model by astrocytes, in place, and report what became of every attention module.
 
     No parameter changes, and no `state_dict` key. A module that needs something an astrocyte does not represent stays
@@ -36,7 +39,8 @@ def patch(model: nn.Module, config: AstroConfig | None = None, where: Where | No
     Args:
         model: any module that holds attention modules of transformers, timm or torch.nn. A short forward on made-up
             input checks every module, where such input can be made up; the model is in eval mode for it.
-        config: what the astrocytes do; None is `AstroConfig()`.
+        config: what the astrocytes do; None is `AstroConfig()`. A `Plan` says it head by head; selected modules that
+            are not in it become, or stay, exact.
         where: which modules; None is all of them. An index or several into the self-attention modules in module order
             (negative from the end), a name pattern or several (`"encoder.layer.[0-5].*"`), or a
             predicate `(name, module) -> bool`.
@@ -44,19 +48,26 @@ def patch(model: nn.Module, config: AstroConfig | None = None, where: Where | No
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a part of `where` matches nothing; the model has no attention module; no module can be patched
-            (the message has every reason).
+            (the message has every reason); a plan does not fit (a module that is missing, cannot be patched here or has
+            another number of heads).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if config is not None and not isinstance(config, AstroConfig):
-        raise TypeError(f"config: expected an AstroConfig or None, got {type(config).__name__}")
-    config = config or AstroConfig()
+    if config is not None and not isinstance(config, (AstroConfig, Plan)):
+        raise TypeError(f"config: expected an AstroConfig, a Plan or None, got {type(config).__name__}")
     found = survey(model)
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no attention module that astroattn recognises")
     selected = select(found, where)
+    if isinstance(config, Plan):
+        _check_plan(model, config, found)
+        configs: Configs = config.modules
+    else:
+        configs = dict.fromkeys((each.name for each in selected), config or AstroConfig())
     with restored_on_error(model):
-        reasons, note = _patch(model, config, found, selected)
+        reasons, note = _patch(model, configs, found, selected)
+        if isinstance(config, Plan):
+            _require(config, selected, reasons)
     return _report(model, found, selected, reasons, note)
 
 
@@ -72,7 +83,9 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, config: AstroConfig | None = None, where: Where | None = None) -> Iterator[PatchReport]:
+def patched(
+    model: nn.Module, config: AstroConfig | Plan | None = None, where: Where | None = None
+) -> Iterator[PatchReport]:
     """`patch` for the length of a block; afterwards the model is as it was, patched before or not."""
     before = _capture(model)
     report = patch(model, config, where)
@@ -99,22 +112,54 @@ def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
     return {site.name: dict(site.fallbacks) for site in sites if site.fallbacks}
 
 
-def _patch(
-    model: nn.Module, config: AstroConfig, found: list[Found], selected: list[Found]
-) -> tuple[dict[str, str], str]:
-    """Put astrocytes into the selected modules; returns why those that stay exact do, and how the probe went."""
+def _check_plan(model: nn.Module, plan: Plan, found: list[Found]) -> None:
+    """Raise ValueError where a plan cannot fit, as far as can be told before anything changes."""
+    modules = {each.name: each for each in found}
+    if lost := [name for name in plan.modules if name not in modules]:
+        raise ValueError(
+            f"plan: {type(model).__name__} has no attention module {lost[0]!r} "
+            f"({len(lost)} of {len(plan.modules)} are missing); the plan is for a {plan.model}"
+        )
+    for name, heads in plan.modules.items():
+        front_end, module = modules[name].front_end, modules[name].module
+        core = getattr(module, CORE, None)
+        if isinstance(core, AstrocyteAttention):
+            _check_heads(name, heads, (core.num_heads, core.head_dim))
+        elif front_end is not None and (shape := front_end.shape(module)) is not None:
+            _check_heads(name, heads, shape)
+
+
+def _check_heads(name: str, heads: AstroConfig | tuple[AstroConfig, ...], shape: tuple[int, int]) -> None:
+    if isinstance(heads, tuple) and len(heads) != shape[0]:
+        raise ValueError(f"plan: {name!r} has {shape[0]} heads; the plan has configs for {len(heads)}")
+
+
+def _require(plan: Plan, selected: list[Found], reasons: dict[str, str]) -> None:
+    """Raise ValueError for a module of the plan that was selected and stays exact."""
+    for each in selected:
+        if each.name in plan.modules and each.name in reasons:
+            raise ValueError(f"plan: {each.name!r} cannot be patched here: {reasons[each.name]}")
+
+
+def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: list[Found]) -> tuple[dict[str, str], str]:
+    """Make the selected modules what `configs` says, exact where it says nothing.
+
+    Returns why those that stay exact do, and how the probe went.
+    """
     reasons = {each.name: each.refusal for each in selected if each.refusal is not None}
-    fresh = [each for each in selected if each.refusal is None and not _has(each.module, config)]
-    for each in fresh:
+    unplanned = [each for each in selected if each.name not in configs]
+    reasons |= {each.name: NOT_PLANNED for each in unplanned if each.name not in reasons}
+    fresh = [each for each in selected if each.name not in reasons and not _has(each.module, configs[each.name])]
+    for each in fresh + unplanned:
         if site_of(each.module) is not None:
             remove(each.module)
     _settle(model)
     note = "not needed"
     if fresh:
         inputs, expected, note = _run_original(model)
-        _install(model, fresh, config)
+        _install(model, fresh, configs)
         if inputs is not None:
-            reasons |= _probe(model, fresh, inputs, expected)
+            reasons |= _probe(model, fresh, configs, inputs, expected)
         reasons |= {each.name: reason for each in fresh if (reason := _causal_refusal(each))}
         for each in fresh:
             if each.name in reasons:
@@ -140,7 +185,9 @@ def _run_original(model: nn.Module) -> tuple[dict[str, Any] | None, list[Tensor]
     return None, [], f"none, {reason}"
 
 
-def _probe(model: nn.Module, fresh: list[Found], inputs: dict[str, Any], expected: list[Tensor]) -> dict[str, str]:
+def _probe(
+    model: nn.Module, fresh: list[Found], configs: Configs, inputs: dict[str, Any], expected: list[Tensor]
+) -> dict[str, str]:
     """Run the patched model on the same input, its own attention answering; returns why modules must stay exact."""
     for each in fresh:
         _site(each).seen = []
@@ -157,11 +204,12 @@ def _probe(model: nn.Module, fresh: list[Found], inputs: dict[str, Any], expecte
         if reason := probe.verdict(seen):
             reasons[each.name] = reason
         elif (shape := seen[0].shape) != (core.num_heads, core.head_dim):
-            setattr(each.module, CORE, _core(each.module, shape, core.config))
+            _check_heads(each.name, configs[each.name], shape)
+            setattr(each.module, CORE, _core(each.module, shape, configs[each.name]))
     return reasons
 
 
-def _install(model: nn.Module, fresh: list[Found], config: AstroConfig) -> None:
+def _install(model: nn.Module, fresh: list[Found], configs: Configs) -> None:
     modules = dict(model.named_modules())
     sites = [site for module in modules.values() if (site := site_of(module)) is not None]
     grids = {id(site.grid.conv): site.grid for site in sites if site.grid is not None}
@@ -170,13 +218,18 @@ def _install(model: nn.Module, fresh: list[Found], config: AstroConfig) -> None:
         grid = None
         if each.front_end.sees_patches(each.module) and (source := find_grid(modules, each.name)) is not None:
             grid = grids.setdefault(id(source[0]), PatchGrid(*source))
-        shape = each.front_end.shape(each.module) or (1, 1)  # the probe corrects it
+        config = configs[each.name]
+        shape = each.front_end.shape(each.module)
+        if shape is None:  # the probe corrects it
+            shape = (len(config) if isinstance(config, tuple) else 1, 1)
         site = each.front_end(each.name, type(each.module).__name__, grid)
         install(site, each.module, _core(each.module, shape, config))
     _settle(model)
 
 
-def _core(module: nn.Module, shape: tuple[int, int], config: AstroConfig) -> AstrocyteAttention:
+def _core(
+    module: nn.Module, shape: tuple[int, int], config: AstroConfig | tuple[AstroConfig, ...]
+) -> AstrocyteAttention:
     core = AstrocyteAttention(*shape, config).train(module.training)
     parameter = next(module.parameters(), None)
     return core if parameter is None else core.to(parameter.device)
@@ -188,14 +241,17 @@ def _causal_refusal(each: Found) -> str | None:
     causal = site.seen[0].causal if site.seen else type(site).is_causal(each.module)
     settings = getattr(each.module, "config", None)
     longest = next((value for name in LONGEST if isinstance(value := getattr(settings, name, None), int)), None)
-    if longest is not None and core.config.near >= longest:
+    if longest is not None and all(c.hidden == "exact" or c.near >= longest for c in core.configs):
         return None
     reason: str | None = core.refusal(causal=causal)
     return reason
 
 
-def _has(module: nn.Module, config: AstroConfig) -> bool:
-    return site_of(module) is not None and getattr(module, CORE).config == config
+def _has(module: nn.Module, config: AstroConfig | tuple[AstroConfig, ...]) -> bool:
+    if site_of(module) is None:
+        return False
+    core: AstrocyteAttention = getattr(module, CORE)
+    return core.configs == (config if isinstance(config, tuple) else (config,) * core.num_heads)
 
 
 def _site(each: Found) -> Site:
@@ -238,9 +294,10 @@ def _report(
     for each in found:
         site = site_of(each.module)
         shape: tuple[int | None, int | None] = (None, None)
+        kinds = 1
         if site is not None:
             core = getattr(each.module, CORE)
-            shape, reason = (core.num_heads, core.head_dim), ""
+            shape, reason, kinds = (core.num_heads, core.head_dim), "", len(set(core.configs))
         else:
             reason = reasons.get(each.name) or each.refusal or ("" if each.name in chosen else NOT_SELECTED)
             if each.front_end is not None:
@@ -254,6 +311,7 @@ def _report(
                 heads=shape[0],
                 head_dim=shape[1],
                 index=next(numbers) if each.is_self_attention else None,
+                kinds=kinds,
             )
         )
     return PatchReport(type(model).__name__, tuple(rows), note)

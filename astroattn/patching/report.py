@@ -17,6 +17,7 @@ class Row:
     heads: int | None
     head_dim: int | None
     index: int | None  # what `where` calls it; None for cross attention and pooling
+    kinds: int = 1  # distinct configs among its heads
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ def _table(rows: tuple[Row, ...]) -> list[str]:
     cells = [("#", "module", "class", "heads", "now", "why")]
     for row in rows:
         heads = f"{row.heads} x {row.head_dim}" if row.heads else "-"
+        why = f"its heads have {row.kinds} configs" if row.kinds > 1 else row.reason
         index = "-" if row.index is None else str(row.index)
-        cells.append((index, row.name or "(the model itself)", row.class_name, heads, row.status, row.reason))
+        cells.append((index, row.name or "(the model itself)", row.class_name, heads, row.status, why))
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
