@@ -1,0 +1,78 @@
+"""The frontier: error of whole models against counted cost and measured time of their attention, ours and others'.
+
+All self-attention of a model is replaced by one contestant after the other; errors are those of the odd half of the
+data, on which nothing was chosen. Peers are plain PyTorch (`eval.peers`), so their times are no verdict on kernels that
+others have for GPUs. On a CPU read the ratios, not the seconds. With --model, the rows of the other models in the JSON
+stay as they are, so that the models can be measured one by one. Times need a machine that does nothing else.
+
+    python -m eval.frontier --json out/frontier.json --figure out/frontier.png
+    python -m eval.frontier --model whisper --json out/frontier.json --figure out/frontier.png
+"""
+
+from __future__ import annotations
+
+import json as files
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, write_figure, write_json
+from eval.frontier.cases import SOURCES, choose_sources
+from eval.frontier.comparing import describe, dominated, format_markdown
+from eval.frontier.figure import plot
+from eval.frontier.measuring import Row, measure
+
+Model = StrEnum("Model", {name: name for name in SOURCES})
+SHOWN = ("line", "budget", "cost", "time", "error", "agreement")
+
+
+def main(
+    json: JsonOption = None,
+    figure: FigureOption = None,
+    model: Annotated[
+        list[Model] | None, typer.Option(help="Only this model; may be given several times. By default all.")
+    ] = None,
+    limit: LimitOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Measure every contestant in every model, and name the peers that lie below our curve."""
+    console = Console()
+    try:
+        names = choose_sources(model)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if model is None and "digits" in names:
+        console.print("ASTROATTN_DATA is not set: ViT-tiny and Whisper are left out, the digits ViT stands in")
+    rows = _read_rows(json) if json and model else []
+    for name in names:
+        found = measure(limit, seed, name)
+        print_rows([{key: row[key] for key in SHOWN} for row in found], title=found[0]["model"])
+        rows = _merge(rows, found)
+        if json:  # at once, so that a run that breaks off is not lost
+            write_json(json, rows, seed=seed)
+    print(format_markdown(rows))
+    below = dominated(rows)
+    console.print("Below our curve: " + ("none" if not below else ""))
+    for row in below:
+        console.print("  " + describe(row))
+    if figure:
+        write_figure(figure, plot(rows))
+
+
+def _read_rows(path: Path) -> list[Row]:
+    return files.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
+def _merge(rows: list[Row], found: list[Row]) -> list[Row]:
+    """The rows with those of one model replaced, shortest sequences first, each with whether it is below our curve."""
+    rows = [row for row in rows if row["model"] != found[0]["model"]] + found
+    rows.sort(key=lambda row: row["tokens"])
+    below = [id(row) for row in dominated(rows)]
+    return [row | {"below_ours": id(row) in below} for row in rows]
+
+
+if __name__ == "__main__":
+    typer.run(main)
