@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.checks import check_call, check_grid, check_size, check_state
-from astroattn.config import AstroConfig, check_heads
-from astroattn.cost import Cost, count_cost, covers, prefix_length
+from astroattn.config import AstroConfig, check_heads, is_tiled
+from astroattn.cost import Cost, budget_of, count_cost, covers, prefix_length
 from astroattn.hidden import STATIC
 from astroattn.ops.causal import CausalState
 from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
-from astroattn.ops.tiles import Layout
 
 
 class AstrocyteAttention(nn.Module):
@@ -264,7 +263,7 @@ class AstrocyteAttention(nn.Module):
         with_normaliser: bool,
     ) -> tuple[Tensor, Tensor]:
         """Attend with heads of one config."""
-        if covers(config, key.shape[2], grid):
+        if covers(config, self.head_dim, key.shape[2], grid):
             return _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
         if not causal:
             return self._bidirectional(config, query, key, value, key_mask, scale, grid)
@@ -317,10 +316,8 @@ class AstrocyteAttention(nn.Module):
         scale: float,
         grid: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
-        num_keys = key.shape[2]
-        prefix, tiled = prefix_length(config, num_keys, grid), config.near > 0
-        backend = config.backend
-        if self.hidden is not None and not tiled and not prefix:
+        num_keys, backend = key.shape[2], config.backend
+        if self.hidden is not None and not is_tiled(config) and not prefix_length(config, num_keys, grid):
             query, key, weight, phase = self.hidden.inputs(query, key)
             out, normaliser = linear_attention(
                 *(query, key, value, weight, phase),
@@ -334,30 +331,22 @@ class AstrocyteAttention(nn.Module):
             return _zero_padding(out, normaliser, key_mask)
         order = lengths = None
         if key_mask is not None:
-            # Real tokens first: tiles then hold the same tokens wherever the padding was.
+            # Real tokens first: a sequence is then the same wherever its padding was.
             order, lengths = _sort(~key_mask)[0], key_mask.sum(1)
             query, key, value = (_in_order(x, order) for x in (query, key, value))
-        layout = Layout(
-            grid=grid if tiled else None,
-            prefix=prefix,
-            tile=config.tile if tiled else num_keys,  # without tiles, the whole sequence is one
-            near=config.near,
-            exact_keys=config.exact_keys if tiled else 0,
-            groups=config.groups,
-            lengths=lengths,
-        )
+        budget = budget_of(config, num_keys, grid)
         if self.hidden is not None:
             query, key, weight, phase = self.hidden.inputs(query, key)
             out, normaliser = near_linear_attention(
-                *(query, key, value, weight, phase, layout),
+                *(query, key, value, weight, phase, budget),
                 activation=self.hidden.activation,
                 scale=scale,
+                lengths=lengths,
                 backend=backend,
             )
         else:
-            num_hidden = config.num_hidden if config.hidden == "hebbian" else 0
             out, normaliser = near_far_attention(
-                *(query, key, value, layout), num_hidden=num_hidden, steps=config.steps, scale=scale, backend=backend
+                query, key, value, budget, scale=scale, lengths=lengths, backend=backend
             )
         if order is not None:
             back = order.argsort(dim=1)
@@ -371,8 +360,8 @@ def _causal_refusal(config: AstroConfig) -> str | None:
         return None
     if config.hidden not in STATIC:
         return "causal attention needs a static hidden layer (hidden='random' or 'learned')"
-    if config.exact_keys and config.near:
-        return "causal attention cannot choose exact keys per tile (exact_keys=0)"
+    if config.exact_keys:
+        return "causal attention cannot choose exact keys by content (exact_keys=0)"
     if config.exact_queries:
         return "causal attention has no exact queries (exact_queries=0)"
     return None

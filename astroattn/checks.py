@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from astroattn.config import is_tiled
 from astroattn.ops.causal import CausalState
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def check_call(
         raise ValueError(f"query: {num_queries} tokens, more than the {num_keys} keys; causal needs at most as many")
     if num_queries != num_keys and not (causal or module.exact or all(map(_reads_any_queries, module.configs))):
         raise ValueError(
-            f"query: {num_queries} tokens and {num_keys} keys; tiles and Hebbian learning need self-attention "
-            "(as many queries as keys); a static hidden layer with near=0 and exact_queries=0 does not"
+            f"query: {num_queries} tokens and {num_keys} keys; tiles and Hebbian learning need self-attention (as many "
+            "queries as keys); a static hidden layer without near, exact_keys and exact_queries does not"
         )
     check_grid(grid, num_keys)
     if grid is not None and (key_mask is not None or causal):
@@ -99,8 +100,7 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int) -> N
 
 def _reads_any_queries(config: AstroConfig) -> bool:
     """Whether the queries need not be those of the keys' own tokens."""
-    static = config.hidden in ("random", "learned") and not config.near and not config.exact_queries
-    return static or config.hidden == "exact"
+    return config.hidden == "exact" or not (is_tiled(config) or config.exact_queries)
 
 
 def check_grid(grid: tuple[int, int] | None, num_keys: int) -> None:

@@ -13,7 +13,7 @@ import torch
 import typer
 
 import astroattn
-from astroattn.config import HIDDEN
+from astroattn.config import HIDDEN, TILES
 from astroattn.data import PYTHON_DOCS
 from astroattn.fidelity.environment import describe_cpu_kernels, describe_device, describe_versions
 from astroattn.fidelity.figure import check_path
@@ -50,10 +50,11 @@ Layers = Annotated[
     str | None, typer.Option(help="Which attention modules: all, indices as in 0-5,8, or a name pattern as in '*.3.*'.")
 ]
 Hidden = Annotated[str | None, typer.Option(help=f"Hidden layer: {', '.join(HIDDEN)}.")]
-NumHidden = Annotated[int | None, typer.Option(help="Hidden neurons per head (m).")]
-Near = Annotated[int | None, typer.Option(help="Near field in tokens; 0 for none.")]
-ExactKeys = Annotated[int | None, typer.Option(help="Keys per tile attended exactly, beyond the near field.")]
-Tile = Annotated[int | None, typer.Option(help="Tokens per tile of queries.")]
+NumHidden = Annotated[int | None, typer.Option(help="Hidden neurons per head (m); -1: by the length.")]
+Near = Annotated[int | None, typer.Option(help="Near field of a query in tokens; 0 for none, -1: by the length.")]
+ExactKeys = Annotated[int | None, typer.Option(help="Keys attended exactly, beyond the near field; -1: by the length.")]
+Tiles = Annotated[str | None, typer.Option(help=f"What a tile of queries shares: {' or '.join(TILES)}.")]
+Tile = Annotated[int | None, typer.Option(help="Queries per tile; -1: by the length.")]
 DataSource = Annotated[
     str | None,
     typer.Option(
@@ -103,11 +104,12 @@ def patch_model(
     num_hidden: NumHidden = None,
     near: Near = None,
     exact_keys: ExactKeys = None,
+    tiles: Tiles = None,
     tile: Tile = None,
     seed: Seed = None,
 ) -> None:
     """Patch a model and show what became of every attention module."""
-    settings = _settings(hidden, num_hidden, near, exact_keys, tile, seed)
+    settings = _settings(hidden, num_hidden, near, exact_keys, tiles, tile, seed)
     recipe = override(open_recipe(model), settings, {"size": size}, layers, plan)
     report = recipe.patch(recipe.load(weights, device, dtype))
     print(report)
@@ -140,13 +142,14 @@ def compare_model(
     num_hidden: NumHidden = None,
     near: Near = None,
     exact_keys: ExactKeys = None,
+    tiles: Tiles = None,
     tile: Tile = None,
     seed: Seed = None,
 ) -> None:
     """Run a model and its patched copy on the same inputs and show what changed, beside three controls."""
     recipe = override(
         open_recipe(model),
-        _settings(hidden, num_hidden, near, exact_keys, tile, seed),
+        _settings(hidden, num_hidden, near, exact_keys, tiles, tile, seed),
         _data(data, limit, half, batch_size, tokens, classes, pooling, size),
         layers,
         plan,
@@ -225,6 +228,7 @@ def _settings(
     num_hidden: int | None,
     near: int | None,
     exact_keys: int | None,
+    tiles: str | None,
     tile: int | None,
     seed: int | None,
 ) -> dict[str, str | int | None]:
@@ -233,6 +237,7 @@ def _settings(
         "num_hidden": num_hidden,
         "near": near,
         "exact_keys": exact_keys,
+        "tiles": tiles,
         "tile": tile,
         "seed": seed,
     }

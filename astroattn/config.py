@@ -19,6 +19,10 @@ ACTIVATIONS = (
     "constant",
     "exp",
 )
+TILES = ("content", "position")
+STATIC = ("random", "learned")  # with weights that no sequence changes
+BY_LENGTH = -1  # of a number that the length of the sequence decides
+STATIC_HIDDEN = 16  # neurons of a static layer that is not told how many
 _LEAST = {
     "num_hidden": 1,
     "near": 0,
@@ -26,33 +30,37 @@ _LEAST = {
     "exact_queries": 0,
     "tile": 1,
     "steps": 0,
-    "groups": 1,
     "seed": 0,
 }
+_BY_LENGTH = ("num_hidden", "near", "exact_keys", "tile")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AstroConfig:
     """What an `AstrocyteAttention` does with its queries, keys and values.
 
-    The keys of a query fall into two parts. The near field of its tile, and the exact keys that the tile has chosen,
-    are attended with exp(q.k) as in softmax; all other keys are read through the astrocyte and its hidden layer.
+    Queries are cut into tiles, and those into sub-tiles of four. A sub-tile attends some keys with exp(q.k) as in
+    softmax; all other keys are read through the astrocyte and its hidden layer. `BY_LENGTH` (-1) leaves a number to the
+    length n of the sequence: the default's tiles, neurons and exact keys grow as sqrt(n), and up to 128 tokens it is
+    softmax attention.
 
     Args:
         hidden: the hidden layer. "hebbian" learns its weights from the keys being read; "random" draws them once,
             the paper's network; "learned" has weights to be trained, with phi = exp(W x); "none" has no far field (a
-            control: the near field alone); "exact" is softmax attention itself, whatever else is set.
-        num_hidden: m, the number of hidden neurons per head.
-        near: the near field of a tile, in tokens: a run of tokens in a sequence, a rectangle in a patch grid. At least
-            the sequence length gives softmax attention. 0 turns tiles off, and exact keys with them: every key is
-            read through the hidden layer.
-        exact_keys: keys beyond the near field that each tile attends exactly, chosen by content.
+            control: the exact keys alone); "exact" is softmax attention itself, whatever else is set.
+        num_hidden: m, the number of hidden neurons per head. By length: about 1.45 sqrt(n), in eights, at most 64; for
+            a static layer ("random" or "learned") 16.
+        near: the near field, in tokens around each query: a run of tokens in a sequence, a rectangle in a patch grid.
+            A sub-tile attends exactly to those of its four queries. For causal attention the latest tokens. By length:
+            about 0.15 sqrt(n), 3 to 8; none for a static layer.
+        exact_keys: keys beyond the near field that each sub-tile attends exactly, chosen by content. By length: about
+            2.4 sqrt(n), at most 128; none for a static layer.
         exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to
-            exactly. In a patch grid these are its prefix tokens (CLS, registers) whatever is set here; without tiles
-            (near 0) a grid is a sequence.
-        tile: tokens per tile of queries, 2 x 2 patches for 4.
+            exactly. In a patch grid these are its prefix tokens (CLS, registers) whatever is set here; for a static
+            layer alone (near and exact_keys 0) a grid is a sequence.
+        tiles: "content" puts queries into a tile that ask for the same, "position" neighbours.
+        tile: queries per tile, in fours. By length: about sqrt(n), and more where there would be more than 128 tiles.
         steps: Hebbian learning steps of the "hebbian" layer (k-means iterations).
-        groups: most groups of tiles in a sequence that choose their own exact keys; bounds the time to groups * N.
         activation: phi of the "random" layer, one of `ACTIVATIONS`; "constant" gives uniform attention.
         orthogonal: draw the weights of the "random" layer, and those that the "learned" layer starts with, orthogonal
             in blocks of head_dim, not independent.
@@ -65,13 +73,13 @@ class AstroConfig:
     """
 
     hidden: str = "hebbian"
-    num_hidden: int = 16
-    near: int = 4
-    exact_keys: int = 32
+    num_hidden: int = BY_LENGTH
+    near: int = BY_LENGTH
+    exact_keys: int = BY_LENGTH
     exact_queries: int = 0
-    tile: int = 4
+    tiles: str = "content"
+    tile: int = BY_LENGTH
     steps: int = 2
-    groups: int = 256
     activation: str = "positive_exp"
     orthogonal: bool = True
     seed: int = 0
@@ -82,15 +90,27 @@ class AstroConfig:
             value = getattr(self, field.name)
             if type(value).__name__ != field.type:  # bool is an int, but not a number of neurons
                 raise TypeError(f"{field.name}: {value!r} of type {type(value).__name__}; expected {field.type}")
-            if field.name in _LEAST and value < _LEAST[field.name]:
-                raise ValueError(f"{field.name}: {value}; must be at least {_LEAST[field.name]}")
-        for name, allowed in (("hidden", HIDDEN), ("activation", ACTIVATIONS), ("backend", BACKENDS)):
+            by_length = field.name in _BY_LENGTH and value == BY_LENGTH
+            if field.name in _LEAST and value < _LEAST[field.name] and not by_length:
+                or_else = f", or {BY_LENGTH}: by the length" if field.name in _BY_LENGTH else ""
+                raise ValueError(f"{field.name}: {value}; must be at least {_LEAST[field.name]}{or_else}")
+        choices = (("hidden", HIDDEN), ("tiles", TILES), ("activation", ACTIVATIONS), ("backend", BACKENDS))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r}; must be one of {', '.join(allowed)}")
         if self.seed >= 2**64:
             raise ValueError(f"seed: {self.seed}; must be less than 2**64")
-        if self.hidden == "none" and self.near == 0:
-            raise ValueError("near: 0 with hidden='none' leaves a query no key at all; must be at least 1")
+        if self.hidden == "none" and self.near == 0 and self.exact_keys == 0:
+            raise ValueError("near: 0 with exact_keys=0 and hidden='none' leaves a query no key at all; needs one")
+        if self.hidden in STATIC:  # its weights are there before any sequence
+            for name, value in (("num_hidden", STATIC_HIDDEN), ("near", 0), ("exact_keys", 0)):
+                if getattr(self, name) == BY_LENGTH:
+                    object.__setattr__(self, name, value)
+
+
+def is_tiled(config: AstroConfig) -> bool:
+    """Whether queries are cut into tiles: always, but for a static hidden layer alone."""
+    return config.hidden not in STATIC or config.near > 0 or config.exact_keys > 0
 
 
 def check_heads(configs: Iterable[AstroConfig]) -> tuple[AstroConfig, ...]:

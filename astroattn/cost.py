@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from astroattn.config import AstroConfig
+from astroattn.config import STATIC, AstroConfig, is_tiled
 from astroattn.ops.causal import CHUNK
-from astroattn.ops.clustering import block_layout
-from astroattn.ops.tiles import cut, near_shape
+from astroattn.ops.layout import Budget, Layout, cuts
+from astroattn.ops.order import DIRECTIONS, SAMPLES
 
 
 @dataclass(frozen=True)
@@ -33,40 +33,58 @@ class Cost:
 def count_cost(
     config: AstroConfig, head_dim: int, num_queries: int, num_keys: int, causal: bool, grid: tuple[int, int] | None
 ) -> Cost:
-    """Count the products of one head of one sequence; an entry of the sum below is (how many, per what)."""
-    if covers(config, num_keys, grid):
+    """Count the products of one head of one sequence."""
+    if covers(config, head_dim, num_keys, grid):
         return Cost(num_keys, 2 * num_keys, 2 * num_keys)
     if causal:
         return _count_causal(config, head_dim, num_keys)
-    m = config.num_hidden
     prefix = prefix_length(config, num_keys, grid)
-    body = num_keys - prefix
-    rows, columns = grid if grid and config.near else (1, body)
-    tile = config.tile if config.near else body
-    down, across = cut(tile, rows, columns)[2:]
-    tiles = down * across
-    groups = min(config.groups, tiles)
-    window = near_shape(config.near, rows, columns)
-    exact = prefix + window[0] * window[1] + (min(config.exact_keys, body) if config.near else 0)
-
-    if config.hidden in ("random", "learned"):
+    body, m = num_keys - prefix, config.num_hidden
+    if config.hidden in STATIC and not is_tiled(config) and not prefix:
+        return Cost(m, m * (1 + _drive(config)) * (1 + num_keys / num_queries), 2 * num_keys)
+    layout = budget_of(config, num_keys, grid).at(num_keys, head_dim)
+    positions = prefix + layout.most_keys(body) + layout.num_hidden
+    products = sum(count_choice(layout, head_dim, num_keys).values())
+    if config.hidden in STATIC:
         drive = _drive(config)
-        if not config.near and not prefix:
-            return Cost(m, m * (1 + drive) * (1 + num_keys / num_queries), 2 * num_keys)
-        total = body * (2 * m * (1 + drive) + exact * (1 + drive + m / head_dim)) + groups * num_keys
-    elif config.hidden == "hebbian":
-        block, blocks = block_layout(body, m)
-        learning = body * ((config.steps + 1) * m + config.steps + 2)  # assignments, means, the values' mean, w
-        statistics = body * 3  # mean queries, variance of r, distance of the values
-        reading = groups * (num_keys + block * blocks)  # u.k, and the sums s
-        shared = groups < tiles
-        near_sums = tiles * window[0] * window[1] if shared else 0
-        total = learning + statistics + reading + near_sums + body * 2 * (exact + m)
+        exact = prefix + layout.most_keys(body)
+        positions += m
+        products += body * (2 * m * (1 + drive) + exact * (1 + drive + m / head_dim))
     else:
-        total = body * 2 * exact + groups * num_keys + body
-    far = 0 if config.hidden == "none" else m
-    positions = (body * (exact + far) + prefix * num_keys) / num_keys
-    return Cost(positions, (total + prefix * 2 * num_keys) / num_keys, 2 * num_keys)
+        products += sum(count_reading(layout, num_keys).values())
+    products += prefix * 2 * num_keys
+    return Cost((body * positions + prefix * num_keys) / num_keys, products / num_keys, 2 * num_keys)
+
+
+def count_choice(layout: Layout, head_dim: int, num_keys: int) -> dict[str, float]:
+    """Products of length D to choose tiles, clusters and exact keys; sorting and top-k are no products."""
+    body, m, few = num_keys - layout.prefix, layout.num_hidden, min(DIRECTIONS, head_dim)
+    samples, subtiles, part = min(SAMPLES, body), layout.all_subtiles(body), few / head_dim
+    counts: dict[str, float] = {}
+    if layout.by_content or m or layout.exact_keys:
+        counts["coordinates"] = 8 * samples * few + 2 * body * few
+    if layout.by_content:
+        counts["tree"] = body * (len(cuts(body, layout.tile)) - 1) * (few + 3) / 2 * part
+    if m or layout.exact_keys:
+        counts["mean queries"] = 2 * body
+        counts["u.k"] = layout.tiles(body) * num_keys
+    if m:
+        counts["clusters"] = body * ((layout.steps + 1) * m + layout.steps + few) * part
+        counts["means"] = body * (5 + part)  # w twice, the values' mean, |v - mean v|, |k - w|^2
+    if layout.exact_keys:
+        counts["sub-tiles"] = body * 2 + subtiles * m
+        counts["candidates"] = body * 2 * bool(m) + subtiles * layout.candidates(body) * part
+    return counts
+
+
+def count_reading(layout: Layout, num_keys: int) -> dict[str, float]:
+    """Products of length D to write the hidden layer and to read it beside the exact keys."""
+    body, m, taken = num_keys - layout.prefix, layout.num_hidden, layout.most_keys(num_keys - layout.prefix)
+    counts = {"read": float(body * 2 * (layout.prefix + taken + m))}
+    if m:
+        counts["sums of tiles"] = layout.tiles(body) * body
+        counts["sums of sub-tiles"] = layout.all_subtiles(body) * max(layout.union(body) - taken, 0)
+    return counts
 
 
 def _count_causal(config: AstroConfig, head_dim: int, num_keys: int) -> Cost:
@@ -81,22 +99,36 @@ def _drive(config: AstroConfig) -> int:
     return 2 if config.hidden == "learned" else 1
 
 
-def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> bool:
+def covers(config: AstroConfig, head_dim: int, num_keys: int, grid: tuple[int, int] | None) -> bool:
     """Whether every key is attended exactly, by near field and exact keys together: attention is softmax attention."""
     if config.hidden == "exact":
         return True
-    if config.near == 0:
-        return config.exact_queries >= num_keys
     prefix = prefix_length(config, num_keys, grid)
-    rows, columns = grid or (1, num_keys - prefix)
-    if rows * columns <= 0 or config.near >= num_keys:
-        return True
-    high, wide = near_shape(config.near, rows, columns)
-    return high * wide + config.exact_keys >= rows * columns
+    body = num_keys - prefix
+    if body <= 0 or not is_tiled(config):
+        return body <= 0
+    layout = budget_of(config, num_keys, grid).at(num_keys, head_dim)
+    high, wide = layout.window(body)
+    return layout.exact_keys >= body or high * wide >= body
+
+
+def budget_of(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> Budget:
+    """The config as the operators take it."""
+    tiled = is_tiled(config)
+    return Budget(
+        grid=grid if tiled else None,
+        prefix=prefix_length(config, num_keys, grid),
+        tile=config.tile,
+        by_content=config.tiles == "content",
+        near=config.near,
+        exact_keys=config.exact_keys,
+        num_hidden=config.num_hidden if config.hidden == "hebbian" else 0,
+        steps=config.steps,
+    )
 
 
 def prefix_length(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> int:
     """Tokens outside the tiles: those before the patch grid, or the first `exact_queries` of a sequence."""
-    if grid is None or config.near == 0:
+    if grid is None or not is_tiled(config):
         return min(config.exact_queries, num_keys)
     return num_keys - grid[0] * grid[1]

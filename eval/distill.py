@@ -92,7 +92,7 @@ def measure_others(layer: Layer, seed: int) -> dict[str, float]:
         f"random, m = {m}": sum(error(hidden="random", num_hidden=m, seed=s) for s in seeds) / SEEDS for m in RANDOM
     }
     found["uniform"] = error(hidden="random", activation="constant", num_hidden=1)
-    found[f"Hebbian, m = {HEBBIAN}"] = error(hidden="hebbian", num_hidden=HEBBIAN)
+    found[f"Hebbian, m = {HEBBIAN}"] = error(hidden="hebbian", num_hidden=HEBBIAN, tile=2**20)
     return found
 
 

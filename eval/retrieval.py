@@ -61,14 +61,14 @@ def exact(patterns: Tensor, beta: float, m: int, seed: int) -> Memory:
 
 def hebbian(patterns: Tensor, beta: float, m: int, seed: int) -> Memory:
     """The network with m competing neurons, the centres of clusters: H_j / g_j is the centre w_j itself."""
-    winners, _ = learn_clusters(patterns, patterns.new_ones(patterns.shape[:2]), m, AstroConfig().steps, None)
+    winners = learn_clusters(patterns, patterns.new_ones(patterns.shape[:2]), m, AstroConfig().steps)
     size, centre = weighted_means(patterns, patterns.new_ones(patterns.shape[:2]), winners, m)
     return lambda cue: (beta * cue @ centre.mT + size.log()[:, None]).softmax(-1) @ centre
 
 
 def random(patterns: Tensor, beta: float, m: int, seed: int, orthogonal: bool, activation: str) -> Memory:
     """The network with m random neurons, other weights for every set of patterns."""
-    config = AstroConfig(hidden="random", near=0, num_hidden=m, seed=seed, orthogonal=orthogonal, activation=activation)
+    config = AstroConfig(hidden="random", num_hidden=m, seed=seed, orthogonal=orthogonal, activation=activation)
     hidden = _draw_hidden(patterns.shape[0], patterns.shape[2], config).expand(1, patterns.dtype)
     state = None
     for part in patterns.split(max(16, 2**18 // (len(patterns) * m)), 1):  # so that the features stay in the cache

@@ -6,31 +6,37 @@ import torch
 from torch import Tensor
 
 from astroattn import AstroConfig, AstrocyteAttention
-from astroattn.ops.near_far import Choice, choose, exact_of_tiles
+from astroattn.ops.layout import SUBTILE, Layout
+from astroattn.ops.near_far import Choice, choose
 from astroattn.ops.reference import cluster_attention, softmax_attention
-from astroattn.ops.tiles import Layout, Tiles, make_tiles
 
 # One configuration for every path through the code; none of them covers the sequences that the tests use it on.
 BIDIRECTIONAL = {
-    "hebbian": AstroConfig(num_hidden=5, exact_keys=6),
-    "hebbian, plain": AstroConfig(num_hidden=5, exact_keys=6, backend="torch"),
-    "hebbian, one tile": AstroConfig(num_hidden=5, near=0),
-    "hebbian, shared groups": AstroConfig(num_hidden=5, near=6, exact_keys=3, groups=3),
-    "hebbian, shared groups, plain": AstroConfig(num_hidden=5, near=6, exact_keys=3, groups=3, backend="torch"),
-    "hebbian, exact queries": AstroConfig(num_hidden=3, exact_keys=2, exact_queries=3),
-    "hebbian, long tiles": AstroConfig(num_hidden=3, near=5, exact_keys=2, tile=24),
-    "hebbian, no steps": AstroConfig(num_hidden=4, near=3, exact_keys=0, tile=2, steps=0),
-    "near alone": AstroConfig(hidden="none", exact_keys=0, near=5),
-    "near and keys": AstroConfig(hidden="none", exact_keys=4, groups=2),
-    "random": AstroConfig(hidden="random", near=0),
-    "random, exact queries": AstroConfig(hidden="random", near=0, exact_queries=2),
-    "random, near": AstroConfig(hidden="random", exact_keys=4, near=6),
-    "random, shared groups": AstroConfig(hidden="random", exact_keys=4, groups=2, exact_queries=1),
-    "uniform": AstroConfig(hidden="random", activation="constant", num_hidden=1, near=0),
+    "hebbian": AstroConfig(num_hidden=5, near=1, exact_keys=6, tile=12),
+    "hebbian, plain": AstroConfig(num_hidden=5, near=1, exact_keys=6, tile=12, backend="torch"),
+    "hebbian, by position": AstroConfig(num_hidden=5, near=6, exact_keys=3, tiles="position", tile=8),
+    "hebbian, by position, plain": AstroConfig(
+        num_hidden=5, near=6, exact_keys=3, tiles="position", tile=8, backend="torch"
+    ),
+    "hebbian, keys alone": AstroConfig(num_hidden=4, near=0, exact_keys=4, tile=4),
+    "hebbian, no exact keys": AstroConfig(num_hidden=5, near=0, exact_keys=0, tile=16),
+    "hebbian, exact queries": AstroConfig(num_hidden=3, near=1, exact_keys=2, exact_queries=3, tile=8),
+    "hebbian, long tiles": AstroConfig(num_hidden=3, near=5, exact_keys=2, tiles="position", tile=24),
+    "hebbian, no steps": AstroConfig(num_hidden=4, near=3, exact_keys=0, tile=4, steps=0),
+    "hebbian, by length": AstroConfig(exact_keys=5),
+    "hebbian, by length, plain": AstroConfig(exact_keys=5, tiles="position", backend="torch"),
+    "near alone": AstroConfig(hidden="none", near=5, exact_keys=0, tiles="position", tile=4),
+    "near and keys": AstroConfig(hidden="none", near=1, exact_keys=4, tile=16),
+    "random": AstroConfig(hidden="random"),
+    "random, exact queries": AstroConfig(hidden="random", exact_queries=2),
+    "random, near": AstroConfig(hidden="random", exact_keys=4, near=6, tiles="position", tile=8),
+    "random, content": AstroConfig(hidden="random", exact_keys=4, near=1, exact_queries=1, tile=12),
+    "random, keys alone": AstroConfig(hidden="random", exact_keys=5, tile=8),
+    "uniform": AstroConfig(hidden="random", activation="constant", num_hidden=1),
 }
 CAUSAL = {
-    "causal": AstroConfig(hidden="random", near=0),
-    "causal, near": AstroConfig(hidden="random", near=5, exact_keys=0),
+    "causal": AstroConfig(hidden="random"),
+    "causal, near": AstroConfig(hidden="random", near=5),
 }
 EVERY = {name: (config, name in CAUSAL) for name, config in (BIDIRECTIONAL | CAUSAL).items()}
 
@@ -41,79 +47,42 @@ def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float64, co
 
 
 def layout(**changes: object) -> Layout:
-    values = {"grid": None, "prefix": 0, "tile": 4, "near": 4, "exact_keys": 4, "groups": 256, "lengths": None}
-    return Layout(**(values | changes))
+    values = {"grid": None, "prefix": 0, "tile": 8, "by_content": True, "near": 1, "exact_keys": 4}
+    return Layout(**(values | {"num_hidden": 5, "steps": 2} | changes))
 
 
-def exact_mask(
-    query: Tensor, key: Tensor, value: Tensor, where: Layout, num_hidden: int, steps: int
-) -> tuple[Tensor, Choice, Tiles]:
-    """What `near_far_attention` chooses: exact keys [Z, N, N] as a mask, the choice as it is, and the tiles."""
-    size, count, prefix = len(key), key.shape[1], where.prefix
-    tiles = make_tiles(where, count, key.device)
-    choice = choose(query, key, value, where, num_hidden=num_hidden, steps=steps)
-    keys, there = exact_of_tiles(tiles, choice.keys)
-    of_tile = torch.zeros(size, len(tiles.slots), count, dtype=torch.bool)
-    for z, t in ((z, t) for z in range(size) for t in range(len(tiles.slots))):
-        of_tile[z, t, keys[z, t][there[z, t]] + prefix] = True
-    tile_of = tiles.inverse // tiles.slots.shape[1]
-    mask = torch.cat([torch.ones(size, prefix, count, dtype=torch.bool), of_tile[:, tile_of]], 1)
-    mask[:, :, :prefix] = True
-    return mask, choice, tiles
+def exact_mask(choice: Choice, where: Layout) -> Tensor:
+    """Which keys are exact for each query [Z, N, N]: all for the prefix, and the prefix for all."""
+    size, body = choice.order.shape
+    prefix = where.prefix
+    mask = torch.ones(size, prefix + body, prefix + body, dtype=torch.bool)
+    mask[:, prefix:, prefix:] = False
+    for z in range(size):
+        for queries, keys in zip(choice.order[z].split(SUBTILE), choice.keys[z], strict=True):
+            mask[z, prefix + queries.long()[:, None], prefix + keys[keys >= 0].long()] = True
+    return mask
 
 
 def near_far_oracle(
-    query: Tensor, key: Tensor, value: Tensor, where: Layout, num_hidden: int, steps: int
+    query: Tensor, key: Tensor, value: Tensor, where: Layout, choice: Choice | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The formulas of `ops.near_far` with N x N matrices in float64, given its choices; u and w are computed anew."""
-    mask, choice, tiles = exact_mask(query, key, value, where, num_hidden, steps)
-    out = torch.zeros(value.shape, dtype=torch.float64)
-    normaliser = torch.full(value.shape[:2], -torch.inf, dtype=torch.float64)
-    for z in range(len(key)):
-        length = key.shape[1] if where.lengths is None else int(where.lengths[z])
-        if length == 0:
-            continue
-        one = [x[z, :length].double() for x in (query, key, value)]
-        if num_hidden == 0 or length <= where.prefix:
-            o, p = (x[0] for x in softmax_attention(*(x[None] for x in one), mask[z, None, :length, :length]))
-        else:
-            group = tiles.group[min(z, len(tiles.group) - 1)]
-            winners = choice.winners[z, : length - where.prefix]
-            o, p = _one_sequence(*one, mask[z, :length, :length], winners, choice.keys[z], tiles, group, where.prefix)
-        out, normaliser = out.index_put((torch.tensor(z), torch.arange(length)), o), normaliser.clone()
-        normaliser[z, :length] = p
-    return out, normaliser
-
-
-def _one_sequence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exact: Tensor,
-    winners: Tensor,
-    keys: Tensor,
-    tiles: Tiles,
-    group_of_tile: Tensor,
-    prefix: int,
-) -> tuple[Tensor, Tensor]:
-    body = len(q) - prefix
-    tile = (tiles.inverse // tiles.slots.shape[1])[:body]  # of each body token
-    group = group_of_tile[tile]
-    members = group == torch.arange(tiles.num_groups)[:, None]  # [R, n]
-    number = members.sum(1, keepdim=True)
-    u = members.double() @ q[prefix:] / number.clamp(min=1)  # mean query of each group [R, D]
-    mean = torch.cat([q[:prefix], u[group]])
-    with torch.no_grad():  # what the keys weigh is a choice
-        excluded = (torch.arange(body)[:, None, None] == keys).any(-1).T  # [R, n]
-        if len(tile.unique()) <= tiles.num_groups:  # no group is shared
-            excluded = excluded | (members[..., None] & exact[None, prefix:, prefix:]).any(1)
-        expected = (u @ k.T).softmax(-1)[:, prefix:] * number / body
-        mass = (expected * ~excluded).sum(0)
-        owner = (winners == torch.arange(int(winners.max()) + 1)[:, None]) * mass
-    w = owner @ k[prefix:] / owner.sum(1, keepdim=True).clamp(min=1e-300)
-    winners = torch.cat([torch.zeros(prefix, dtype=torch.long), winners])
-    o, p = cluster_attention(q[None], k[None], v[None], mean[None], winners[None], w[None], exact[None])
-    return o[0], p[0]
+    """The formulas of `ops.near_far` with N x N matrices in float64, given what was chosen; u and w anew."""
+    choice = choose(query, key, value, where) if choice is None else choice
+    query, key, value = query.double(), key.double(), value.double()
+    mask, prefix = exact_mask(choice, where), where.prefix
+    if where.num_hidden == 0:
+        return softmax_attention(query, key, value, mask)
+    size, body = choice.order.shape
+    tile = torch.empty(size, body, dtype=torch.long)  # of each body token
+    tile.scatter_(1, choice.order.long(), (torch.arange(body) // where.tile).expand(size, -1))
+    same = torch.eye(prefix + body, dtype=torch.float64).repeat(size, 1, 1)  # a prefix query is its own mean
+    same[:, prefix:, prefix:] = (tile[:, :, None] == tile[:, None]).double()
+    mean = same @ query / same.sum(-1, keepdim=True)
+    winners = choice.winners.long()
+    owner = torch.nn.functional.one_hot(winners, where.num_hidden) * choice.mass.double()[..., None]
+    weights = owner.mT @ key[:, prefix:] / owner.sum(1)[..., None].clamp(min=1e-300)
+    winners = torch.nn.functional.pad(winners, (prefix, 0))  # keys of the prefix are read through no cluster
+    return cluster_attention(query, key, value, mean, winners, weights, mask)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

@@ -92,41 +92,7 @@ def causal(
     recurrent_step(*(x[:, :, :1] for x in (q, k, v)), *layer[:2], mask, activation, near, 0.5, state)
 
 
-def near_far_cases() -> Iterator[tuple[str, Case]]:
-    """Near field, exact keys and learned hidden layer: the default, and large tiles for long sequences."""
-    large = {"tile": 64, "near": 192, "exact_keys": 0, "num_hidden": 64}
-    for dtype in ("bfloat16", "float32"):
-        for dim in (32, 64, 128, 256):
-            yield f"near_far D={dim} {dtype}", partial(near_far, 1024, dim, dtype)
-            yield f"near_far D={dim} {dtype} large tiles", partial(near_far, 16384, dim, dtype, **large)
-    yield "near_far D=64 bfloat16 shared", partial(near_far, 4096, 64, "bfloat16")
-    yield "near_far D=64 bfloat16 shared large tiles", partial(near_far, 32768, 64, "bfloat16", **large)
-    yield "near_far D=64 float32 grid", partial(near_far, 197, 64, "float32", prefix=1, grid=(14, 14))
-    yield "near_far D=40 m=300 float16 lengths", partial(near_far, 1024, 40, "float16", num_hidden=300, lengths=True)
-
-
-def near_far(
-    tokens: int,
-    dim: int,
-    dtype: str,
-    *,
-    tile: int = 4,
-    near: int = 4,
-    exact_keys: int = 32,
-    num_hidden: int = 16,
-    prefix: int = 0,
-    grid: tuple[int, int] | None = None,
-    lengths: bool = False,
-) -> None:
-    from astroattn.ops.kernels.near_far import near_far_backward, near_far_forward
-
-    q, k, v, d_out = (torch.zeros(1, 12, tokens, dim, dtype=getattr(torch, dtype)) for _ in range(4))
-    where, scale = (torch.tensor([tokens]) if lengths else None, grid, prefix, tile, near), dim**-0.5
-    results = near_far_forward(q, k, v, *where, exact_keys, 256, num_hidden, 2, scale)
-    near_far_backward(d_out, results[1], q, k, v, *results, *where, 256, num_hidden, scale)
-
-
-SOURCES: list[Callable[[], Iterator[tuple[str, Case]]]] = [causal_cases, static_cases, near_far_cases]
+SOURCES: list[Callable[[], Iterator[tuple[str, Case]]]] = [causal_cases, static_cases]
 
 
 def cases(*parts: str) -> dict[str, Case]:

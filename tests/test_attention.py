@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from core_cases import BIDIRECTIONAL, CAUSAL, EVERY, draw, module, padding_mask, relative
 
 from astroattn import AstroConfig
+from astroattn.config import BY_LENGTH, is_tiled
+from astroattn.cost import budget_of
 from astroattn.ops import plain
-from astroattn.ops.tiles import make_tiles
+from astroattn.ops.near_far import choose
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COVERING = {
-    "hebbian": AstroConfig(near=64),
+    "default, which is short": AstroConfig(),
+    "hebbian": AstroConfig(near=64, exact_keys=4),
     "hebbian, by exact keys": AstroConfig(near=8, exact_keys=64),
     "random": AstroConfig(hidden="random", near=64),
     "near alone": AstroConfig(hidden="none", near=64, exact_keys=0),
-    "all queries exact": AstroConfig(near=0, exact_queries=64),
+    "all queries exact": AstroConfig(near=0, exact_keys=4, exact_queries=64),
 }
 
 
@@ -137,7 +140,7 @@ def test_causal_and_bidirectional_for_the_last_tokens(name: str) -> None:
     attention, qkv = module(config), draw(2, 2, 50, 8, dtype=torch.float32)
     mask = torch.ones(2, 50, dtype=torch.bool)
     mask[1, :20] = mask[1, 48] = False
-    if not causal and not (config.hidden == "random" and config.near == config.exact_queries == 0):
+    if not causal and not (config.hidden == "random" and not is_tiled(config) and not config.exact_queries):
         with pytest.raises(ValueError, match=r"^query: 9 tokens and 50 keys; .*need self-attention"):
             attention(qkv[0][:, :, -9:], *qkv[1:])
         return
@@ -213,7 +216,7 @@ def test_a_grid_has_its_prefix_before_it(name: str) -> None:
     config, qkv = BIDIRECTIONAL[name], draw(2, 2, 53, 8, dtype=torch.float32)
     attention = module(config)
     out = attention(*qkv, grid=(6, 8))
-    if config.near:  # the 5 prefix tokens attend to all
+    if is_tiled(config):  # the 5 prefix tokens attend to all
         exact = F.scaled_dot_product_attention(qkv[0][:, :, :5], *qkv[1:])
         torch.testing.assert_close(out[:, :, :5], exact)
         assert relative(out, attention(*qkv)) > 1e-3
@@ -240,7 +243,7 @@ def test_uniform_attention_is_a_configuration() -> None:
 def test_refusals() -> None:
     for config in BIDIRECTIONAL.values():
         reason = module(config).refusal(causal=True)
-        can = config.hidden == "random" and not config.exact_queries and not (config.near and config.exact_keys)
+        can = config.hidden == "random" and not config.exact_queries and not config.exact_keys
         assert (reason is None) == can
         if not can:
             with pytest.raises(ValueError, match=r"^causal: True with this config; causal attention .*\("):
@@ -252,37 +255,59 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
 def test_layout_of_the_module_is_that_of_the_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tile, near field, exact keys and groups reach the operations as they were set."""
-    config, seen = BIDIRECTIONAL[name], []
+    """Whatever was set reaches the operations; what was left to the length is found for each row's own."""
+    config, seen = dataclasses.replace(BIDIRECTIONAL[name], backend="torch"), []
 
-    def spy(layout: object, *args: object) -> object:
-        seen.append(layout)
-        return make_tiles(layout, *args)
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: object) -> object:
+        seen.append((key.shape[1], layout))
+        return choose(query, key, value, layout)
 
-    monkeypatch.setattr("astroattn.ops.near_far.make_tiles", spy)
-    monkeypatch.setattr("astroattn.ops.static.make_tiles", spy)
-    module(config)(*draw(1, 2, 50, 8))
-    assert bool(seen) == (name not in ("random", "uniform"))
-    for layout in seen:
-        assert (layout.near, layout.groups, layout.prefix) == (config.near, config.groups, config.exact_queries)
-        assert (layout.tile, layout.exact_keys) == ((config.tile, config.exact_keys) if config.near else (50, 0))
+    monkeypatch.setattr("astroattn.ops.near_far.choose", spy)
+    monkeypatch.setattr("astroattn.ops.static.choose", spy)
+    mask = torch.arange(50) < torch.tensor([50, 31])[:, None]
+    module(config)(*draw(2, 2, 50, 8), key_mask=mask)
+    assert [tokens for tokens, _ in seen] == ([] if name in ("random", "uniform") else [31, 50])
+    for tokens, layout in seen:
+        assert layout == budget_of(config, tokens, None).at(tokens, 8)
+        for field in ("tile", "near", "exact_keys", "steps"):
+            assert getattr(config, field) in (getattr(layout, field), BY_LENGTH)
+        hidden = config.num_hidden if config.hidden == "hebbian" else 0
+        assert hidden in (layout.num_hidden, BY_LENGTH)
+        assert (layout.prefix, layout.by_content) == (config.exact_queries, config.tiles == "content")
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_a_grid_reaches_the_operations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, seen = dataclasses.replace(BIDIRECTIONAL[name], backend="torch"), []
+
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: object) -> object:
+        seen.append((layout.grid, layout.prefix))
+        return choose(query, key, value, layout)
+
+    monkeypatch.setattr("astroattn.ops.near_far.choose", spy)
+    monkeypatch.setattr("astroattn.ops.static.choose", spy)
+    module(config)(*draw(1, 2, 50, 8), grid=(6, 8))
+    tiled, static = [((6, 8), 2)], [(None, config.exact_queries)] if config.exact_queries else []
+    assert seen == (tiled if is_tiled(config) else static)
 
 
 def test_every_field_of_the_configuration_counts() -> None:
-    qkv = draw(1, 2, 90, 8)
+    qkv, start = draw(1, 2, 90, 8), AstroConfig(exact_keys=8)
     changes = {
         "num_hidden": 9,
         "near": 7,
         "exact_keys": 3,
         "exact_queries": 2,
-        "tile": 6,
-        "groups": 2,
+        "tiles": "position",
+        "tile": 20,
         "hidden": "none",
+        "steps": 5,
     }
-    for field, value in (changes | {"steps": 5}).items():
-        changed = dataclasses.replace(AstroConfig(), **{field: value})
-        assert relative(module(changed)(*qkv), module(AstroConfig())(*qkv)) > 1e-4, field
-    random = AstroConfig(hidden="random", near=0)
-    for field, value in {"num_hidden": 9, "activation": "elu1", "orthogonal": False, "seed": 1}.items():
+    for field, value in changes.items():
+        changed = dataclasses.replace(start, **{field: value})
+        assert relative(module(changed)(*qkv), module(start)(*qkv)) > 1e-4, field
+    random = AstroConfig(hidden="random")
+    changes = {"num_hidden": 9, "near": 3, "exact_keys": 3, "activation": "elu1", "orthogonal": False, "seed": 1}
+    for field, value in changes.items():
         changed = dataclasses.replace(random, **{field: value})
         assert relative(module(changed)(*qkv), module(random)(*qkv)) > 1e-4, field

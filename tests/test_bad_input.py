@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astroattn import AstroConfig, AstrocyteAttention
+from astroattn.config import is_tiled
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -18,7 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def call(**changes: object) -> torch.Tensor:
     """A call that is right but for the changes: 2 sequences, 3 heads, 50 tokens of length 8."""
     query, key, value = draw(2, 3, 50, 8, dtype=torch.float32)
-    config = changes.pop("config", AstroConfig())
+    config = changes.pop("config", AstroConfig(num_hidden=4, near=1, exact_keys=4))
     arguments = {"query": query, "key": key, "value": value} | changes
     return AstrocyteAttention(3, 8, config)(**arguments)
 
@@ -93,12 +94,15 @@ def test_bad_arguments_are_named(name: str, value: object, error: type, message:
 
 def test_bad_combinations() -> None:
     mask = torch.ones(2, 50, dtype=torch.bool)
-    for more in ({"key_mask": mask}, {"causal": True, "config": AstroConfig(hidden="random", near=0)}):
+    for more in ({"key_mask": mask}, {"causal": True, "config": AstroConfig(hidden="random")}):
         with pytest.raises(ValueError, match=r"^grid: \(7, 7\); a patch grid takes neither key_mask nor causal"):
             call(grid=(7, 7), **more)
     query = torch.zeros(2, 3, 60, 8)
     with pytest.raises(ValueError, match=r"^query: 60 tokens, more than the 50 keys; causal needs at most as many"):
-        call(query=query, causal=True, config=AstroConfig(hidden="random", near=0))
+        call(query=query, causal=True, config=AstroConfig(hidden="random"))
+    for tiled in ({"near": 3}, {"exact_keys": 3}, {"exact_queries": 3}):
+        with pytest.raises(ValueError, match=r"^query: 60 tokens and 50 keys; .*need self-attention"):
+            call(query=query, config=AstroConfig(hidden="random", **tiled))
     empty = torch.zeros(2, 3, 0, 8)
     with pytest.raises(ValueError, match=r"^key: no tokens; needs at least 1"):
         call(key=empty, value=empty)
@@ -132,14 +136,14 @@ def test_empty_batches_and_single_tokens(name: str) -> None:
     query, key, value = draw(2, 3, 1, 8)
     out, normaliser = attention.with_normaliser(query, key, value, causal=causal)
     torch.testing.assert_close(out, value)
-    if config.near or config.exact_queries:  # else it is read through random neurons
+    if is_tiled(config) or config.exact_queries:  # else it is read through random neurons
         torch.testing.assert_close(normaliser, (query * key).sum(-1) * 8**-0.5)
     none = torch.zeros(2, 1, dtype=torch.bool)
     assert not attention(query, key, value, causal=causal, key_mask=none).any()
 
 
 def test_no_queries() -> None:
-    attention = AstrocyteAttention(3, 8, AstroConfig(hidden="random", near=0))
+    attention = AstrocyteAttention(3, 8, AstroConfig(hidden="random"))
     key, value = draw(2, 3, 50, 8, count=2)
     for causal in (False, True):
         assert attention(key[:, :, :0], key, value, causal=causal).shape == (2, 3, 0, 8)

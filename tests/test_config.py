@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astroattn import AstroConfig
-from astroattn.config import ACTIVATIONS, BACKENDS, HIDDEN
+from astroattn.config import ACTIVATIONS, BACKENDS, BY_LENGTH, HIDDEN, STATIC, TILES
 
-LEAST = {"num_hidden": 1, "near": 0, "exact_keys": 0, "exact_queries": 0, "tile": 1, "steps": 0, "groups": 1, "seed": 0}
+LEAST = {"num_hidden": 1, "near": 0, "exact_keys": 0, "exact_queries": 0, "tile": 1, "steps": 0, "seed": 0}
+FREE = ("num_hidden", "near", "exact_keys", "tile")  # may be left to the length
+STATIC_LEAST = {"num_hidden": 16, "near": 0, "exact_keys": 0}
 TYPES = {field.name: {"int": int, "str": str, "bool": bool}[field.type] for field in dataclasses.fields(AstroConfig)}
 
 
@@ -24,15 +26,20 @@ def test_every_number_has_a_range() -> None:
 @settings(deadline=None)
 @given(
     st.fixed_dictionaries(
-        {name: st.integers(least, 10**6) for name, least in LEAST.items()}
+        {
+            name: st.one_of(st.integers(least, 10**6), *[st.just(BY_LENGTH)] * (name in FREE))
+            for name, least in LEAST.items()
+        }
         | {"hidden": st.sampled_from(HIDDEN), "activation": st.sampled_from(ACTIVATIONS), "orthogonal": st.booleans()}
-        | {"backend": st.sampled_from(BACKENDS)}
+        | {"backend": st.sampled_from(BACKENDS), "tiles": st.sampled_from(TILES)}
     )
 )
 def test_json_gives_the_same_configuration(values: dict) -> None:
-    if values["hidden"] == "none" and values["near"] == 0:
+    if values["hidden"] == "none" and values["near"] == values["exact_keys"] == 0:
         values["near"] = 1
     config = AstroConfig(**values)
+    if config.hidden in STATIC:  # nothing is left to the length but tiles
+        values |= {name: least for name, least in STATIC_LEAST.items() if values[name] == BY_LENGTH}
     assert dataclasses.asdict(config) == values
     assert AstroConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert len({config, AstroConfig(**values)}) == 1  # hashable
@@ -41,9 +48,12 @@ def test_json_gives_the_same_configuration(values: dict) -> None:
 @pytest.mark.parametrize("name", LEAST)
 def test_numbers_below_their_range(name: str) -> None:
     assert getattr(AstroConfig(**{name: LEAST[name]}), name) == LEAST[name]
-    for value in (LEAST[name] - 1, -1, -(10**9)):
-        with pytest.raises(ValueError, match=rf"^{name}: {value}; must be at least {LEAST[name]}$"):
+    free = ", or -1: by the length" if name in FREE else ""
+    for value in {LEAST[name] - 1, -1, -2, -(10**9)} - ({BY_LENGTH} if name in FREE else set()):
+        with pytest.raises(ValueError, match=rf"^{name}: {value}; must be at least {LEAST[name]}{free}$"):
             AstroConfig(**{name: value})
+    if name in FREE:
+        assert getattr(AstroConfig(), name) == BY_LENGTH
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -54,7 +64,7 @@ def test_values_of_another_type(name: str) -> None:
                 AstroConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["hidden", "activation", "backend"])
+@pytest.mark.parametrize("name", ["hidden", "tiles", "activation", "backend"])
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: 'hebb'; must be one of .*, "):
         AstroConfig(**{name: "hebb"})
@@ -67,8 +77,16 @@ def test_seeds_are_those_of_a_generator() -> None:
 
 
 def test_no_key_at_all() -> None:
-    with pytest.raises(ValueError, match=r"^near: 0 with hidden='none'"):
-        AstroConfig(hidden="none", near=0)
+    with pytest.raises(ValueError, match=r"^near: 0 with exact_keys=0 and hidden='none'"):
+        AstroConfig(hidden="none", near=0, exact_keys=0)
+    assert AstroConfig(hidden="none", near=0).exact_keys == BY_LENGTH
+
+
+@pytest.mark.parametrize("hidden", STATIC)
+def test_static_layers_have_weights_before_any_sequence(hidden: str) -> None:
+    config = AstroConfig(hidden=hidden)
+    assert {name: getattr(config, name) for name in STATIC_LEAST} == STATIC_LEAST
+    assert AstroConfig(hidden=hidden, num_hidden=7, near=3).near == 3
 
 
 def test_is_frozen_and_named() -> None:

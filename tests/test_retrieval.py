@@ -47,7 +47,7 @@ def test_the_random_memory_is_the_network_and_the_module(
     patterns, cue = task
     found = retrieval.random(patterns, BETA, 24, 5, orthogonal, activation)(cue)
     config = AstroConfig(
-        hidden="random", near=0, num_hidden=24, seed=5, orthogonal=orthogonal, activation=activation, backend="torch"
+        hidden="random", num_hidden=24, seed=5, orthogonal=orthogonal, activation=activation, backend="torch"
     )
     hidden = StaticNeurons.random(1, retrieval.DIM, config)
     torch.testing.assert_close(found, simulate(hidden, patterns, cue), rtol=1e-9, atol=1e-10)
@@ -59,7 +59,7 @@ def test_the_random_memory_is_the_network_and_the_module(
 def test_patterns_may_be_written_in_parts() -> None:
     patterns, cue, _ = retrieval.draw_patterns(200, retrieval.DIM, 3)
     found = retrieval.random(patterns.double(), BETA, 4096, 5, True, "positive_exp")(cue.double())  # parts of 64
-    config = AstroConfig(hidden="random", near=0, num_hidden=4096, seed=5, backend="torch")
+    config = AstroConfig(hidden="random", num_hidden=4096, seed=5, backend="torch")
     attention = AstrocyteAttention(1, retrieval.DIM, config)
     module = attention(cue.double()[None], patterns.double()[None], patterns.double()[None], scale=BETA)[0]
     assert len(patterns) == 1
@@ -70,7 +70,7 @@ def test_patterns_may_be_written_in_parts() -> None:
 def test_the_hebbian_memory_is_the_network_with_competing_neurons(m: int, task: tuple[Tensor, Tensor]) -> None:
     patterns, cue = task
     ones = patterns.new_ones(1, COUNT)
-    winners, _ = learn_clusters(patterns, ones, m, AstroConfig().steps, None)
+    winners = learn_clusters(patterns, ones, m, AstroConfig().steps)
     _, centre = weighted_means(patterns, ones, winners, m)
     found = retrieval.hebbian(patterns, BETA, m, 0)(cue)
     torch.testing.assert_close(found, simulate(CompetitiveNeurons(centre[None] * BETA**0.5), patterns, cue))

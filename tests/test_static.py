@@ -1,4 +1,4 @@
-"""Static hidden layers: linear and with a near field, against N x N matrices."""
+"""Static hidden layers: linear and with exact keys, against N x N matrices."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 from astroattn.config import ACTIVATIONS as NAMES
 from astroattn.ops.features import ACTIVATIONS, features
+from astroattn.ops.near_far import choose
 from astroattn.ops.reference import softmax_attention
 from astroattn.ops.static import Hidden, linear_attention, near_linear_attention
 
@@ -58,20 +59,19 @@ def test_linear_attention(activation: str, queries: int, keys: int) -> None:
     "shape",
     [
         {"tokens": 63},
+        {"tokens": 63, "near": 0, "exact_keys": 5, "tile": 12},
         {"tokens": 63, "prefix": 3, "near": 0, "tile": 60, "exact_keys": 0},
-        {"tokens": 64, "grid": (7, 9), "prefix": 1, "groups": 4},
-        {"tokens": 63, "near": 6, "groups": 3, "lengths": [63, 30]},
+        {"tokens": 64, "grid": (7, 9), "prefix": 1, "by_content": False, "near": 4},
+        {"tokens": 5, "by_content": False, "near": 2, "exact_keys": 1},
     ],
     ids=str,
 )
 def test_near_linear_attention(activation: str, shape: dict) -> None:
     shape = dict(shape)
     qkv, layer = draw(2, shape.pop("tokens"), 6), hidden(activation)
-    where = layout(**(shape | ({"lengths": torch.tensor(shape["lengths"])} if "lengths" in shape else {})))
-    real = where.real(qkv[0].shape[1])
-    exact = exact_mask(*qkv, where, 0, 0)[0]
-    mask = None if real is None else real[:, None].expand_as(exact)
-    check(near_linear_attention(*qkv, layer, where), oracle(qkv, layer, exact, mask), real)
+    where = layout(num_hidden=0, **shape)
+    exact = exact_mask(choose(*qkv, where), where)
+    check(near_linear_attention(*qkv, layer, where), oracle(qkv, layer, exact))
 
 
 @pytest.mark.parametrize("activation", POSITIVE)
@@ -79,7 +79,7 @@ def test_near_linear_attention(activation: str, shape: dict) -> None:
 def test_weights_sum_to_one(activation: str, near: int) -> None:
     query, key, _ = draw(2, 50, 6)
     layer, eye = hidden(activation, m=40), torch.eye(50, dtype=torch.float64).expand(2, -1, -1)
-    where = layout(near=near, exact_keys=3)
+    where = layout(near=near, exact_keys=3, num_hidden=0)
     for weights in (
         linear_attention(query, key, eye, layer)[0],
         near_linear_attention(query, key, eye, layer, where)[0],
@@ -97,7 +97,11 @@ def test_constant_is_uniform_attention() -> None:
 @pytest.mark.parametrize("activation", NAMES)
 def test_is_softmax_attention_where_every_key_is_near(activation: str) -> None:
     qkv, layer = draw(2, 40, 6, scale=2.0), hidden(activation)
-    for where in (layout(near=40, exact_keys=0), layout(near=4, exact_keys=36)):
+    for where in (
+        layout(near=40, exact_keys=0, num_hidden=0),
+        layout(near=4, exact_keys=40, num_hidden=0),
+        layout(near=30, exact_keys=40, num_hidden=0, by_content=False),
+    ):
         check(near_linear_attention(*qkv, layer, where), softmax_attention(*qkv))
 
 
@@ -108,7 +112,7 @@ def test_exact_keys_are_alone_where_nothing_is_left(activation: str) -> None:
     key = key - query.mean(1, keepdim=True) * 3
     layer = Hidden(*(x.float() for x in hidden(activation)[:2]), activation)
     qkv = [x.float() for x in (query, key, value)]
-    out, _ = near_linear_attention(*qkv, layer, layout(near=8, exact_keys=24))
+    out, _ = near_linear_attention(*qkv, layer, layout(near=8, exact_keys=24, num_hidden=0))
     oracle, _ = softmax_attention(*(x.double() for x in qkv))
     torch.testing.assert_close(out.double(), oracle, rtol=1e-3, atol=1e-3)
 
@@ -117,7 +121,7 @@ def test_exact_keys_are_alone_where_nothing_is_left(activation: str) -> None:
 def test_gradients_equal_finite_differences(activation: str) -> None:
     qkv = [x.requires_grad_() for x in draw(1, 9, 3, scale=0.5)]
     layer = hidden(activation, m=4, size=1, dim=3)
-    where = layout(near=3, exact_keys=2, tile=2, prefix=1)
+    where = layout(exact_keys=2, tile=4, prefix=1, num_hidden=0)
     ways = {
         "linear": lambda *x: linear_attention(*x, layer),
         "near": lambda *x: near_linear_attention(*x, layer, where),
@@ -134,6 +138,6 @@ def test_gradients_equal_those_of_dense_matrices() -> None:
         return torch.autograd.grad((out * reader).sum() + (normaliser * reader[..., 0]).sum(), qkv)
 
     check(gradients(*linear_attention(*qkv, layer)), gradients(*oracle(qkv, layer)))
-    where = layout(near=4)
-    mask = exact_mask(*(x.detach() for x in qkv), where, 0, 0)[0]
+    where = layout(num_hidden=0)
+    mask = exact_mask(choose(*qkv, where), where)
     check(gradients(*near_linear_attention(*qkv, layer, where)), gradients(*oracle(qkv, layer, mask)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from astroattn.config import AstroConfig
+from astroattn.config import BY_LENGTH, AstroConfig
 from astroattn.fidelity import metrics
 from astroattn.fidelity.calls import find_astrocytes
 from astroattn.fidelity.diagnosis import Diagnosis
@@ -34,6 +34,7 @@ from astroattn.fidelity.resources import MEMORY_METHODS
 from astroattn.fidelity.result import Fidelity, Row
 from astroattn.fidelity.speech import transcribe, within_encoder, word_error
 from astroattn.fidelity.subject import Reading, Subject, left_exact
+from astroattn.ops.layout import MOST_HIDDEN
 from astroattn.patching import fallbacks
 from astroattn.plan import Plan
 
@@ -161,12 +162,14 @@ def control_configs(config: AstroConfig | Plan) -> dict[str, AstroConfig]:
     """The controls that every comparison shows beside `config`; beside a plan, those of its widest heads."""
     if isinstance(config, Plan):
         heads = [head for heads in config.modules.values() for head in heads if head.hidden != "exact"]
-        widest = {name: max((getattr(head, name) for head in heads), default=0) for name in ("near", "num_hidden")}
-        config = AstroConfig(near=widest["near"], num_hidden=max(widest["num_hidden"], 1))
+        near, neurons = (max((getattr(head, name) for head in heads), default=1) for name in ("near", "num_hidden"))
+        config = AstroConfig(near=near, num_hidden=neurons)
     controls = {"uniform": AstroConfig(hidden="random", activation="constant", num_hidden=1, near=0)}
     if config.near:
         controls["near alone"] = replace(config, hidden="none", exact_keys=0)
-    controls["random"] = AstroConfig(hidden="random", num_hidden=config.num_hidden, near=0, seed=config.seed)
+    # Where the length decides how many neurons there are, random features get the most that can be.
+    neurons = MOST_HIDDEN if config.num_hidden == BY_LENGTH else config.num_hidden
+    controls["random"] = AstroConfig(hidden="random", num_hidden=neurons, near=0, seed=config.seed)
     return controls
 
 

@@ -7,37 +7,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def learn_clusters(
-    points: Tensor, mass: Tensor, num_clusters: int, steps: int, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def learn_clusters(points: Tensor, mass: Tensor, num_clusters: int, steps: int) -> Tensor:
     """Assign each point to one of m clusters by weighted k-means: winner takes all, then Hebbian learning.
 
     a_i = argmin_j |x_i - w_j|^2, w_j = sum_{i: a_i = j} mass_i x_i / sum_{i: a_i = j} mass_i, `steps` times, from
     points at equal distances along the sequence. Not differentiable: an assignment is a choice.
-    Cost: (steps + 1) m + steps products of length D per point.
+    Cost: (steps + 1) m + steps products of length c per point.
 
     Args:
-        points: [Z, N, D]. mass: [Z, N], not negative, 0 for padding. lengths: real points per sequence [Z], or None.
+        points: [Z, N, c]. mass: [Z, N], not negative.
 
     Returns:
-        The cluster of each point [Z, N], and its squared distance from the cluster's weights [Z, N].
+        The cluster of each point [Z, N].
     """
-    size, count, dim = points.shape
-    ends = torch.full((1, 1), count, device=points.device) if lengths is None else lengths[:, None]
-    start = (torch.arange(num_clusters, device=points.device) * 2 + 1) * ends // (2 * num_clusters)
-    start = start.clamp(max=count - 1).expand(size, -1)
-    weights = points.gather(1, start[..., None].expand(-1, -1, dim))
+    start = (torch.arange(num_clusters, device=points.device) * 2 + 1) * points.shape[1] // (2 * num_clusters)
+    weights = points[:, start]
     for _ in range(steps):
-        total, mean = weighted_means(points, mass, _nearest(points, weights)[1], num_clusters)
+        total, mean = weighted_means(points, mass, _nearest(points, weights), num_clusters)
         weights = torch.where(total[..., None] > 0, mean, weights)
-    distance, winners = _nearest(points, weights)
-    return winners, (distance + points.square().sum(-1)).clamp(min=0)
+    return _nearest(points, weights)
 
 
-def _nearest(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(points: Tensor, weights: Tensor) -> Tensor:
     # |x - w|^2 without |x|^2, which is the same for all w.
-    distance, winners = torch.baddbmm(weights.square().sum(-1)[:, None], points, weights.mT, alpha=-2).min(-1)
-    return distance, winners
+    return torch.baddbmm(weights.square().sum(-1)[:, None], points, weights.mT, alpha=-2).argmin(-1)
 
 
 def weighted_means(points: Tensor, mass: Tensor, winners: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:

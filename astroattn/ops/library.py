@@ -1,8 +1,8 @@
 """The attentions as operators of PyTorch (`torch.ops.astroattn`), and the functions that call them.
 
 An operator runs kernels that a compiler need not look into: it has a fake, which tells shapes without computing, and a
-backward operator. Plain PyTorch is traced as it stands and needs none, but for causal attention in a graph, which
-decides on its way how to cut a chunk.
+backward operator. In a graph plain PyTorch is one too where it decides on its way how to go on, from a sequence or its
+length; linear attention is traced as it stands.
 
 Tensors are [B, H, N, D] of any strides. Outputs and gradients have the strides of the query, the key or the value where
 they have as many columns, and are contiguous elsewhere.
@@ -20,41 +20,38 @@ from torch.autograd.function import once_differentiable
 from astroattn.ops import plain
 from astroattn.ops.backends import choose_backend, run_kernel
 from astroattn.ops.causal import CausalState
+from astroattn.ops.layout import Budget
 from astroattn.ops.rows import dense_rows, empty_rows
-from astroattn.ops.tiles import Layout, cut
 
 
 def near_far_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
+    budget: Budget,
     *,
-    num_hidden: int,
-    steps: int,
     scale: float,
+    lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Near field, exact keys and a Hebbian hidden layer for the rest: `near_far.near_far_attention`.
 
     Args:
-        query, key: [B, H, N, D]. value: [B, H, N, Dv]. layout: its lengths, if any, are those of the batch [B].
-        num_hidden: m; 0 leaves the far field out. steps: Hebbian learning steps. scale: multiplies q.k.
+        query, key: [B, H, N, D]. value: [B, H, N, Dv]. budget: how much of each. scale: multiplies q.k.
+        lengths: real tokens of each sequence [B], which come first; None: all are real. Not with a grid.
         backend: as in `AstroConfig`.
 
     Returns:
-        The output [B, H, N, Dv] in the dtype of the query, and log p [B, H, N] in float32 at least.
+        The output [B, H, N, Dv] in the dtype of the query, and log p [B, H, N] in float32 at least; zeros and -inf for
+        queries that are padding.
 
     Raises:
         ValueError: the backend cannot run here.
     """
     backend = choose_backend(backend, "near_far", query, value)
-    if backend == "torch":
-        return plain.near_far_attention(query, key, value, layout, num_hidden, steps, scale)
-    out, log_p, *_ = _call(_near_far, NearFar)(
-        *(query, key, value, layout.lengths, layout.grid, layout.prefix, layout.tile, layout.near),
-        *(layout.exact_keys, layout.groups, num_hidden, steps, scale, backend),
-    )
+    if backend == "torch" and not torch.compiler.is_compiling():
+        return plain.near_far_attention(query, key, value, lengths, budget, scale)
+    out, log_p, *_ = _call(_near_far, NearFar)(query, key, value, lengths, *budget, scale, backend)
     return out, log_p
 
 
@@ -64,10 +61,11 @@ def near_linear_attention(
     value: Tensor,
     weight: Tensor,
     phase: Tensor,
-    layout: Layout,
+    budget: Budget,
     *,
     activation: str,
     scale: float,
+    lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Near field, exact keys and a static hidden layer for the rest: `static.near_linear_attention`; no kernel has it.
@@ -75,7 +73,10 @@ def near_linear_attention(
     Arguments, results and errors as in `near_far_attention` and `linear_attention`.
     """
     choose_backend(backend, "near_linear", query, value)
-    return plain.near_linear_attention(query, key, value, weight, phase, layout, activation, scale**0.5)
+    if not torch.compiler.is_compiling():
+        return plain.near_linear_attention(query, key, value, weight, phase, lengths, budget, activation, scale)
+    out: tuple[Tensor, Tensor] = _near_linear(query, key, value, weight, phase, lengths, *budget, activation, scale)
+    return out
 
 
 def linear_attention(
@@ -212,58 +213,55 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 # Near and far
 
-_LAYOUT = "Tensor? lengths, SymInt[]? grid, SymInt prefix, SymInt tile, SymInt near"
+_BUDGET = (
+    "Tensor? lengths, SymInt[]? grid, SymInt prefix, SymInt tile, bool by_content, SymInt near, SymInt exact_keys, "
+    "SymInt num_hidden, SymInt steps"
+)
+
+
+def _budget_of(grid: Sequence[int] | None, *numbers: Any) -> Budget:
+    return Budget(None if grid is None else (grid[0], grid[1]), *numbers)
 
 
 @_operator(
     "near_far_attention",
-    f"(Tensor query, Tensor key, Tensor value, {_LAYOUT}, SymInt exact_keys, SymInt groups, SymInt num_hidden, "
-    "SymInt steps, float scale, str backend) -> (Tensor out, Tensor log_p, Tensor winners, Tensor mass, Tensor keys)",
+    f"(Tensor query, Tensor key, Tensor value, {_BUDGET}, float scale, str backend) "
+    "-> (Tensor out, Tensor log_p, Tensor order, Tensor winners, Tensor mass, Tensor keys)",
 )
-def _near_far(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, grid: Sequence[int] | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    *settings, backend = rest
-    grid = None if grid is None else tuple(grid)
-    inputs = (query, key, value, lengths, grid, *settings)
+def _near_far(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *numbers, scale, backend = rest
+    inputs = (query, key, value, lengths, _budget_of(*numbers), scale)
+    if backend == "torch":
+        out, *others = plain.near_far_forward(*inputs)
+        return _as_rows(out, query), *others
     return tuple(run_kernel(backend, "near_far", "near_far_forward", *inputs))
 
 
 @_fake(_near_far)
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    grid: Sequence[int] | None,
-    prefix: int,
-    tile: int,
-    near: int,
-    exact_keys: int,
-    groups: int,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    body = query.shape[2] - prefix
-    rows, columns = grid or (1, body)
-    down, across = cut(tile, rows, columns)[2:]
-    groups = min(groups, down * across)
-    winners = query.new_empty(*query.shape[:2], body, dtype=torch.int32)
-    mass = torch.empty_like(winners, dtype=torch.float32)
-    keys = winners.new_empty(*query.shape[:2], groups, min(exact_keys, body))
-    return _new_rows(query, value.shape[-1]), _new_log_p(query), winners, mass, keys
+def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    budget, tokens = _budget_of(*rest[:-2]), query.shape[2]
+    layout, body = budget.at(tokens, query.shape[3]), tokens - budget.prefix
+    order = query.new_empty(*query.shape[:2], body, dtype=torch.int32)
+    keys = order.new_empty(*query.shape[:2], layout.all_subtiles(body), layout.most_keys(body))
+    mass = torch.empty_like(order, dtype=torch.float32)
+    return _new_rows(query, value.shape[-1]), _new_log_p(query), order, torch.empty_like(order), mass, keys
 
 
 @_operator(
     "near_far_attention_backward",
     "(Tensor d_out, Tensor d_log_p, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_p, "
-    f"Tensor winners, Tensor mass, Tensor keys, {_LAYOUT}, SymInt groups, SymInt num_hidden, float scale, str backend) "
+    f"Tensor order, Tensor winners, Tensor mass, Tensor keys, {_BUDGET}, float scale, str backend) "
     "-> (Tensor d_query, Tensor d_key, Tensor d_value)",
 )
 def _near_far_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *results, lengths, grid, prefix, tile, near, groups, num_hidden, scale, backend = rest
-    grid = None if grid is None else tuple(grid)
-    settings = (lengths, grid, prefix, tile, near, groups, num_hidden, scale)
-    return tuple(run_kernel(backend, "near_far", "near_far_backward", d_out, d_log_p, *results, *settings))
+    *tensors, lengths, grid, prefix, tile, by_content, near, exact_keys, num_hidden, steps, scale, backend = rest
+    budget = _budget_of(grid, prefix, tile, by_content, near, exact_keys, num_hidden, steps)
+    if backend == "torch":
+        query, key, value, _, _, order, winners, mass, keys = tensors
+        given = (query, key, value, order, winners, mass, keys, lengths, budget, scale)
+        grads = plain.near_far_backward(d_out, d_log_p, *given)
+        return tuple(map(_as_rows, grads, tensors[:3]))
+    return tuple(run_kernel(backend, "near_far", "near_far_backward", d_out, d_log_p, *tensors, lengths, budget, scale))
 
 
 @_fake(_near_far_backward)
@@ -280,15 +278,76 @@ class NearFar(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, key, value, lengths, grid, prefix, tile, near, _, groups, num_hidden, _, scale, backend = inputs
+        query, key, value, lengths, *ctx.settings = inputs
         ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(query, key, value, *output, lengths)
-        ctx.settings = (grid, prefix, tile, near, groups, num_hidden, scale, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_log_p: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return *_near_far_backward(d_out, d_log_p, *ctx.saved_tensors, *ctx.settings), *[None] * 11
+        grads = _near_far_backward(d_out, d_log_p, *ctx.saved_tensors, *ctx.settings)
+        return *grads, *[None] * (1 + len(ctx.settings))
+
+
+# Near field, exact keys and a static layer
+
+_NEAR_LINEAR = (
+    f"Tensor query, Tensor key, Tensor value, Tensor weight, Tensor phase, {_BUDGET}, str activation, float scale"
+)
+
+
+@_operator("near_linear_attention", f"({_NEAR_LINEAR}) -> (Tensor out, Tensor log_p)")
+def _near_linear(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, phase: Tensor, lengths: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    *numbers, activation, scale = rest
+    given = (weight, phase, lengths, _budget_of(*numbers), activation, scale)
+    out, log_p = plain.near_linear_attention(query, key, value, *given)
+    return _as_rows(out, query), log_p
+
+
+@_operator(
+    "near_linear_attention_backward",
+    f"(Tensor d_out, Tensor d_log_p, {_NEAR_LINEAR}) "
+    "-> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_weight)",
+)
+def _near_linear_backward(
+    d_out: Tensor,
+    d_log_p: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    phase: Tensor,
+    lengths: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *numbers, activation, scale = rest
+    given = (weight, phase, lengths, _budget_of(*numbers), activation, scale)
+    *grads, d_weight = plain.near_linear_backward(d_out, d_log_p, query, key, value, *given)
+    return *map(_as_rows, grads, (query, key, value)), d_weight
+
+
+@_fake(_near_linear_backward)
+def _(
+    d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return *_gradients(query, key, value), weight.new_empty(weight.shape)
+
+
+class NearLinear(torch.autograd.Function):
+    """The gradients of `astroattn::near_linear_attention`."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        ctx.settings = inputs[6:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_log_p: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _near_linear_backward(d_out, d_log_p, *ctx.saved_tensors, *ctx.settings)
+        return *grads, *[None] * (2 + len(ctx.settings))
 
 
 # Linear attention
@@ -369,6 +428,7 @@ def _causal(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return out, log_p
 
 
+@_fake(_near_linear)
 @_fake(_causal)
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return _new_rows(query, value.shape[-1]), _new_log_p(query)
@@ -421,5 +481,5 @@ class Causal(torch.autograd.Function):
         return *grads, d_weight if wanted else None, *[None] * 6
 
 
-for _op, _function in ((_near_far, NearFar), (_linear, Linear), (_causal, Causal)):
+for _op, _function in ((_near_far, NearFar), (_near_linear, NearLinear), (_linear, Linear), (_causal, Causal)):
     torch.library.register_autograd(_op.name(), _function.backward, setup_context=_function.setup_context, lib=_LIBRARY)

@@ -1,22 +1,24 @@
-"""Attention of tiles of queries to exact keys and, through a Hebbian hidden layer, to all other keys.
+"""Attention of tiles of queries: exact where it matters, and through a Hebbian hidden layer to all other keys.
 
-For a query q = u + r in a tile (u the mean query of the tile's group, r the rest), softmax attention's sum over the
-far keys is
+For a query q = u + r of a tile (u the tile's mean query, r the rest), softmax attention's sum over keys is
 
     sum_i exp(q.k_i) v_i = sum_i exp(r.k_i) exp(u.k_i) v_i.
 
-The far keys are clustered, and in cluster j exp(r.k_i) is taken as exp(r.w_j), w_j the mean of its keys:
+The keys are clustered, and for a key of cluster j that is not read exactly exp(r.k_i) is taken as exp(r.w_j), w_j the
+mean of the cluster's keys:
 
     sum_j exp(r.w_j) s_j   with   s_j = sum_{i in j} exp(u.k_i) v_i,
 
-and for the normaliser with z_j = sum_{i in j} exp(u.k_i) in place of s_j.
+and for the normaliser with z_j = sum_{i in j} exp(u.k_i) in place of s_j. So the mean query of a tile reads every key
+without error. Tiles hold queries that ask for the same, wherever they stand: attention does not know their order.
 
-So the mean query of a group reads every key without error, and a tile is plain attention over
-[its exact keys ; m hidden neurons with weights w_j, bias log z_j and values s_j / z_j].
+Each sub-tile of four queries attends exactly to the near keys of its queries and to others that it chooses in two
+levels: the tile proposes candidates, the sub-tile takes some. What no sub-tile of the tile takes is summed once for the
+tile; what others take is added by each sub-tile that does not. Nothing is subtracted.
 
-`choose` finds the clusters and the exact keys; `attend` is everything else, differentiable, given what was chosen.
-All arguments are flattened over batch and heads, Z = B * H; the queries are already multiplied by the scale. The body
-is all n = N - prefix tokens behind the prefix.
+`choose` finds the order of the queries, the clusters and the exact keys; `attend` is everything else, differentiable,
+given what was chosen. All arguments are flattened over batch and heads, Z = B * H; the queries are already multiplied
+by the scale. The body is all n = N - prefix tokens behind the prefix; none of the tokens is padding.
 """
 
 from __future__ import annotations
@@ -25,22 +27,31 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from astroattn.ops.clustering import cluster_sums, learn_clusters, weighted_means
-from astroattn.ops.tiles import Layout, Tiles, make_tiles, real_tokens
+from astroattn.ops.layout import SUBTILE, Layout
+from astroattn.ops.order import Coordinates, content_order, factor, find_coordinates, near_keys, position_order
+
+LEAST_SPREAD = 1e-6  # of a logit within a cluster, squared
+MOST_MISS = 8.0  # of d, beyond which a key is missed by all of it
+LOGITS = 2**26  # of the tiles that are read at once
+LEAST_MASS = 1e-12  # of what is expected of a key, so that no cluster is empty
 
 
 class Choice(NamedTuple):
     """What is decided before anything is attended to; constant in the backward pass.
 
     Attributes:
+        order: the body's queries in the order of their tiles [Z, n]; a sub-tile is four in a row.
         winners: the cluster of each body key [Z, n].
-        mass: what each body key weighs in the mean w of its cluster [Z, n], 0 for padding. Each cluster has a factor
-            of its own, which the mean does not depend on.
-        keys: the exact keys of each group, as indices into the body [Z, R, e]; -1 where it has fewer.
+        mass: what each body key weighs in the mean w of its cluster [Z, n]. Each cluster has a factor of its own,
+            which the mean does not depend on.
+        keys: the exact keys of each sub-tile, as indices into the body [Z, S, P]; -1 where it has fewer.
     """
 
+    order: Tensor
     winners: Tensor
     mass: Tensor
     keys: Tensor
@@ -48,287 +59,319 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """What the groups of queries expect of the body keys, by their mean queries.
+    """The queries by tile, and what they expect of the body keys by their mean queries.
 
     Attributes:
-        rest: r, the queries less their group's mean query, by tile [Z, T, t, D].
-        mean: u [Z, R, D].
-        logits: u.k [Z, R, n], -inf where padded.
+        token: the query in each slot [Z, T, t]; slots behind the last query repeat it and are not real.
+        real: which slots are [T, t].
+        mean: u [Z, T, D]. rest: r [Z, T, t, D], 0 in slots that are not real.
+        logits: u.k [Z, T, n].
     """
 
-    rest: Tensor
+    token: Tensor
+    real: Tensor
     mean: Tensor
+    rest: Tensor
     logits: Tensor
 
 
-@dataclass(frozen=True)
-class Far:
-    """The hidden layer as the tiles read it: w [Z, m, D], z exp(-top) and its logarithm with top [Z, T, m], s exp(-top)
-    [Z, T, m, Dv], top the largest u.k of a far key of the cluster."""
-
-    weights: Tensor
-    z: Tensor
-    log_z: Tensor
-    s: Tensor
-
-
-def near_far_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, num_hidden: int, steps: int
-) -> tuple[Tensor, Tensor]:
-    """Attention of each query to its near field, its tile's exact keys, and m hidden neurons for the rest.
+def near_far_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Attention of each query to its sub-tile's exact keys, and to m hidden neurons for the rest.
 
     Args:
         query, key, value: [Z, N, D], [Z, N, D], [Z, N, Dv], queries scaled; float32 or float64.
-        num_hidden: m; 0 leaves the far field out. steps: Hebbian learning steps.
 
     Returns:
-        The output [Z, N, Dv], and the log of the normaliser [Z, N]; zeros and -inf for padded queries.
+        The output [Z, N, Dv], and the log of the normaliser [Z, N].
     """
-    tiles = make_tiles(layout, key.shape[1], key.device)
-    reading = read_tiles(query, key, layout, tiles)
-    choice = _choose(reading, key, value, layout, tiles, num_hidden, steps)
-    return _attend(reading, query, key, value, layout, tiles, choice, num_hidden)
-
-
-def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, num_hidden: int, steps: int) -> Choice:
-    """The clusters of the keys and the exact keys of the groups. Arguments as in `near_far_attention`."""
-    with torch.no_grad():
-        tiles = make_tiles(layout, key.shape[1], key.device)
-        reading = read_tiles(query, key, layout, tiles)
-        return _choose(reading, key, value, layout, tiles, num_hidden, steps)
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, choice: Choice, num_hidden: int
-) -> tuple[Tensor, Tensor]:
-    """Attention given what was chosen, by `choose` or by a kernel. Arguments and results as in `near_far_attention`."""
-    tiles = make_tiles(layout, key.shape[1], key.device)
-    reading = read_tiles(query, key, layout, tiles)
-    return _attend(reading, query, key, value, layout, tiles, choice, num_hidden)
+    return attend(query, key, value, layout, choose(query, key, value, layout))
 
 
 @torch.no_grad()
-def _choose(
-    reading: Reading, key: Tensor, value: Tensor, layout: Layout, tiles: Tiles, num_hidden: int, steps: int
-) -> Choice:
-    prefix = layout.prefix
+def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Choice:
+    """The order of the queries, the clusters of the keys and the exact keys of the sub-tiles."""
+    prefix, m = layout.prefix, layout.num_hidden
+    body_query, body_key, body_value = (x[:, prefix:] for x in (query, key, value))
+    size, body, _ = body_key.shape
+    coordinates = find_coordinates(body_query, body_key)
+    if layout.by_content:
+        moment = coordinates.key.mT @ coordinates.key / body
+        order = content_order(coordinates.query @ factor(moment), layout)
+    else:
+        order = position_order(layout, body, key.device).expand(size, -1)
+    reading = read_tiles(body_query, body_key, order, layout)
+    expected = expected_attention(reading, key[:, :prefix])
+    clusters, winners = None, order.new_zeros(size, body)
+    if m:
+        mass = expected.sum(1)
+        rest = _mean_and_rest(coordinates.query, reading.token, reading.real)[1].flatten(1, 2)
+        winners = learn_clusters(coordinates.key @ factor(rest.mT @ rest / body), mass, m, layout.steps)
+        clusters = measure_clusters(body_key, body_value, coordinates, mass, winners, m)
+    keys = choose_keys(reading, coordinates, layout, clusters, expected)
+    return Choice(order, winners, _mass_left(reading, expected, keys, winners, layout), keys)
+
+
+def read_tiles(query: Tensor, key: Tensor, order: Tensor, layout: Layout) -> Reading:
+    """Mean query of each tile and its logits with every body key: T * n products of length D."""
+    body, tile = query.shape[1], layout.tile
+    slots = torch.arange(layout.tiles(body) * tile, device=query.device).view(-1, tile)
+    token, real = order[:, slots.clamp(max=body - 1)], slots < body
+    mean, rest = _mean_and_rest(query, token, real)
+    return Reading(token, real, mean, rest, mean @ key.mT)
+
+
+def _mean_and_rest(x: Tensor, token: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over each tile [Z, T, D] of x [Z, n, D], and what is left [Z, T, t, D], 0 in slots that are not real."""
+    weight = real[None, ..., None].to(x.dtype)
+    by_tile = take_rows(x, token)
+    mean = (by_tile * weight).sum(2) / weight.sum(2)
+    return mean, (by_tile - mean[:, :, None]) * weight
+
+
+def expected_attention(reading: Reading, prefix_key: Tensor) -> Tensor:
+    """The attention that all queries of a tile are expected to give to each body key [Z, T, n].
+
+    It is the softmax of u.k over prefix and body, times the share of the queries that are in the tile.
+    """
+    normaliser = torch.cat([reading.logits, reading.mean @ prefix_key.mT], -1).logsumexp(-1, keepdim=True)
+    number = reading.real.sum(-1, keepdim=True).to(normaliser.dtype)
+    return (reading.logits - normaliser).exp() * (number / number.sum())
+
+
+class Clusters(NamedTuple):
+    """The clusters before exact keys are chosen.
+
+    Attributes:
+        weights: w [Z, m, D]. winners: the cluster of each key [Z, n].
+        offset: k - w [Z, n, D]. along: the same in a few coordinates [Z, n, c]. log_value: log |v - mean v| [Z, n].
+    """
+
+    weights: Tensor
+    winners: Tensor
+    offset: Tensor
+    along: Tensor
+    log_value: Tensor
+
+
+def measure_clusters(
+    key: Tensor, value: Tensor, coordinates: Coordinates, mass: Tensor, winners: Tensor, num_hidden: int
+) -> Clusters:
+    """What each cluster is, and where each key is in it."""
+
+    def offset(x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = weighted_means(x, mass, winners, num_hidden)[1]
+        return mean, x - mean.gather(1, winners[..., None].expand_as(x))
+
+    weights, from_weights = offset(key)
+    log_value = offset(value)[1].norm(dim=-1).clamp(min=torch.finfo(value.dtype).tiny).log()
+    return Clusters(weights, winners, from_weights, offset(coordinates.key)[1], log_value)
+
+
+def choose_keys(
+    reading: Reading, coordinates: Coordinates, layout: Layout, clusters: Clusters | None, expected: Tensor
+) -> Tensor:
+    """The exact keys of each sub-tile [Z, S, P]: the near keys of its queries, and the others it asks for most.
+
+    With u_s the mean of r over the sub-tile, the tile's candidates have the largest
+
+        exp(u.k) max_s[exp(u_s.w) / Z_s] (E|r.(k - w)|^2)^1/2 |v - mean v|,
+
+    expected attention times the error of reading the key through its cluster. Of them the sub-tile takes the largest
+
+        exp((u + u_s).k) ((1 - exp(-d))^2 + E|(r - u_s).(k - w)|^2)^1/2 |v - mean v|,   d = u_s.(k - w),
+
+    d in a few coordinates. Without clusters there is nothing to read a key through, and attention alone counts.
+    """
+    size, tiles, body = reading.logits.shape
+    count = layout.subtiles()
+    token, real = (_by_subtile(x, count) for x in (reading.token, reading.real.expand_as(reading.token)))
+    near = near_keys(token, layout, body).masked_fill(~real[..., None], -1).flatten(3)
+    near = _unique(near, layout.near_keys(body))  # [Z, T, s, W]
+    if layout.exact_keys == 0:
+        return _of_body(near, body)
+
+    weight = real[..., None].to(reading.rest.dtype)
+    rest = _by_subtile(reading.rest, count)
+    number = weight.sum(3)
+    mean = (rest * weight).sum(3) / number.clamp(min=1)  # u_s [Z, T, s, D]
+    direction = mean @ coordinates.query_basis[:, None]
+    score, offset = reading.logits, coordinates.key
+    if clusters is not None:
+        offset = clusters.along
+        within = ((rest - mean[:, :, :, None]) * weight).square().sum((1, 2, 3)) / body
+        between = (mean.square() * number).sum((1, 2)) / body  # both [Z, D]
+        squared = clusters.offset.square()
+        within, wide = (((squared @ x[..., None])[..., 0] + LEAST_SPREAD)[:, None] for x in (within, within + between))
+        owner = clusters.winners[:, None].expand_as(score)
+        drive = mean @ clusters.weights[:, None].mT  # u_s.w [Z, T, s, m]
+        share = expected.new_zeros(*score.shape[:2], drive.shape[-1]).scatter_add(2, owner, expected)
+        log_share = share.clamp(min=torch.finfo(share.dtype).tiny).log()[:, :, None]
+        gain = drive - (drive + log_share).logsumexp(-1, keepdim=True)
+        gain = gain.masked_fill(number == 0, -torch.inf).amax(2)
+        score = score + gain.gather(2, owner) + clusters.log_value[:, None] + wide.log() / 2
+    candidates = score.topk(layout.candidates(body), dim=-1).indices  # [Z, T, E]
+
+    def of_candidates(x: Tensor) -> Tensor:
+        """[Z, 1 or T, n] -> [Z, T, 1, E]."""
+        return x.expand(size, tiles, body).gather(2, candidates)[:, :, None]
+
+    inner = direction @ take_rows(offset, candidates).mT  # d [Z, T, s, E]
+    score = of_candidates(reading.logits) + inner
+    if clusters is not None:
+        owner = of_candidates(clusters.winners[:, None]).expand_as(inner)
+        miss = (1 - (-inner.clamp(-MOST_MISS, MOST_MISS)).exp()).square() + of_candidates(within)
+        score = score + drive.gather(3, owner) + of_candidates(clusters.log_value[:, None]) + miss.log() / 2
+    candidates = candidates[:, :, None].expand(score.shape)
+    behind = F.pad(near, (0, 1), value=-1)
+    is_near = behind.gather(3, torch.searchsorted(-behind, -candidates)) == candidates
+    best, place = score.masked_fill(is_near, -torch.inf).topk(min(layout.exact_keys, score.shape[-1]), dim=-1)
+    chosen = candidates.gather(3, place).masked_fill(best == -torch.inf, -1)
+    return _of_body(torch.cat([near, chosen], -1), body)
+
+
+def _by_subtile(x: Tensor, count: int) -> Tensor:
+    """Slots of tiles [Z, T, t, ...] as slots of sub-tiles [Z, T, s, 4, ...] (fewer where the tile is smaller)."""
+    return x.reshape(*x.shape[:2], count, -1, *x.shape[3:])
+
+
+def _of_body(keys: Tensor, body: int) -> Tensor:
+    """Keys of sub-tiles [Z, T, s, P] -> [Z, S, P], S the sub-tiles that hold a query."""
+    return keys.flatten(1, 2)[:, : -(-body // SUBTILE)]
+
+
+def _unique(keys: Tensor, most: int) -> Tensor:
+    """Each key once, -1 behind them; at most that many."""
+    keys = keys.sort(-1, descending=True).values
+    again = torch.zeros_like(keys, dtype=torch.bool)
+    again[..., 1:] = keys[..., 1:] == keys[..., :-1]
+    return keys.masked_fill(again, -1).sort(-1, descending=True).values[..., :most]
+
+
+def _mass_left(reading: Reading, expected: Tensor, keys: Tensor, winners: Tensor, layout: Layout) -> Tensor:
+    """What each key weighs in its cluster: the attention expected of the queries that do not read it exactly [Z, n].
+
+    It keeps 1e-12 of what all queries expect, so that no cluster is empty, and is measured from the cluster's largest.
+    """
+    number = reading.real.view(-1, layout.subtiles(), SUBTILE).sum(2).to(expected.dtype)  # queries [T, s]
+    keys = _by_tile(keys, *number.shape).where(number[..., None] > 0, -1)
+    taken = F.pad(torch.zeros_like(expected), (0, 1))  # by how many queries of the tile; -1 points behind the last
+    place = keys.where(keys >= 0, expected.shape[-1]).flatten(2)
+    taken = taken.scatter_add(2, place, number[..., None].expand(keys.shape).flatten(2))[..., :-1]
+    share = 1 - taken / number.sum(1)[:, None]
+    left = (expected * share.clamp(min=0)).sum(1) + LEAST_MASS * expected.sum(1)
+    largest = left.new_zeros(len(left), max(layout.num_hidden, 1)).scatter_reduce(1, winners, left, "amax")
+    return left / largest.gather(1, winners).clamp(min=torch.finfo(left.dtype).tiny)
+
+
+def _by_tile(keys: Tensor, tiles: int, subtiles: int) -> Tensor:
+    """Keys of sub-tiles [Z, S, P] -> [Z, T, s, P], -1 where there is no sub-tile."""
+    keys = F.pad(keys, (0, 0, 0, tiles * subtiles - keys.shape[1]), value=-1)
+    return keys.view(len(keys), tiles, subtiles, -1)
+
+
+class Union(NamedTuple):
+    """The keys that some sub-tile of a tile reads exactly.
+
+    Attributes:
+        keys: which they are [Z, T, U]. there: whether it is one [Z, T, U]; a tile may have fewer.
+        taken: whether a sub-tile reads it exactly [Z, T, s, U].
+        left: the body keys that none of them reads exactly [Z, T, n].
+    """
+
+    keys: Tensor
+    there: Tensor
+    taken: Tensor
+    left: Tensor
+
+
+def find_union(keys: Tensor, tiles: int, subtiles: int, body: int) -> Union:
+    """The exact keys of each tile, from those of the sub-tiles [Z, S, P]."""
+    keys = _by_tile(keys, tiles, subtiles)
+    index = _unique(keys.flatten(2), body)
+    there = index >= 0
+    size = int(there.sum(-1).max())
+    index, there = index[..., :size], there[..., :size]
+    place = torch.searchsorted(-index, -keys.flatten(2)).view(keys.shape)  # -1 is behind the last, or where none is
+    taken = keys.new_zeros(*keys.shape[:3], size + 1, dtype=torch.bool).scatter(3, place, True)[..., :size]
+    left = keys.new_ones(*keys.shape[:2], body + 1, dtype=torch.bool)
+    left = left.scatter(2, index.where(there, body), False)[..., :body]
+    return Union(index.clamp(min=0), there, taken, left)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Attention given what was chosen, by `choose` or by a kernel. Arguments and results as in `near_far_attention`."""
+    prefix, m = layout.prefix, layout.num_hidden
+    order, winners, keys = (x.long() for x in (choice.order, choice.winners, choice.keys))
+    head_key, head_value = key[:, :prefix], value[:, :prefix]
     body_key, body_value = key[:, prefix:], value[:, prefix:]
-    if num_hidden == 0:
-        keys = choose_exact_keys(reading, tiles, None, layout.exact_keys)
-        return Choice(keys.new_zeros(body_key.shape[:2]), body_key.new_zeros(body_key.shape[:2]), keys)
-    log_mass = expected_attention(reading, key[:, :prefix], tiles)
-    mass = log_mass.exp().sum(1)
-    winners, error = learn_hidden(reading, tiles, mass, body_key, body_value, layout, num_hidden, steps)
-    keys = choose_exact_keys(reading, tiles, error, layout.exact_keys)
-    log_mass = log_mass.masked_fill(_excluded(reading, tiles, keys), -torch.inf).logsumexp(1, keepdim=True)
-    return Choice(winners, _from_largest(log_mass, winners, num_hidden)[0][:, 0], keys)
+    body = body_key.shape[1]
+    reading = read_tiles(query[:, prefix:], body_key, order, layout)
+    tiles = reading.token.shape[1]
 
+    index, there, taken, left = find_union(keys, tiles, layout.subtiles(), body)
+    bias = reading.logits.gather(2, index).masked_fill(~there, -torch.inf)  # u.k
 
-def _attend(
-    reading: Reading,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    tiles: Tiles,
-    choice: Choice,
-    num_hidden: int,
-) -> tuple[Tensor, Tensor]:
-    choice = Choice(choice.winners.long(), choice.mass.to(key.dtype), choice.keys.long())
-    far = None
-    if num_hidden:
-        far = write_hidden(reading, tiles, key[:, layout.prefix :], value[:, layout.prefix :], choice, num_hidden)
-    out, normaliser = _read(reading, tiles, key, value, layout.prefix, choice.keys, far)
-    return assemble(out, normaliser, tiles, query, key, value, layout)
+    if m:
+        mass = choice.mass.to(key.dtype)
+        weights = weighted_means(body_key, mass, winners, m)[1]
+        log_z, mean_value = write_hidden(reading.logits.masked_fill(~left, -torch.inf), body_value, winners, m)
+
+    def read(part: slice) -> tuple[Tensor, Tensor]:
+        """One softmax for each query over [prefix ; the union, exactly or through its cluster ; the neurons]."""
+        rest, mean, keys = reading.rest[:, part], reading.mean[:, part], index[:, part]
+        exact = rest @ take_rows(body_key, keys).mT  # r.k [Z, T, t, U]
+        own = taken[:, part].repeat_interleave(SUBTILE, 2)
+        parts = [rest @ head_key[:, None].mT, exact.masked_fill(~own, -torch.inf)]
+        biases = [mean @ head_key.mT, bias[:, part]]
+        values = [head_value[:, None].expand(-1, keys.shape[1], -1, -1), take_rows(body_value, keys)]
+        if m:
+            drive = rest @ weights[:, None].mT  # r.w [Z, T, t, m]
+            owner = winners[:, None].expand(-1, keys.shape[1], -1).gather(2, keys)
+            through = drive.gather(3, owner[:, :, None].expand_as(exact))
+            parts[1:] = [torch.where(own, exact, through), drive]
+            biases.append(log_z[:, part])
+            values.append(mean_value[:, part])
+        joint = torch.cat(biases, -1)[:, :, None]
+        top = joint.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).min)
+        logits = torch.cat(parts, -1) + (joint - top)  # u.k is kept apart from r.k until the largest is subtracted
+        logits = logits.clamp(min=torch.finfo(logits.dtype).min)  # a tile that may see nothing stays finite
+        return logits.softmax(-1) @ torch.cat(values, 2), logits.logsumexp(-1) + top[..., 0]
+
+    step = max(1, LOGITS // (len(key) * layout.tile * (prefix + index.shape[-1] + m)))
+    out, normaliser = (
+        torch.cat(x, 1) for x in zip(*(read(slice(t, t + step)) for t in range(0, tiles, step)), strict=True)
+    )
+    return assemble(out, normaliser, order, query, key, value, prefix)
 
 
 def assemble(
-    out: Tensor, normaliser: Tensor, tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, layout: Layout
+    out: Tensor, normaliser: Tensor, order: Tensor, query: Tensor, key: Tensor, value: Tensor, prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """Put the tiles' rows [Z, T, t, Dv] into the order of the tokens, behind the prefix's; zeros for padding."""
-    out, normaliser = (x.flatten(1, 2)[:, tiles.inverse] for x in (out, normaliser))
-    if layout.prefix:
-        head, head_normaliser = exact_rows(query[:, : layout.prefix], key, value, layout.lengths)
+    """Put rows by tile or sub-tile [Z, T, t, Dv] into the order of the tokens, behind the prefix's."""
+    body, back = order.shape[1], order.argsort(1)
+    out, normaliser = (x.flatten(1, 2)[:, :body] for x in (out, normaliser))
+    out, normaliser = out.gather(1, back[..., None].expand_as(out)), normaliser.gather(1, back)
+    if prefix:
+        head, head_normaliser = exact_rows(query[:, :prefix], key, value)
         out, normaliser = torch.cat([head, out], 1), torch.cat([head_normaliser, normaliser], 1)
-    real = layout.real(key.shape[1])
-    return (out, normaliser) if real is None else zero_padding(out, normaliser, real)
+    return out, normaliser
 
 
-def zero_padding(out: Tensor, normaliser: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros and -inf for queries that are padding [Z, N]."""
-    return out.masked_fill(~real[..., None], 0), normaliser.masked_fill(~real, -torch.inf)
-
-
-def exact_rows(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+def exact_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax attention of a few queries to all keys: the output and the log of the normaliser."""
     logits = query @ key.mT
-    if lengths is not None:
-        real = real_tokens(key.shape[1], lengths)
-        logits = logits.masked_fill(~real[:, None], torch.finfo(logits.dtype).min)
     return logits.softmax(-1) @ value, logits.logsumexp(-1)
 
 
-def read_tiles(query: Tensor, key: Tensor, layout: Layout, tiles: Tiles) -> Reading:
-    """Mean query of each group and its logits with every key: R * n products of length D."""
-    query, key = query[:, layout.prefix :], key[:, layout.prefix :]
-    lengths = layout.body_lengths()
-    by_tile = query[:, tiles.slots]  # [Z, T, t, D]
-    real = tiles.slot_mask[..., None].to(query.dtype)  # [1 or Z, T, t, 1]
-    mean = tiles.sum_groups((by_tile * real).sum(2)) / _real_queries(tiles, query.dtype).clamp(min=1)
-    rest = (by_tile - tiles.of_group(mean)[:, :, None]) * real
-    logits = mean @ key.mT
-    if lengths is not None:
-        logits = logits.masked_fill(~real_tokens(key.shape[1], lengths)[:, None], -torch.inf)
-    return Reading(rest, mean, logits)
-
-
-def _real_queries(tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """Number of real queries of each group [1 or Z, R, 1]."""
-    return tiles.sum_groups(tiles.slot_mask.sum(-1, keepdim=True).to(dtype))
-
-
-def expected_attention(reading: Reading, prefix_key: Tensor, tiles: Tiles) -> Tensor:
-    """The logarithm of the attention that all queries of a group are expected to give to each body key [Z, R, n].
-
-    It is the softmax of u.k over prefix and body, times the share of the queries that are in the group.
-    """
-    logits, number = reading.logits, _real_queries(tiles, reading.logits.dtype)
-    normaliser = torch.cat([logits, reading.mean @ prefix_key.mT], -1).logsumexp(-1, keepdim=True)
-    share = number / number.sum(1, keepdim=True).clamp(min=1)
-    return logits - normaliser.clamp(min=torch.finfo(logits.dtype).min) + share.log()
-
-
-def _count_near(tiles: Tiles, count: int) -> Tensor:
-    """To how many tiles of each group each key is near [1 or Z, R, n]."""
-    place = tiles.group[..., None] * count + tiles.near
-    near = torch.zeros(len(place), tiles.num_groups * count, dtype=torch.long, device=place.device)
-    near.scatter_add_(1, place.flatten(1), tiles.near_mask.expand_as(place).flatten(1).long())
-    return near.view(-1, tiles.num_groups, count)
-
-
-def learn_hidden(
-    reading: Reading,
-    tiles: Tiles,
-    mass: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    num_hidden: int,
-    steps: int,
-) -> tuple[Tensor, Tensor]:
-    """The cluster of each body key, and the error of reading it through its cluster, |r.(k - w)| |v - mean v| [Z, n].
-
-    Keys are compared in the metric of what the hidden layer has to tell apart, r.k: each dimension is multiplied by
-    the root mean square of r. They weigh as much as the attention that the groups expect to give them, mass [Z, n].
-    """
-    queries = tiles.slot_mask.sum((1, 2)).clamp(min=1)[:, None]
-    spread = (reading.rest.square().sum((1, 2)) / queries).sqrt()
-    winners, distance = learn_clusters(key * spread[:, None], mass, num_hidden, steps, layout.body_lengths())
-    mean_value = weighted_means(value, mass, winners, num_hidden)[1]
-    off_value = value - mean_value.gather(1, winners[..., None].expand_as(value))
-    return winners, distance.sqrt() * off_value.norm(dim=-1)
-
-
-def choose_exact_keys(reading: Reading, tiles: Tiles, error: Tensor | None, exact_keys: int) -> Tensor:
-    """The far keys that each group asks for most [Z, R, e], -1 where there are fewer.
-
-    They have the largest exp(u.k) times the error of reading the key inexactly (1 where `error` is None).
-    """
-    with torch.no_grad():
-        score = reading.logits
-        if error is not None:
-            score = score + error.clamp(min=torch.finfo(error.dtype).tiny).log()[:, None]
-        score = score.masked_fill(_count_near(tiles, score.shape[-1]) > 0, -torch.inf)
-        best, keys = score.topk(min(exact_keys, score.shape[-1]), dim=-1)
-        return keys.masked_fill(best == -torch.inf, -1)
-
-
-def exact_of_tiles(tiles: Tiles, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The near field of each tile and the exact keys of its group [Z, T, P], and which of them there are."""
-    near, near_mask = (x.expand(len(keys), -1, -1) for x in (tiles.near, tiles.near_mask))
-    keys = tiles.of_group(keys)
-    return torch.cat([near, keys.clamp(min=0)], -1), torch.cat([near_mask, keys >= 0], -1)
-
-
-def _excluded(reading: Reading, tiles: Tiles, keys: Tensor) -> Tensor:
-    """Keys that the sums of a group leave out [Z, R, n]: those chosen and, where no tiles share a group, those near."""
-    size, groups, count = reading.logits.shape
-    chosen = torch.zeros(size, groups, count + 1, dtype=torch.bool, device=keys.device)  # -1 points behind the last
-    chosen = chosen.scatter(-1, torch.where(keys < 0, count, keys), True)[..., :-1]
-    if not tiles.shared:
-        return chosen | (_count_near(tiles, count) > 0)
-    alone = tiles.slot_mask.any(-1).sum(-1) <= groups  # [1 or Z], of the sequences
-    return chosen | ((_count_near(tiles, count) > 0) & alone[:, None, None])
-
-
-def write_hidden(reading: Reading, tiles: Tiles, key: Tensor, value: Tensor, choice: Choice, num_hidden: int) -> Far:
-    """Write the far keys into the hidden layer (w, z and s of the module's formula): R * n products of length D."""
-    winners = choice.winners
-    weights = weighted_means(key, choice.mass, winners, num_hidden)[1]
-    far = reading.logits.masked_fill(_excluded(reading, tiles, choice.keys), -torch.inf)
-    c, top = _from_largest(far, winners, num_hidden)
-    z, s = cluster_sums(c, value, winners, num_hidden)
-    z, s, top = (tiles.of_group(x) for x in (z, s, top))
-    whole = z
-    if tiles.shared:
-        # The sums are the group's: take out the keys that are near to this tile (c is 0 where they are left out).
-        z_near, s_near = _near_sums(tiles, c, value, winners, num_hidden)
-        z, s = z - z_near, s - s_near
-    alive = z > 16 * torch.finfo(z.dtype).eps * whole  # less than the rounding of what was taken out is nothing
-    safe = z.masked_fill(~alive, 1)
-    log_z = (safe.log() + top).masked_fill(~alive, -torch.inf)
-    return Far(weights, safe, log_z, s)
-
-
-def _from_largest(logits: Tensor, winners: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
-    """exp(logits - top) [Z, R, n] and top [Z, R, m], the largest logit of the cluster: so no cluster underflows."""
+def write_hidden(logits: Tensor, value: Tensor, winners: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
+    """Write keys of logits u.k [Z, T, n] into the hidden layer: log z [Z, T, m] and s / z [Z, T, m, Dv]."""
     owner = winners[:, None].expand_as(logits)
     top = logits.new_full((*logits.shape[:2], num_hidden), torch.finfo(logits.dtype).min)
-    top = top.scatter_reduce(2, owner, logits.detach(), "amax")
-    return (logits - top.gather(2, owner)).exp(), top
-
-
-def _near_sums(tiles: Tiles, c: Tensor, value: Tensor, winners: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
-    """What the near keys of each tile put into its group's sums: z [Z, T, m] and s [Z, T, m, Dv]."""
-    near = tiles.near.expand(len(c), -1, -1)
-    c_near = _take_logits(tiles, c, near).masked_fill(~tiles.near_mask, 0)  # [Z, T, W]
-    owner = take_rows(winners[..., None], near)  # [Z, T, W, 1]
-    z = c.new_zeros(*near.shape[:2], num_hidden).scatter_add(2, owner[..., 0], c_near)
-    weighted = take_rows(value, near) * c_near[..., None]
-    s = weighted.new_zeros(*near.shape[:2], num_hidden, value.shape[-1])
-    return z, s.scatter_add(2, owner.expand_as(weighted), weighted)
-
-
-def _read(
-    reading: Reading, tiles: Tiles, key: Tensor, value: Tensor, prefix: int, keys: Tensor, far: Far | None
-) -> tuple[Tensor, Tensor]:
-    """One softmax per query over [prefix ; exact keys of the tile ; hidden neurons]: rows of tiles [Z, T, t, Dv].
-
-    The logits are u.k + r.k, with u.k kept apart until the tile's largest has been subtracted.
-    """
-    rest, body_key, body_value = reading.rest, key[:, prefix:], value[:, prefix:]
-    head_key, head_value = key[:, None, :prefix], value[:, None, :prefix]
-    exact, chosen = exact_of_tiles(tiles, keys)
-    bias = [
-        tiles.of_group(reading.mean @ key[:, :prefix].mT),
-        _take_logits(tiles, reading.logits, exact).masked_fill(~chosen, -torch.inf),
-    ]
-    parts = [rest @ head_key.mT, rest @ take_rows(body_key, exact).mT]
-    if far is not None:
-        bias.append(far.log_z)
-        parts.append(rest @ far.weights[:, None].mT)
-    joint_bias = torch.cat(bias, -1)[:, :, None]
-    top = joint_bias.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).min)
-    logits = torch.cat(parts, -1) + (joint_bias - top)
-    # A tile without any key (padding only) has all logits at -inf: keep its softmax finite, it is masked later.
-    logits = logits.clamp(min=torch.finfo(logits.dtype).min)
-    sizes = [part.shape[-1] for part in parts]
-    shares = logits.softmax(-1).split(sizes, -1)
-    out = shares[0] @ head_value + shares[1] @ take_rows(body_value, exact)
-    if far is not None:
-        out = out + (shares[2] / far.z[:, :, None]) @ far.s
-    normaliser = logits.logsumexp(-1) + top[..., 0]
-    return out, normaliser
+    top = top.scatter_reduce(2, owner, logits.detach(), "amax")  # from its largest, no cluster underflows
+    z, s = cluster_sums((logits - top.gather(2, owner)).exp(), value, winners, num_hidden)
+    empty = z == 0
+    safe = z.masked_fill(empty, 1)
+    return (safe.log() + top).masked_fill(empty, -torch.inf), s / safe[..., None]
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -336,10 +379,3 @@ def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     size, count, dim = rows.shape
     flat = (index + torch.arange(size, device=index.device)[:, None, None] * count).flatten()
     return rows.flatten(0, 1).index_select(0, flat).view(*index.shape, dim)
-
-
-def _take_logits(tiles: Tiles, logits: Tensor, index: Tensor) -> Tensor:
-    """Logits of groups [Z, R, n] at the keys [Z, T, P] of their tiles -> [Z, T, P]."""
-    size, groups, count = logits.shape
-    row = torch.arange(size, device=index.device)[:, None] * groups + tiles.group
-    return logits.flatten().index_select(0, (row[..., None] * count + index).flatten()).view(index.shape)

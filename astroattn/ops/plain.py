@@ -7,9 +7,9 @@ dtype of the query, log p in float32 (float64 where the inputs are). Arguments t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +17,68 @@ from torch import Tensor
 
 from astroattn.ops import near_far, static
 from astroattn.ops.causal import CausalState, causal_linear_attention
+from astroattn.ops.layout import Budget, Layout
+from astroattn.ops.near_far import Choice
 from astroattn.ops.static import Hidden
-from astroattn.ops.tiles import Layout
 
 # Most numbers in one intermediate tensor; batch and heads are taken in slices that stay below it.
 WORKSPACE = 2**26
 
 
 def near_far_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, budget: Budget, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`near_far.near_far_attention`: the output [B, H, N, Dv] and log p [B, H, N]; differentiable as it stands."""
+    return _by_length(query, key, value, lengths, budget, scale, _choose_and_attend)
+
+
+def near_far_forward(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, budget: Budget, scale: float
+) -> tuple[Tensor, ...]:
+    """The same, and what was chosen [B, H, ...], which `near_far_backward` needs."""
+    whole, body = budget.at(*key.shape[2:]), key.shape[2] - budget.prefix
+    order = torch.arange(body, device=query.device, dtype=torch.int32).repeat(query.shape[0] * query.shape[1], 1)
+    winners, mass = torch.zeros_like(order), torch.zeros_like(order, dtype=torch.float32)
+    keys = order.new_full((len(order), whole.all_subtiles(body), whole.most_keys(body)), -1)
+
+    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        choice = near_far.choose(q, k, v, layout)
+        for mine, found in zip((order, winners, mass, keys), choice, strict=True):
+            place: tuple[Any, ...] = (rows, *map(slice, found.shape[1:]))
+            mine[place] = found.to(mine.dtype)
+        return near_far.attend(q, k, v, layout, choice)
+
+    out, log_p = _by_length(query, key, value, lengths, budget, scale, run)
+    return out, log_p, *(x.unflatten(0, query.shape[:2]) for x in (order, winners, mass, keys))
+
+
+def near_far_backward(
+    d_out: Tensor,
+    d_log_p: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
-    num_hidden: int,
-    steps: int,
+    order: Tensor,
+    winners: Tensor,
+    mass: Tensor,
+    keys: Tensor,
+    lengths: Tensor | None,
+    budget: Budget,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`near_far.near_far_attention`: the output [B, H, N, Dv] and log p [B, H, N]; differentiable as it stands."""
-    layout = replace(layout, lengths=_per_sequence(layout.lengths, query))
-    with torch.autocast(query.device.type, enabled=False):
-        q, k, v = _flat(query) * scale, _flat(key), _flat(value)
-        parts = [
-            near_far.near_far_attention(q[z], k[z], v[z], _part(layout, z), num_hidden=num_hidden, steps=steps)
-            for z in _slices(len(q), _largest(q, layout, num_hidden))
-        ]
-    return _unflat(parts, query)
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value, given what was chosen; it computes the attention again."""
+    chosen = [x.flatten(0, 1) for x in (order, winners, mass, keys)]
+
+    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        body = k.shape[1] - layout.prefix
+        order, winners, mass = (x[rows, :body] for x in chosen[:3])
+        keys = chosen[3][rows, : layout.all_subtiles(body), : layout.most_keys(body)]
+        return near_far.attend(q, k, v, layout, Choice(order, winners, mass, keys))
+
+    with _recording():
+        query, key, value = inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        out, log_p = _by_length(query, key, value, lengths, budget, scale, run)
+        return torch.autograd.grad([out, log_p], inputs, [d_out, d_log_p])
 
 
 def near_linear_attention(
@@ -50,21 +87,40 @@ def near_linear_attention(
     value: Tensor,
     weight: Tensor,
     phase: Tensor,
-    layout: Layout,
+    lengths: Tensor | None,
+    budget: Budget,
     activation: str,
-    scale_root: float,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`static.near_linear_attention`: the output [B, H, N, Dv] and log p [B, H, N]; differentiable as it stands."""
-    layout = replace(layout, lengths=_per_sequence(layout.lengths, query))
     hidden = _hidden(weight, phase, activation, query)
-    with torch.autocast(query.device.type, enabled=False):
-        q, k, v = _flat(query) * scale_root, _flat(key) * scale_root, _flat(value)
-        tiles, count = -(-key.shape[2] // layout.tile), weight.shape[2]
-        parts = [
-            static.near_linear_attention(q[z], k[z], v[z], hidden.part(z), _part(layout, z))
-            for z in _slices(len(q), max(key.shape[2] * count, tiles * (layout.near + layout.exact_keys) * count))
-        ]
-    return _unflat(parts, query)
+
+    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        root = scale**0.5  # the query has all of the scale, and the hidden layer wants the root of it on both
+        return static.near_linear_attention(q / root, k * root, v, hidden.part(rows), layout)
+
+    return _by_length(query, key, value, lengths, budget, scale, run)
+
+
+def near_linear_backward(
+    d_out: Tensor,
+    d_log_p: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    phase: Tensor,
+    lengths: Tensor | None,
+    budget: Budget,
+    activation: str,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value and weight; it computes the forward pass again."""
+    with _recording():
+        q, k, v, w = inputs = [x.detach().requires_grad_() for x in (query, key, value, weight)]
+        outputs = near_linear_attention(q, k, v, w, phase, lengths, budget, activation, scale)
+        # Where all rows end within the prefix, no weight is read.
+        return torch.autograd.grad(outputs, inputs, [d_out, d_log_p], materialize_grads=True)
 
 
 def linear_attention(
@@ -180,20 +236,52 @@ def _unflat(parts: list[tuple[Tensor, Tensor]], query: Tensor) -> tuple[Tensor, 
     return out.to(query.dtype).unflatten(0, shape), log_p.unflatten(0, shape)
 
 
-def _part(layout: Layout, rows: slice) -> Layout:
-    return layout if layout.lengths is None else replace(layout, lengths=layout.lengths[rows])
+Run = Callable[[Tensor, Tensor, Tensor, Tensor, Layout], tuple[Tensor, Tensor]]
 
 
-def _largest(q: Tensor, layout: Layout, num_hidden: int) -> int:
+def _choose_and_attend(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    return near_far.near_far_attention(q, k, v, layout)
+
+
+def _by_length(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, budget: Budget, scale: float, run: Run
+) -> tuple[Tensor, Tensor]:
+    """Attention by `run(rows, q, k, v, layout)` of the sequences of one length at a time: none of them has padding.
+
+    `rows` [z] are the places of the sequences in batch and heads. Queries that are padding get zeros and -inf, and
+    sequences that end within the prefix are softmax attention.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        q, k, v = _flat(query) * scale, _flat(key), _flat(value)
+        tokens, every = k.shape[1], torch.arange(len(q), device=q.device)
+        if lengths is None:
+            found = [(every, tokens)]
+        else:
+            of_row = lengths.repeat_interleave(query.shape[1])
+            found = [(every[of_row == length], length) for length in sorted(set(lengths.tolist()))]
+        out, log_p = q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_full(q.shape[:2], -torch.inf)
+        for group, length in found:
+            layout = budget.at(length, q.shape[2]) if length > budget.prefix else None
+            step = max(1, WORKSPACE // _largest(layout, length, q.shape[2]))
+            for rows in group.split(step):
+                whole = len(rows) == len(q) and length == tokens
+                query_, key_, value_ = (x if whole else x[rows, :length] for x in (q, k, v))
+                if layout is None:
+                    found_out, found_log_p = near_far.exact_rows(query_, key_, value_)
+                else:
+                    found_out, found_log_p = run(rows, query_, key_, value_, layout)
+                if whole:
+                    out, log_p = found_out, found_log_p
+                else:
+                    out[rows, :length], log_p[rows, :length] = found_out, found_log_p
+    shape = query.shape[:2]
+    return out.to(query.dtype).unflatten(0, shape), log_p.unflatten(0, shape)
+
+
+def _largest(layout: Layout | None, tokens: int, dim: int) -> int:
     """Numbers of one sequence's largest intermediate tensor."""
-    tiles = -(-q.shape[1] // layout.tile)
-    per_tile = (num_hidden + layout.near + layout.exact_keys) * q.shape[2]
-    return max(min(layout.groups, tiles) * q.shape[1], tiles * per_tile)
-
-
-def _slices(size: int, largest: int) -> list[slice]:
-    """Slices of batch and heads whose largest intermediates stay within the workspace."""
-    step = max(1, WORKSPACE // largest)
-    if step >= size:
-        return [slice(None)]
-    return [slice(start, start + step) for start in range(0, size, step)]
+    if layout is None:
+        return max(tokens * tokens, 1)
+    body, tiles = tokens - layout.prefix, layout.tiles(tokens - layout.prefix)
+    union = layout.union(body)
+    return max(tiles * body, tiles * union * dim, body * (layout.prefix + union + layout.num_hidden))

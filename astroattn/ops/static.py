@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from astroattn.ops.features import respond
-from astroattn.ops.near_far import assemble, choose_exact_keys, exact_of_tiles, read_tiles, take_rows
-from astroattn.ops.tiles import Layout, make_tiles
+from astroattn.ops.layout import SUBTILE, Layout
+from astroattn.ops.near_far import assemble, choose, take_rows
 
 FEATURES, LEAST_CHUNK = 2**18, 16  # numbers in one chunk's features, and its least number of tokens
 
@@ -28,8 +28,8 @@ class Hidden(NamedTuple):
     phase: Tensor
     activation: str
 
-    def part(self, rows: slice) -> Hidden:
-        """The layer of some of the sequences."""
+    def part(self, rows: Tensor) -> Hidden:
+        """The layer of some of the sequences, by their places."""
         return Hidden(self.weight[rows], self.phase[rows], self.activation)
 
 
@@ -116,38 +116,35 @@ def _chunks(x: Tensor, hidden: Hidden) -> list[slice]:
 def near_linear_attention(
     query: Tensor, key: Tensor, value: Tensor, hidden: Hidden, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    """Bidirectional attention with the near field and exact keys of tiles attended exactly, the rest through phi.
+    """Bidirectional attention with the exact keys of sub-tiles attended exactly, the rest through phi.
 
-    The hidden layer is written once with all keys; for the P exact keys of a tile phi(q).phi(k) is taken out again and
-    exp(q.k) put in. Arguments and results as in `near_far.near_far_attention`.
+    The hidden layer is written once with all keys; for the P exact keys of a sub-tile phi(q).phi(k) is taken out again
+    and exp(q.k) put in. Arguments and results as in `near_far.near_far_attention`; the layout has no hidden neurons.
     """
     num_tokens, prefix = key.shape[1], layout.prefix
-    tiles = make_tiles(layout, num_tokens, key.device)
-    chosen_keys = choose_exact_keys(read_tiles(query, key, layout, tiles), tiles, None, layout.exact_keys)
-    exact, exact_real = exact_of_tiles(tiles, chosen_keys)
-    real = layout.real(num_tokens)
+    body = num_tokens - prefix
+    choice = choose(query, key, value, layout)
+    slots = torch.arange(choice.keys.shape[1] * SUBTILE, device=key.device)
+    token = choice.order[:, slots.clamp(max=body - 1)].unflatten(1, (-1, SUBTILE)) + prefix
 
-    head = torch.arange(prefix, device=key.device).expand(len(key), len(tiles.slots), -1)
-    head_real = torch.ones_like(head, dtype=torch.bool) if real is None else real[:, None, :prefix].expand(head.shape)
-    index = torch.cat([head, exact + prefix], -1)
-    chosen = torch.cat([head_real, exact_real], -1)[:, :, None]
+    head = torch.arange(prefix, device=key.device).expand(*choice.keys.shape[:2], -1)
+    index = torch.cat([head, choice.keys.clamp(min=0) + prefix], -1)
+    chosen = torch.cat([torch.ones_like(head, dtype=torch.bool), choice.keys >= 0], -1)[:, :, None]
 
-    phi_key, top = _key_features(key, hidden, real)
-    slots = tiles.slots + prefix
-    phi_query, best = (x[:, slots] for x in _query_features(query, hidden, top))
-    logits = (query[:, slots] @ take_rows(key, index).mT).masked_fill(~chosen, -torch.inf)
+    phi_key, top = _key_features(key, hidden, None)
+    phi_query, best = (take_rows(x, token) for x in _query_features(query, hidden, top))
+    logits = (take_rows(query, token) @ take_rows(key, index).mT).masked_fill(~chosen, -torch.inf)
     overlap = (phi_query @ take_rows(phi_key, index).mT).masked_fill(~chosen, 0)
 
     total = phi_query @ phi_key.sum(1)[:, None, :, None]
     # Where every key is exact, taking them out of phi leaves rounding: it has no weight, however large phi was.
-    left = chosen.sum(-1, keepdim=True) < (num_tokens if real is None else real.sum(1)[:, None, None, None])
-    best = best.masked_fill(~left, torch.finfo(best.dtype).min)
+    best = best.masked_fill(chosen.sum(-1, keepdim=True) == num_tokens, torch.finfo(best.dtype).min)
     high = torch.maximum(logits.detach().amax(-1, keepdim=True), best)
     fade = (best - high).exp()
     shares = (logits - high).exp() - fade * overlap
     process = shares.sum(-1, keepdim=True) + fade * total
     out = shares @ take_rows(value, index) + fade * (phi_query @ (phi_key.mT @ value)[:, None])
-    return assemble(*divide(out, process, high), tiles, query, key, value, layout)
+    return assemble(*divide(out, process, high), choice.order, query, key, value, prefix)
 
 
 def add_states(old: State, new: State) -> State:

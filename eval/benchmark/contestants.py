@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from astroattn import AstroConfig, AstrocyteAttention
+from astroattn.cost import budget_of
 from astroattn.hidden import draw_orthogonal
 from astroattn.ops.backends import choose_backend
 from astroattn.ops.near_far import Choice, attend
-from astroattn.ops.tiles import Layout
 from eval.common import relative_error
 
 CONFIGS = {
     "default": AstroConfig(),
-    "near 192, m = 64": AstroConfig(tile=64, near=192, num_hidden=64, exact_keys=0),
-    "random, m = 64": AstroConfig(hidden="random", num_hidden=64, near=0),
+    "near 64, m = 64": AstroConfig(tiles="position", tile=64, near=64, exact_keys=0, num_hidden=64),
+    "random, m = 64": AstroConfig(hidden="random", num_hidden=64),
 }
 REFERENCE_LIMIT = {"cpu": 4096, "cuda": 16384}  # tokens up to which our plain PyTorch is timed, too
-GATE_LENGTHS = (317, 2063)  # odd; in the longer one tiles share groups
+GATE_LENGTHS = (317, 2063)  # odd
 # Most relative error where plain PyTorch in the same precision has less than half of it, and most error of what must
 # come out exactly. Other people's attention may be as rough as it likes, within reason.
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -123,35 +123,26 @@ def _always(attention: Attention, *_: Tensor) -> Attention:
 
 
 def _given_choices(config: AstroConfig, kernel: str, query: Tensor, key: Tensor, value: Tensor) -> Attention:
-    """Plain near + far attention with the clusters and exact keys that a kernel chooses on these inputs.
+    """Plain near + far attention with the tiles, clusters and exact keys that a kernel chooses on these inputs.
 
     A kernel of low precision chooses otherwise where two keys are as good; that is no error, but moves the output.
     """
     choice = _choose(config, kernel, query, key, value)
-    layout = Layout(
-        grid=None,
-        prefix=0,
-        tile=config.tile,
-        near=config.near,
-        exact_keys=config.exact_keys,
-        groups=config.groups,
-        lengths=None,
-    )
+    layout = budget_of(config, key.shape[2], None).at(key.shape[2], key.shape[3])
 
     def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         work = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(work).flatten(0, 1) for x in (query, key, value))
-        out, _ = attend(q * query.shape[-1] ** -0.5, k, v, layout, choice, config.num_hidden)
+        out, _ = attend(q * query.shape[-1] ** -0.5, k, v, layout, choice)
         return out.unflatten(0, query.shape[:2]).to(query.dtype)
 
     return plain
 
 
 def _choose(config: AstroConfig, kernel: str, query: Tensor, key: Tensor, value: Tensor) -> Choice:
-    _, _, *chosen = torch.ops.astroattn.near_far_attention(
-        *(query, key, value, None, None, 0, config.tile, config.near, config.exact_keys, config.groups),
-        *(config.num_hidden, config.steps, query.shape[-1] ** -0.5, kernel),
-    )
+    budget = budget_of(config, key.shape[2], None)
+    scale = query.shape[-1] ** -0.5
+    _, _, *chosen = torch.ops.astroattn.near_far_attention(query, key, value, None, *budget, scale, kernel)
     return Choice(*(x.flatten(0, 1) for x in chosen))
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 COLOURS = {
     "SDPA": "black",
     "original": "black",
-    "near 192, m = 64": "#0072B2",
+    "near 64, m = 64": "#0072B2",
     "default": "#D55E00",
     "random, m = 64": "#009E73",
     "phi in memory, m = 64": "#999999",

@@ -23,7 +23,7 @@ from eval.common import relative_error
 
 PIXELS = (224, 384, 512, 1024)
 TOKENS = (512, 1024, 2048, 4096, 8192)
-PATCHED = ("default", "near 192, m = 64")
+PATCHED = ("default", "near 64, m = 64")
 MODELS = {"cpu": ("ViT-tiny/16", "MiniLM"), "cuda": ("ViT-tiny/16", "ViT-base/16", "MiniLM", "BERT-base")}
 # Latency is that of one input; throughput that of as many as have so many tokens together, and at most 32.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 262_144}

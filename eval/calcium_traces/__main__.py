@@ -114,7 +114,7 @@ def _score_heads(case: Case, counts: Sequence[int], seed: int) -> dict[tuple[str
                         scores.setdefault((kind, m), []).append(score(calcium, normaliser))
                 bar.update()
             for m in HEBBIAN:
-                config = AstroConfig(hidden="hebbian", near=0, exact_keys=0, num_hidden=m, backend="torch")
+                config = AstroConfig(near=0, exact_keys=0, num_hidden=m, tile=2**20, backend="torch")
                 attention = AstrocyteAttention(len(query), dim, config)
                 log_p = attention.with_normaliser(every_query[None], key[None], value[None], scale=1.0)[1][0]
                 for calcium, normaliser in zip(log_p[:, case.skip :].exp(), normalisers, strict=True):

@@ -16,7 +16,7 @@ fitted: W is drawn once, before any input is seen. What each outcome would mean,
 - **uniform**: constant activation, p = N and the mean of the values. Its calcium has no correlation; an output error
   not below uniform's means that the agreement of the calcium is of no use to the network.
 
-For each m also the Hebbian layer (m = 16), and the default config of `patch`. "Whole model" patches every layer and
+For each m also the Hebbian layer (m = 16), and the default of `patch` with 32 exact keys. "Whole model" patches every layer and
 compares what the model gives: cosine of embeddings (text) or equal top-1 (images), and relative error.
 
     python -m eval.controls --json out/controls.json --figure out/controls.png
@@ -58,12 +58,17 @@ from eval.heads import Subject, load_minilm, load_vit
 COUNTS = (100, 1000, 10_000, 100_000)
 REDRAWS, REDRAW_COUNTS = 10, (100, 1000, 10_000)
 ITEMS, LENGTH = 16, 128  # for whole models; the heads read the first item, other keys come from the second
-LEARNED = {"Hebbian": AstroConfig(near=0, exact_keys=0, backend="torch"), "default": AstroConfig(backend="torch")}
+# One tile, which reads all keys through 16 neurons; and the default of `patch`, which would be softmax attention for so
+# few tokens, with as many neurons.
+LEARNED = {
+    "Hebbian": AstroConfig(near=0, exact_keys=0, num_hidden=16, tile=2**20, backend="torch"),
+    "default": AstroConfig(exact_keys=32, num_hidden=16, backend="torch"),
+}
 WHOLE = {
-    "default": AstroConfig(),
-    "random, m = 1000": AstroConfig(hidden="random", num_hidden=1000, near=0, orthogonal=False),
-    "random, m = 4000": AstroConfig(hidden="random", num_hidden=4000, near=0, orthogonal=False),
-    "uniform": AstroConfig(hidden="random", num_hidden=1, near=0, activation="constant"),
+    "default": LEARNED["default"],
+    "random, m = 1000": AstroConfig(hidden="random", num_hidden=1000, orthogonal=False),
+    "random, m = 4000": AstroConfig(hidden="random", num_hidden=4000, orthogonal=False),
+    "uniform": AstroConfig(hidden="random", num_hidden=1, activation="constant"),
 }
 Row = dict[str, Any]
 Setting = tuple[str, int]  # kind of weights and m

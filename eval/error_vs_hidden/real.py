@@ -167,7 +167,7 @@ def _hebbian(layer: Layer, sizes: list[int]) -> Iterator[tuple[int, Tensor, Tens
     _, num_heads, tokens, dim = layer.query.shape
     identity = torch.eye(tokens, dtype=layer.query.dtype).expand(*layer.query.shape[:2], -1, -1)
     for m in (size for size in sizes if size < tokens):
-        config = AstroConfig(hidden="hebbian", num_hidden=m, near=0, exact_keys=0)
+        config = AstroConfig(num_hidden=m, near=0, exact_keys=0, tile=2**20)
         network = AstrocyteAttention(num_heads, dim, config)
         yield m, *network.with_normaliser(layer.query, layer.key, identity, scale=1.0)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from math import isqrt
+from math import isqrt, sqrt
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from astroattn import AstroConfig
+from astroattn import AstroConfig, Plan, calibrate
 from eval.frontier.cases import Case
 from eval.peers import (
     block_means,
@@ -21,17 +23,33 @@ from eval.peers import (
 )
 
 LONG = 2000  # tokens
-CONFIGS = {
-    "default": AstroConfig(),
-    "8 exact keys": AstroConfig(exact_keys=8),
-    "16 exact keys": AstroConfig(exact_keys=16),
-    "64 exact keys": AstroConfig(exact_keys=64),
-}
+KEYS = {"a quarter of its keys": 0.6, "half of its keys": 1.2, "twice its keys": 4.8}  # times sqrt(n)
+SHARES = (0.08, 0.15, 0.25, 0.4, 0.7)  # of softmax's products, that a plan may cost
 
 
 def find_ours(case: Case) -> dict[str, dict[str, Any]]:
-    """Our lines: by the name of a line and of a point on it, what `patch` is given."""
-    return {"ours": CONFIGS}
+    """Our lines: by the name of a line and of a point on it, what `patch` is given.
+
+    The default with fewer and more exact keys, and plans, which are chosen on the even half of the data.
+    """
+    fewer = {name: AstroConfig(exact_keys=round(times * sqrt(case.tokens))) for name, times in KEYS.items()}
+    return {"ours": {"default": AstroConfig(), **fewer}, "ours, with a plan": find_plans(case)}
+
+
+def find_plans(case: Case) -> dict[str, Plan]:
+    """The plans for `SHARES`, without those that cost less than the menu can; the effects are measured once."""
+    plans = {}
+    with TemporaryDirectory() as folder:
+        batches, state = list(case.batches("even")), Path(folder) / "effects.safetensors"
+        for share in SHARES:
+            try:
+                plan = calibrate(case.model, batches, cost=share, state=state, progress=False)
+            except ValueError as error:
+                if not str(error).startswith("cost:"):
+                    raise
+                continue
+            plans[f"{share:.0%}"] = plan
+    return plans
 
 
 class Peer(NamedTuple):
@@ -44,11 +62,11 @@ class Peer(NamedTuple):
 def _sparse(tokens: int) -> Iterable[dict[str, int]]:
     # Smaller blocks than its kernel's err less at the same cost; in long sequences, gathering for each takes too long.
     block = 16 if tokens < LONG else 64
-    return [{"query_block": block, "key_block": 16, "mass": mass, "similarity": 0} for mass in (30, 50, 80, 95)]
+    return [{"query_block": block, "key_block": 16, "mass": mass, "similarity": 0} for mass in (30, 60, 90)]
 
 
 def _block_means(tokens: int) -> Iterable[dict[str, int]]:
-    return [{"block": 16, "exact": max(1, tokens // part), "first_order": 1} for part in (256, 128, 64, 32)]
+    return [{"block": 16, "exact": max(1, tokens // part), "first_order": 1} for part in (256, 64, 32)]
 
 
 def _multipole(tokens: int) -> Iterable[dict[str, int]]:
@@ -59,12 +77,12 @@ def _multipole(tokens: int) -> Iterable[dict[str, int]]:
 
 def _monarch(tokens: int) -> Iterable[dict[str, int]]:
     root = isqrt(tokens)  # the width of a square patch grid
-    pairs = ((root, 1), (root, 2), (4 * root, 1), (4 * root, 2))
+    pairs = ((root, 1), (root, 2), (4 * root, 2))
     return [{"block": block, "steps": steps} for block, steps in pairs]
 
 
 def _nystroem(tokens: int) -> Iterable[dict[str, int]]:
-    return [{"landmarks": max(8, tokens // part), "steps": 6} for part in (64, 32, 16, 8)]
+    return [{"landmarks": max(8, tokens // part), "steps": 6} for part in (64, 16)]
 
 
 PEERS = {
@@ -73,7 +91,7 @@ PEERS = {
     "exact clusters + centroids (Multipole)": Peer(multipole, _multipole),
     "MonarchAttention": Peer(monarch, _monarch),
     "Nystroem": Peer(nystroem, _nystroem),
-    "random features (Performer)": Peer(random_features, lambda tokens: [{"features": m} for m in (16, 64, 256)]),
+    "random features (Performer)": Peer(random_features, lambda tokens: [{"features": m} for m in (64, 256)]),
     "8-bit q.k, exact (SageAttention)": Peer(eight_bit, lambda tokens: [{"query_block": 128, "key_block": 64}]),
     "uniform": Peer(uniform, lambda tokens: [{}]),
 }

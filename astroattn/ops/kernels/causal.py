@@ -32,8 +32,8 @@ from astroattn.ops.kernels.causal_forward import (
 )
 from astroattn.ops.kernels.causal_step import recurrent_step
 from astroattn.ops.kernels.features import LOWEST
+from astroattn.ops.kernels.rows import Rows, power_of_2, rows_of
 from astroattn.ops.kernels.static import INDEFINITE, NORM
-from astroattn.ops.kernels.tiles import Rows, power_of_2, rows_of
 from astroattn.ops.rows import dense_rows, empty_rows
 
 __all__ = ["causal_attention_backward", "causal_attention_forward", "new_state", "recurrent_step"]

@@ -30,7 +30,7 @@ from astroattn.ops.kernels.causal_forward import (
     store_sums,
 )
 from astroattn.ops.kernels.features import LOWEST, TO_BASE_2, narrow, operand, product, widen
-from astroattn.ops.kernels.tiles import load_rows, store_rows
+from astroattn.ops.kernels.rows import load_rows, store_rows
 
 # Most that log2 of phi(q) / p may be, times what a block's keys have of a feature at most: what a key has less than
 # 2^-126 of that is taken as 0, which is wrong by no more than 2^-40 of a share.

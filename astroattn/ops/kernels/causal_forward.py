@@ -26,7 +26,7 @@ from astroattn.ops.kernels.features import (
     respond,
     widen,
 )
-from astroattn.ops.kernels.tiles import load_rows, rows_of, store_rows
+from astroattn.ops.kernels.rows import load_rows, rows_of, store_rows
 
 # Most that a feature's gain (to base 2) may rise within a block of keys above what the block's first query sees of it:
 # shares are then measured from at most 2^58 times too high, far from float32's underflow at 2^-126.

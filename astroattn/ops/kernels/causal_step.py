@@ -10,7 +10,7 @@ from torch import Tensor
 from astroattn.ops.causal import CausalState
 from astroattn.ops.kernels.causal_forward import layer_of, load_sums, start_of, store_sums, sums_of
 from astroattn.ops.kernels.features import LOG_2, LOWEST, TO_BASE_2, narrow, respond
-from astroattn.ops.kernels.tiles import load_rows, power_of_2, rows_of, store_rows
+from astroattn.ops.kernels.rows import load_rows, power_of_2, rows_of, store_rows
 
 BLOCK = 8192  # numbers of the hidden layer, and of the near field, that are taken at once
 

@@ -1,15 +1,18 @@
-// Backward, given the choices of the forward (winners, mass and keys are constants).
+// Backward, given the choices of the forward (order, winners, mass and keys are constants).
 //
-// With a = the share of a neuron in a query's attention, p that of an exact key, delta = d_out . out - d_log_p:
+// With p the share of an exact key in a query's attention, a that of exp(u.k - top) of a cluster's keys,
+// delta = d_out . out - d_log_p:
 //   exact keys: dl = p (d_out.v - delta), dv += p d_out, dq += dl k, dk += dl q
-//   neurons:    dl = a (d_out.s/z - delta), dr += dl w, dw += dl r, ds += a/z d_out, dz -= a/z delta
-//   far keys:   dl = P (ds.v + dz), dv += P ds, du += dl k, dk += dl u, and dk += mass / (mass of the cluster) dw
-//   r = q - u:  dq += dr + (du - sum of dr over the group) / number of queries in the group
+//   neurons:    dl = a (d_out.s - delta z), dr += dl w, dw += dl r, ds += a d_out, dz -= a delta
+//   their keys: dl = exp(u.k - top) (ds.v + dz), dv += exp(u.k - top) ds, du += dl k, dk += dl u,
+//               and dk += mass / (mass of the cluster) dw
+//   r = q - u:  dq += dr + (du - sum of dr over the tile) / number of queries in the tile
+// What reaches the keys that no sub-tile of the tile takes is the same for all of them: ds and dz are summed first.
 #pragma once
 
 #include "head.h"
 
-// Field order is the order of `Gradients` in __init__.py.
+// Field order is the order of `_Gradients` in near_far.py.
 struct Gradients {
     const void* d_out;                // [batch, heads, tokens, value_dim]
     const float* d_log_p;             // [batch, heads, tokens]
@@ -18,51 +21,48 @@ struct Gradients {
 };
 
 struct Backward : Head {
+    static constexpr int TALL_UP = int((TALL + FEW - 1) / FEW * FEW);
+
     const Gradients& gradients;
-    float *d_out, *delta, *dq, *dk, *dv, *dw, *du, *ds, *dz, *tile_ds, *tile_dz, *dl, *far_dl, *far_shares, *shares,
-        *value_dots, *total;
-    int32_t* every;  // 0, 1, 2, ...
+    float *d_out, *delta, *dq, *dk, *dv, *dw, *du, *tile_ds, *tile_dz, *sub_ds, *sub_dz, *dl, *dots, *far_dl, *far_shares;
 
     Backward(const Problem& problem, const Tensors& tensors, const Gradients& given, Arena& arena)
         : Head(problem, tensors, arena), gradients(given) {
-        int64_t m = round_up(p.hidden, LANES), columns = std::max(most_exact() + m, p.prefix ? padded : 0);
-        int64_t rows = std::max({std::min(round_up(p.slots(), 4), QUERIES), round_up(p.prefix, 4), int64_t(TALL)});
+        const int64_t m = round_up(most_hidden, LANES), far = m > 0;
+        const int64_t columns = std::max({most_columns(), most_union(), p.prefix || far ? padded : 0});
         arena.take(d_out, p.tokens * value_dim);
         arena.take(delta, p.tokens);
         arena.take(dq, p.tokens * dim);
         arena.take(dk, p.tokens * dim);
         arena.take(dv, p.tokens * value_dim);
         arena.take(dw, m * dim);
-        arena.take(du, p.groups * dim);
-        arena.take(ds, TALL * m * value_dim);
-        arena.take(dz, TALL * m);
-        arena.take(tile_ds, m * value_dim);
-        arena.take(tile_dz, m);
-        arena.take(dl, rows * columns);
-        arena.take(shares, rows * columns);
-        arena.take(value_dots, rows * columns);
-        arena.take(far_dl, round_up(TALL, 4) * padded);
-        arena.take(far_shares, TALL * padded);
-        arena.take(total, m);
-        arena.take(every, padded);
+        arena.take(du, most_tiles * dim);
+        arena.take(tile_ds, TALL_UP * m * value_dim);
+        arena.take(tile_dz, TALL_UP * m);
+        arena.take(sub_ds, FEW * m * value_dim);
+        arena.take(sub_dz, FEW * m);
+        for (auto list : {&dl, &dots}) arena.take(*list, SUBTILE * columns);
+        arena.take(far_dl, far * TALL * padded);
+        arena.take(far_shares, far || p.prefix ? FEW * padded : 0);
     }
 
     void run(Bench& room) {
         load_gradients();
         for (int64_t i = 0; i < token_blocks(); i++) load_tokens(i);
-        if (p.hidden || p.exact_keys)
-            for (int64_t i = 0; i < group_blocks(); i++) average_queries(i);
-        if (p.hidden) restore_hidden();
-        for (int64_t block = 0; block < group_blocks(); block++) {
-            int64_t first = block * TALL, last = std::min(first + TALL, p.groups);
-            std::fill(ds, ds + TALL * p.hidden * value_dim, 0.0f);
-            std::fill(dz, dz + TALL * p.hidden, 0.0f);
-            for (int64_t tile = first_tile(first); tile < first_tile(last); tile++) tile_gradients(tile, first, room);
-            if (p.hidden) far_gradients(first, int(last - first));
+        for (int64_t i = 0; i < body; i++) order[i] = t.order[z * p.body() + i] + int32_t(p.prefix);
+        if (hidden) restore_hidden();
+        for (int64_t block = 0; block < tile_blocks(); block++) {
+            const int64_t rows = tiles_of(block);
+            sum_far(block, room);
+            std::fill(tile_ds, tile_ds + TALL_UP * hidden * value_dim, 0.0f);
+            std::fill(tile_dz, tile_dz + TALL_UP * hidden, 0.0f);
+            if (hidden) std::fill(far_dl, far_dl + rows * padded, 0.0f);
+            for (int64_t r = 0; r < rows; r++) tile_gradients(block * TALL + r, r, room);
+            if (hidden) far_gradients(block, room);
         }
-        if (p.hidden) finish_hidden();
+        if (hidden) finish_hidden();
         prefix_gradients(room);
-        put_gradients();
+        put_gradients(room);
     }
 
     void load_gradients() {
@@ -74,51 +74,25 @@ struct Backward : Head {
             for (int64_t d = 0; d < p.value_dim; d++) dot += row[d] * out[d];
             delta[n] = dot - gradients.d_log_p[z * p.tokens + n];
             std::fill(row + p.value_dim, row + value_dim, 0.0f);
-            every[n] = int32_t(n);
         }
-        std::fill(every + p.tokens, every + padded, 0);
         std::fill(dq, dq + p.tokens * dim, 0.0f);
         std::fill(dk, dk + p.tokens * dim, 0.0f);
         std::fill(dv, dv + p.tokens * value_dim, 0.0f);
-        std::fill(dw, dw + p.hidden * dim, 0.0f);
-        std::fill(du, du + p.groups * dim, 0.0f);
+        std::fill(dw, dw + hidden * dim, 0.0f);
+        std::fill(du, du + tiles * dim, 0.0f);
     }
 
-    // w, P of the far keys, z and s, from the choices.
+    // The clusters, w, u and u.k, from the choices.
     void restore_hidden() {
-        std::copy(t.winners + z * p.body(), t.winners + (z + 1) * p.body(), winners + p.prefix);
-        std::copy(t.mass + z * p.body(), t.mass + (z + 1) * p.body(), mass + p.prefix);
-        for (int64_t i = 0; i < token_blocks(); i++) add_up(i, k, k_stride, dim);
-        average_keys();
-        for (int64_t j = 0; j < p.hidden; j++) total[j] = partial[j * (dim + 1) + dim];
-        sort_tokens();
-        for (int64_t i = 0; i < group_blocks(); i++) {
-            attend_means(i);
-            for (int64_t g = i * TALL; g < std::min((i + 1) * TALL, p.groups); g++) leave_out_exact(g);
-            write_hidden(i);
-        }
-    }
-
-    void tile_gradients(int64_t tile, int64_t first, Bench& room) {
-        TileView x = view(tile, room);
-        float *to_ds = ds + (x.group - first) * p.hidden * value_dim, *to_dz = dz + (x.group - first) * p.hidden;
-        if (x.queries == 0) return;
-        std::fill(tile_ds, tile_ds + p.hidden * value_dim, 0.0f);
-        std::fill(tile_dz, tile_dz + p.hidden, 0.0f);
-        for (int64_t from = 0; from < x.queries; from += QUERIES)
-            query_gradients(room.tokens + from, int(std::min(QUERIES, x.queries - from)), x, room);
-        for (int64_t i = 0; i < p.hidden * value_dim; i += LANES) store(to_ds + i, load(to_ds + i) + load(tile_ds + i));
-        for (int64_t j = 0; j < p.hidden; j++) to_dz[j] += tile_dz[j];
-        if (!shared || !p.hidden) return;
-        for (int64_t i = x.near_from; i < x.near_to; i++) {  // near keys were taken out of the tile's z and s
-            int64_t n = room.index[i], j = winners[n];
-            float c = -attention[x.group * padded + n];
-            float dot = dot_rows(tile_ds + j * value_dim, v + n * v_stride, value_dim);
-            scale_add(dv + n * value_dim, tile_ds + j * value_dim, c, value_dim);
-            float dl_near = c * (dot + tile_dz[j]);
-            scale_add(du + x.group * dim, k + n * k_stride, dl_near, dim);
-            scale_add(dk + n * dim, mean + x.group * dim, dl_near, dim);
-        }
+        const int64_t offset = z * p.body() - p.prefix;
+        for (int64_t n = p.prefix; n < length; n++) winners[n] = t.winners[offset + n];
+        sort_keys();
+        copy_rows(0, length);
+        for (int64_t i = p.prefix; i < length; i++) mass[i] = t.mass[offset + sorted[i]];
+        for (int64_t j = 0; j < hidden; j++) average_keys(j);
+        for (int64_t i = 0; i < panel_blocks(); i++) pack_keys(i, far_k, far_k_stride);
+        for (int64_t tile = 0; tile < tiles; tile++) average_queries(tile);
+        for (int64_t i = 0; i < tile_blocks(); i++) attend_means(i);
     }
 
     static float dot_rows(const float* a, const float* b, int64_t count) {
@@ -126,169 +100,184 @@ struct Backward : Head {
         for (int64_t d = 0; d < count; d += LANES) dot += load(a + d) * load(b + d);
         return sum(dot);
     }
-    static void scale_add(float* to, const float* from, float factor, int64_t count) {
-        for (int64_t d = 0; d < count; d += LANES) store(to + d, load(to + d) + factor * load(from + d));
-    }
 
-    void query_gradients(const int64_t* tokens, int rows, const TileView& x, Bench& room) {
-        int64_t m = p.hidden, g = x.group, wide = x.wide(), columns = wide + round_up(m, LANES);
-        const float *go[QUERIES + 3], *queries[QUERIES], *probabilities[QUERIES], *dls[QUERIES];
-        float *dots[QUERIES + 3], *grads[QUERIES];
-        score(tokens, rows, x, columns, room);
-        for (int r = 0; r < round_up(rows, 4); r++) {
-            go[r] = r < rows ? d_out + tokens[r] * value_dim : room.zero_row;
-            dots[r] = value_dots + r * columns;
-        }
-        for (int r = 0; r < rows; r += 4) dot_gathered(go + r, v, v_stride, value_dim, room.index, x.count, dots + r);
-        for (int r = 0; r < round_up(rows, 4); r++) dots[r] += wide;
-        for (int r = 0; m && r < rows; r += 4)
-            dot_gathered(go + r, s_mean + g * m * value_dim, value_dim, value_dim, room.first, m, dots + r);
-
-        for (int r = 0; r < rows; r++) {
-            int64_t n = tokens[r];
-            const float log_p = t.log_p[z * p.tokens + n];
-            float *logits = room.logits + r * columns, *p_of = shares + r * columns, *dl_of = dl + r * columns;
-            float *of_value = value_dots + r * columns, *of_neuron = of_value + wide;
-            for (int64_t c = 0; c < columns; c += LANES) store(p_of + c, exponential(load(logits + c) - log_p));
-            if (shared && m) {  // s / z of the tile, not of the group
-                for (int64_t j = 0; j < m; j++) of_neuron[j] *= room.ratio[j];
-                for (int64_t i = x.near_from; i < x.near_to; i++) {
-                    int64_t at = room.index[i], j = winners[at];
-                    if (room.ratio[j] > 0)
-                        of_neuron[j] -= room.ratio[j] * attention[g * padded + at] / z_sum[g * m + j] * of_value[i];
-                }
-            }
-            for (int64_t c = 0; c < columns; c += LANES)
-                store(dl_of + c, load(p_of + c) * (load(of_value + c) - delta[n]));
-            for (int64_t c = x.count; c < wide; c++) dl_of[c] = 0;
-            for (int64_t c = wide + m; c < columns; c++) dl_of[c] = 0;
-            queries[r] = q + n * dim;
-            probabilities[r] = p_of;
-            dls[r] = dl_of;
-            grads[r] = dq + n * dim;
-        }
-        add_rows<VALUES>(rows, dls, k, k_stride, dim, room.index, x.count, grads);
-        add_outer(rows, dls, queries, room.index, x.count, dim, dk);
-        add_outer(rows, probabilities, go, room.index, x.count, value_dim, dv);
-        if (!m) return;
-
-        // room.rest becomes dr: first dw takes r from it.
-        for (int r = 0; r < rows; r++) {
-            dls[r] += wide;
-            float* a = shares + r * columns + wide;
-            for (int64_t j = 0; j < m; j++) {
-                float whole = z_sum[g * m + j], ratio = shared ? room.ratio[j] : 1;
-                a[j] = whole > 0 ? a[j] * ratio / whole : 0;
-                tile_dz[j] -= a[j] * delta[tokens[r]];
-            }
-            probabilities[r] = a;
-        }
-        add_outer(rows, dls, room.b, nullptr, m, dim, dw);
-        add_outer(rows, probabilities, go, nullptr, m, value_dim, tile_ds);
-        for (int r = 0; r < rows; r++) {
-            grads[r] = room.rest + r * dim;
-            std::fill(grads[r], grads[r] + dim, 0.0f);
-        }
-        add_rows<NEITHER>(rows, dls, weights, dim, dim, nullptr, m, grads);
-        for (int r = 0; r < rows; r++) {
-            scale_add(dq + tokens[r] * dim, grads[r], 1, dim);
-            scale_add(du + g * dim, grads[r], -1, dim);  // r = q - u
+    void tile_gradients(int64_t tile, int64_t r, Bench& room) {
+        const TileKeys& x = room.keys[r];
+        const int64_t subtiles = subtiles_of(tile);
+        begin_tile(tile, x, room);
+        for (int64_t from = 0; from < subtiles; from += FEW) {
+            std::fill(sub_ds, sub_ds + FEW * hidden * value_dim, 0.0f);
+            std::fill(sub_dz, sub_dz + FEW * hidden, 0.0f);
+            if (hidden) sum_left(tile, from, x, room);
+            for (int64_t s = from; s < std::min(from + FEW, subtiles); s++) subtile_gradients(tile, s, r, room);
+            if (hidden) union_gradients(r, x, room);
         }
     }
 
-    // Through the sums of the groups [first, first + rows) to the far keys, their values, and the mean queries.
-    void far_gradients(int64_t first, int rows) {
-        int64_t m = p.hidden;
-        const float *rows_ds[TALL + 3], *c[TALL], *dls[TALL], *means[TALL];
-        float *dots[TALL + 3], *to_u[TALL];
-        std::fill(tile_ds, tile_ds + value_dim, 0.0f);  // a row of zeros
+    void subtile_gradients(int64_t tile, int64_t subtile, int64_t r, Bench& room) {
+        const TileKeys& x = room.keys[r];
+        const int64_t m = hidden, slot = subtile % FEW, first = subtile * SUBTILE, size = x.size[subtile];
+        const int64_t rows = std::min(SUBTILE, queries_of(tile) - first);
+        const int32_t* list = x.list + subtile * most_list();
+        const float *go[SUBTILE], *queries[SUBTILE], *rest[SUBTILE], *zeros[SUBTILE];
+        float *grads[SUBTILE], *ds = sub_ds + slot * m * value_dim, *dz = sub_dz + slot * m;
+        quad log_p, deltas;
+        const auto [wide, columns] = score(tile, subtile, slot, x, room);
+        for (int64_t i = 0; i < SUBTILE; i++) {  // a query that is not there has no share in anything
+            const int64_t n = tokens_of(tile)[std::min(first + i, queries_of(tile) - 1)];
+            go[i] = i < rows ? d_out + n * value_dim : room.zero_row;
+            queries[i] = i < rows ? q + n * dim : room.zeros;
+            rest[i] = i < rows ? room.rest + (first + i) * dim : room.zeros;
+            log_p[i] = i < rows ? t.log_p[z * p.tokens + n] : INFINITY;
+            deltas[i] = i < rows ? delta[n] : 0;
+            zeros[i] = room.zeros;
+            grads[i] = room.out + i * dim;
+        }
+        float *shares = room.scores, *neurons = shares + SUBTILE * wide, *dl_neurons = dl + SUBTILE * wide;
+        dot_quad(go, far_v, far_v_stride, value_dim, list, size, dots);
+        dot_quad(go, room.s + slot * m * value_dim, value_dim, value_dim, nullptr, m, dots + SUBTILE * wide);
+        for (int64_t c = 0; c < SUBTILE * columns; c += LANES)
+            store(shares + c, exponential(load(shares + c) - repeat(log_p)));
+        for (int64_t c = 0; c < SUBTILE * wide; c += LANES)
+            store(dl + c, load(shares + c) * (load(dots + c) - repeat(deltas)));
         for (int64_t j = 0; j < m; j++) {
-            const int32_t* members = order + start[j];
-            int64_t count = start[j + 1] - start[j];
-            for (int r = 0; r < round_up(rows, 4); r++) {
-                rows_ds[r] = r < rows ? ds + (r * m + j) * value_dim : tile_ds;
-                dots[r] = far_dl + r * padded + start[j];
-            }
-            dot_members(rows, rows_ds, members, count, dots);
-            for (int r = 0; r < rows; r++) {
-                const float* attention_of = attention + (first + r) * padded;
-                float *shares_of = far_shares + r * padded, add = dz[r * m + j];
-                for (int64_t i = 0; i < count; i++) {
-                    shares_of[i] = attention_of[members[i]];
-                    dots[r][i] = shares_of[i] * (dots[r][i] + add);
-                }
-                c[r] = shares_of;
-            }
-            add_outer(rows, c, rows_ds, members, count, value_dim, dv);
+            const quad share = load_quad(neurons + SUBTILE * j), part = share * deltas;
+            const quad dot = load_quad(dots + SUBTILE * (wide + j));
+            store_quad(dl_neurons + SUBTILE * j, share * dot - part * room.z[slot * m + j]);
+            dz[j] -= part[0] + part[1] + part[2] + part[3];
         }
-        for (int r = 0; r < rows; r++) {
-            dls[r] = far_dl + r * padded;
-            means[r] = mean + (first + r) * dim;
-            to_u[r] = du + (first + r) * dim;
+        add_quad(dl, far_k, far_k_stride, dim, list, size, zeros, grads);
+        for (int64_t i = 0; i < rows; i++) add(dq + tokens_of(tile)[first + i] * dim, grads[i], 1, dim);
+        outer_quad(dl, queries, list, size, dim, dk);
+        outer_quad(shares, go, list, size, value_dim, dv);
+        if (!m) return;
+        outer_quad(dl_neurons, rest, nullptr, m, dim, dw);
+        outer_quad(neurons, go, nullptr, m, value_dim, ds);
+        add_quad(dl_neurons, weights, dim, dim, nullptr, m, zeros, grads);
+        for (int64_t i = 0; i < rows; i++) {
+            add(dq + tokens_of(tile)[first + i] * dim, grads[i], 1, dim);
+            add(du + tile * dim, grads[i], -1, dim);  // r = q - u
         }
-        add_rows<VALUES>(rows, dls, k, k_stride, dim, order, start[m], to_u);
-        add_outer(rows, dls, means, order, start[m], dim, dk);
+        for (int64_t j = 0; j < m; j++)
+            if (room.top[slot * m + j] != x.top[j]) apart_gradients(tile, subtile, j, r, room);
     }
 
-    // c[r][i] = a[r] . v[members[i]]; nothing is written past `count`.
-    void dot_members(int rows, const float* const* a, const int32_t* members, int64_t count, float* const* c) const {
-        int64_t whole = count / (LANES / 4) * (LANES / 4);
-        for (int r = 0; r < rows; r += 4) dot_gathered(a + r, v, v_stride, value_dim, members, whole, c + r);
-        for (int64_t i = whole; i < count; i++)
-            for (int r = 0; r < rows; r++) c[r][i] = dot_rows(a[r], v + members[i] * v_stride, value_dim);
+    // Through the sums of a cluster that were measured from their own largest: they are not the tile's.
+    void apart_gradients(int64_t tile, int64_t subtile, int64_t j, int64_t r, Bench& room) {
+        const int64_t at = subtile % FEW * hidden + j;
+        float *ds = sub_ds + at * value_dim, &dz = sub_dz[at];
+        for_left(tile, subtile, j, room.keys[r], room, [&](int64_t i, float u_k) {
+            const float share = std::exp(u_k - room.top[at]);
+            far_dl[r * padded + i] += share * (dot_rows(ds, far_v + i * far_v_stride, value_dim) + dz);
+            add(dv + i * value_dim, ds, share, value_dim);
+        });
+        std::fill(ds, ds + value_dim, 0.0f);
+        dz = 0;
+    }
+
+    // Through the sums of some sub-tiles to the keys of the tile's union that they do not take; and their part of the
+    // tile's own sums.
+    void union_gradients(int64_t r, const TileKeys& x, Bench& room) {
+        const int64_t m = hidden;
+        const float* rows[FEW];
+        for (int64_t j = 0; j < m; j++) {
+            const int64_t first = x.begin[j], count = x.begin[j + 1] - first;
+            const float* shares = room.left + FEW * first;
+            quad more;
+            for (int64_t s = 0; s < FEW; s++) {
+                rows[s] = sub_ds + (s * m + j) * value_dim;
+                more[s] = sub_dz[s * m + j];
+                add(tile_ds + (r * m + j) * value_dim, rows[s], 1, value_dim);
+                tile_dz[r * m + j] += more[s];
+            }
+            dot_quad(rows, far_v, far_v_stride, value_dim, x.all + first, count, dots);
+            for (int64_t i = 0; i < count; i++) {
+                const quad part = load_quad(shares + FEW * i) * (load_quad(dots + FEW * i) + more);
+                far_dl[r * padded + x.all[first + i]] += part[0] + part[1] + part[2] + part[3];
+            }
+            outer_quad(shares, rows, x.all + first, count, value_dim, dv);
+        }
+    }
+
+    // Through the sums of a block's tiles to the keys that none of their sub-tiles takes; then through u.k.
+    void far_gradients(int64_t block, Bench& room) {
+        const int64_t m = hidden, all = tiles_of(block);
+        const float *dls[TALL], *means[TALL];
+        float* to_u[TALL];
+        for (int64_t from = 0; from < all; from += FEW)
+            for (int64_t j = 0; j < m; j++) {
+                const int64_t first = start[j], count = start[j + 1] - first, now = std::min(FEW, all - from);
+                const float* rows[FEW];
+                for (int64_t r = 0; r < FEW; r++) rows[r] = tile_ds + ((from + r) * m + j) * value_dim;
+                dot_quad(rows, far_v + first * far_v_stride, far_v_stride, value_dim, nullptr, count, dots);
+                for (int64_t i = 0; i < count; i++) {
+                    quad shares = {};
+                    for (int64_t r = 0; r < now; r++) {
+                        const int64_t at = (from + r) * padded + first + i;
+                        shares[r] = room.shares[at];
+                        far_dl[at] += shares[r] * (dots[FEW * i + r] + tile_dz[(from + r) * m + j]);
+                    }
+                    store_quad(far_shares + FEW * i, shares);
+                }
+                outer_quad(far_shares, rows, nullptr, count, value_dim, dv + first * value_dim);
+            }
+        const int rows = int(all);
+        for (int r = 0; r < rows; r++) {
+            dls[r] = far_dl + r * padded + p.prefix;
+            means[r] = mean + (block * TALL + r) * dim;
+            to_u[r] = du + (block * TALL + r) * dim;
+        }
+        add_rows<NEITHER>(rows, dls, far_k + p.prefix * far_k_stride, far_k_stride, dim, nullptr, body, to_u);
+        add_outer(rows, dls, means, nullptr, body, dim, dk + p.prefix * dim);
     }
 
     // From w to the keys that it is the mean of, and from the mean queries to the queries.
     void finish_hidden() {
-        for (int64_t n = p.prefix; n < length; n++) {
-            int64_t j = winners[n];
-            if (total[j] != 0) scale_add(dk + n * dim, dw + j * dim, mass[n] / total[j], dim);
-        }
-        for (int64_t g = 0; g < p.groups; g++)
-            for (int64_t tile = first_tile(g); tile < first_tile(g + 1); tile++)
-                for_slots(tile, [&](int64_t n) {
-                    scale_add(dq + n * dim, du + g * dim, 1 / (share[g] * float(body_length())), dim);
-                });
+        for (int64_t j = 0; j < hidden; j++)
+            for (int64_t i = start[j]; i < start[j + 1]; i++) add(dk + i * dim, dw + j * dim, mass[i] / total[j], dim);
+        for (int64_t tile = 0; tile < tiles; tile++)
+            for (int64_t i = 0; i < queries_of(tile); i++)
+                add(dq + tokens_of(tile)[i] * dim, du + tile * dim, 1 / float(queries_of(tile)), dim);
     }
 
     void prefix_gradients(Bench& room) {
-        int rows = int(std::min(p.prefix, length));
-        for (int from = 0; from < rows; from += 4) {
-            const float *queries[4], *go[4], *dls[4], *probabilities[4];
-            float *logits[4], *dots[4], *grads[4];
-            int now = std::min(4, rows - from);
-            for (int r = 0; r < 4; r++) {
-                queries[r] = r < now ? q + (from + r) * dim : room.zeros;
-                go[r] = r < now ? d_out + (from + r) * value_dim : room.zero_row;
-                logits[r] = dl + r * padded;
-                dots[r] = value_dots + r * padded;
+        const int64_t rows = std::min(p.prefix, length);
+        float* shares = far_shares;
+        for (int64_t from = 0; from < rows; from += SUBTILE) {
+            const float *queries[SUBTILE], *go[SUBTILE], *so_far[SUBTILE];
+            float* grads[SUBTILE];
+            quad log_p, deltas;
+            for (int64_t r = 0; r < SUBTILE; r++) {
+                const bool real = from + r < rows;
+                queries[r] = real ? q + (from + r) * dim : room.zeros;
+                go[r] = real ? d_out + (from + r) * value_dim : room.zero_row;
+                log_p[r] = real ? t.log_p[z * p.tokens + from + r] : INFINITY;
+                deltas[r] = real ? delta[from + r] : 0;
+                so_far[r] = grads[r] = real ? dq + (from + r) * dim : room.out + r * dim;
             }
-            dot_gathered(queries, k, k_stride, dim, every, length, logits);
-            dot_gathered(go, v, v_stride, value_dim, every, length, dots);
-            for (int r = 0; r < now; r++) {
-                float* p_of = shares + r * padded;
-                for (int64_t n = 0; n < length; n += LANES) {
-                    vec share = exponential(load(logits[r] + n) - t.log_p[z * p.tokens + from + r]);
-                    store(p_of + n, share);
-                    store(logits[r] + n, share * (load(dots[r] + n) - delta[from + r]));
-                }
-                dls[r] = logits[r];
-                probabilities[r] = p_of;
-                grads[r] = dq + (from + r) * dim;
+            dot_quad(queries, far_k, far_k_stride, dim, nullptr, length, shares);
+            dot_quad(go, far_v, far_v_stride, value_dim, nullptr, length, dots);
+            for (int64_t c = 0; c < SUBTILE * length; c += LANES) {
+                vec share = exponential(load(shares + c) - repeat(log_p));
+                store(shares + c, share);
+                store(dl + c, share * (load(dots + c) - repeat(deltas)));
             }
-            add_rows<VALUES>(now, dls, k, k_stride, dim, every, length, grads);
-            add_outer(now, dls, queries, every, length, dim, dk);
-            add_outer(now, probabilities, go, every, length, value_dim, dv);
+            add_quad(dl, far_k, far_k_stride, dim, nullptr, length, so_far, grads);
+            outer_quad(dl, queries, nullptr, length, dim, dk);
+            outer_quad(shares, go, nullptr, length, value_dim, dv);
         }
     }
 
-    void put_gradients() {
-        Type type = Type(p.type);
+    void put_gradients(const Bench& room) {
+        const Type type = Type(p.type);
         for (int64_t n = 0; n < p.tokens; n++) {
+            const bool real = n < length;
             for (int64_t d = 0; d < dim; d++) dq[n * dim + d] *= float(p.scale);
+            const float *key = real ? dk + place[n] * dim : room.zeros;
+            const float* value = real ? dv + place[n] * value_dim : room.zero_row;
             write_row(gradients.d_query, p.at(gradients.d_query_stride, z, n), type, p.dim, dq + n * dim);
-            write_row(gradients.d_key, p.at(gradients.d_key_stride, z, n), type, p.dim, dk + n * dim);
-            write_row(gradients.d_value, p.at(gradients.d_value_stride, z, n), type, p.value_dim, dv + n * value_dim);
+            write_row(gradients.d_key, p.at(gradients.d_key_stride, z, n), type, p.dim, key);
+            write_row(gradients.d_value, p.at(gradients.d_value_stride, z, n), type, p.value_dim, value);
         }
     }
 };

@@ -1,9 +1,9 @@
 // Near + far attention on the CPU: the mathematics of near_far.py, one head at a time in cache.
 //
-// For each head: mean queries u of the groups; their attention P to every key; weighted k-means of the keys; the keys
-// that each group chooses; the sums of P and P v over each cluster; and, tile by tile, one softmax over the exact keys
-// and the hidden neurons. P is the only thing of size groups x tokens; it is kept, because computing it again costs
-// more.
+// For each head: coordinates of its queries and keys; tiles of queries that ask for the same; their mean queries'
+// logits with every key; weighted k-means of the keys; the keys that each sub-tile chooses; and, tile by tile, the sums
+// over what it does not read exactly and one softmax for each query. The logits are the only thing of size
+// tiles x tokens; they are kept, because computing them again costs more.
 
 #include <atomic>
 #include <memory>
@@ -23,7 +23,7 @@ extern "C" int astroattn_near_far(const Problem* problem, const Tensors* tensors
     Arena need;
     Forward sample(*problem, *tensors, need);
     const size_t head_size = need.used;
-    Head::Bench sample_room(sample, need);
+    Forward::Bench sample_room(sample, need);
     const size_t room_size = need.used - head_size;
     // Memory is taken before the threads start, because an exception must not leave one of them waiting for another.
     std::vector<std::unique_ptr<Memory>> own;
@@ -32,7 +32,7 @@ extern "C" int astroattn_near_far(const Problem* problem, const Tensors* tensors
     if (whole < size) common = std::make_unique<Memory>(head_size + size_t(threads) * room_size);
     Arena arena{common ? common->data() : nullptr};
     Forward shared(*problem, *tensors, arena);
-    std::vector<Head::Bench> rooms;
+    std::vector<Forward::Bench> rooms;
     for (int64_t i = 0; i < (common ? threads : 0); i++) rooms.emplace_back(shared, arena);
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
@@ -45,7 +45,7 @@ extern "C" int astroattn_near_far(const Problem* problem, const Tensors* tensors
         for (int64_t z = next++; z < whole; z = next++) {
             Arena mine{own[me]->data()};
             Forward head(*problem, *tensors, mine);
-            Head::Bench room(head, mine);
+            Forward::Bench room(head, mine);
             head.begin(z);
             stages(head, [&](int64_t blocks, auto work) {
                 for (int64_t i = 0; i < blocks; i++) work(i, room);

@@ -7,9 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
+from astroattn.ops.layout import SUBTILE, Budget
 from astroattn.ops.native.library import INTEGER, POINTER, TYPES, Strides, pointers, run, strides
 from astroattn.ops.rows import dense_rows, empty_rows
-from astroattn.ops.tiles import cut, near_shape
 
 
 class _Problem(ctypes.Structure):
@@ -18,9 +18,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, INTEGER) for name in ("batch", "heads", "tokens", "dim", "value_dim", "type")),
         *((name, Strides) for name in ("query_stride", "key_stride", "value_stride", "out_stride")),
-        *((name, INTEGER) for name in ("prefix", "rows", "columns")),
-        *((name, INTEGER) for name in ("tile_high", "tile_wide", "window_high", "window_wide")),
-        *((name, INTEGER) for name in ("exact_keys", "groups", "hidden", "steps", "threads")),
+        *((name, INTEGER) for name in ("prefix", "rows", "columns", "by_content", "steps", "most_keys", "threads")),
         ("scale", ctypes.c_double),
     )
 
@@ -29,7 +27,11 @@ class _Tensors(ctypes.Structure):
     """`Tensors` in head.h."""
 
     _fields_ = tuple(
-        (name, POINTER) for name in ("query", "key", "value", "lengths", "out", "log_p", "winners", "mass", "keys")
+        (name, POINTER)
+        for name in (
+            *("query", "key", "value", "lengths", "layouts", "out", "log_p"),
+            *("order", "winners", "mass", "keys"),
+        )
     )
 
 
@@ -43,40 +45,35 @@ class _Gradients(ctypes.Structure):
 
 
 def near_far_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    grid: tuple[int, int] | None,
-    prefix: int,
-    tile: int,
-    near: int,
-    exact_keys: int,
-    groups: int,
-    num_hidden: int,
-    steps: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, budget: Budget, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `near_far.choose` and `near_far.attend`, on [B, H, N, D] tensors of any strides.
 
+    Args:
+        lengths: real tokens of each sequence, prefix included [B], int64; None: all of them.
+
     Returns:
-        out [B, H, N, Dv], log p [B, H, N], and the choices: winners and mass [B, H, n], keys [B, H, R, e].
+        out [B, H, N, Dv], log p [B, H, N], and the choices: order, winners and mass [B, H, n], keys [B, H, S, P]. A
+        sequence that is shorter uses the first entries.
 
     Raises:
         RuntimeError: the kernels are not there, or not enough memory.
     """
     query, key, value = map(dense_rows, (query, key, value))
     batch, heads, tokens, _ = query.shape
-    body = tokens - prefix
+    body = tokens - budget.prefix
+    layout = budget.at(tokens, query.shape[-1])
     out = empty_rows(query, value.shape[-1])
     log_p = torch.empty(batch, heads, tokens)
-    winners = torch.zeros(batch, heads, body, dtype=torch.int32)
-    mass = torch.zeros(batch, heads, body)
-    problem = _describe(query, key, value, out, grid, prefix, tile, near, groups, num_hidden, scale)
-    problem.exact_keys, problem.steps = min(exact_keys, body), steps
-    keys = torch.empty(batch, heads, problem.groups, problem.exact_keys, dtype=torch.int32)
-    run("astroattn_near_far", problem, _Tensors(*pointers(query, key, value, lengths, out, log_p, winners, mass, keys)))
-    return out, log_p, winners, mass, keys
+    order, winners = torch.empty(2, batch, heads, body, dtype=torch.int32)
+    mass = torch.empty(batch, heads, body)
+    most = layout.near_keys(body) + layout.exact_keys
+    keys = torch.empty(batch, heads, -(-body // SUBTILE), most, dtype=torch.int32)
+    layouts = _layouts(budget, lengths, batch, tokens, query.shape[-1])
+    problem = _describe(query, key, value, out, budget, most, scale)
+    tensors = query, key, value, lengths, layouts, out, log_p, order, winners, mass, keys
+    run("astroattn_near_far", problem, _Tensors(*pointers(*tensors)))
+    return out, log_p, order, winners, mass, keys
 
 
 def near_far_backward(
@@ -87,16 +84,12 @@ def near_far_backward(
     value: Tensor,
     out: Tensor,
     log_p: Tensor,
+    order: Tensor,
     winners: Tensor,
     mass: Tensor,
     keys: Tensor,
     lengths: Tensor | None,
-    grid: tuple[int, int] | None,
-    prefix: int,
-    tile: int,
-    near: int,
-    groups: int,
-    num_hidden: int,
+    budget: Budget,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; the choices are constant. A thread works on whole heads.
@@ -105,36 +98,37 @@ def near_far_backward(
         RuntimeError: as in `near_far_forward`.
     """
     query, key, value, out, d_out = map(dense_rows, (query, key, value, out, d_out))
-    log_p, d_log_p, winners, mass, keys = (x.contiguous() for x in (log_p, d_log_p, winners, mass, keys))
+    log_p, d_log_p, order, winners, mass, keys = (x.contiguous() for x in (log_p, d_log_p, order, winners, mass, keys))
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    problem = _describe(query, key, value, out, grid, prefix, tile, near, groups, num_hidden, scale)
-    problem.exact_keys = keys.shape[-1]
-    tensors = _Tensors(*pointers(query, key, value, lengths, out, log_p, winners, mass, keys))
+    layouts = _layouts(budget, lengths, len(query), *query.shape[2:])
+    problem = _describe(query, key, value, out, budget, keys.shape[-1], scale)
+    tensors = _Tensors(*pointers(query, key, value, lengths, layouts, out, log_p, order, winners, mass, keys))
     gradients = _Gradients(*pointers(d_out, d_log_p, *grads), *strides(d_out, *grads))
     run("astroattn_near_far_backward", problem, tensors, gradients)
     return grads
 
 
+def _layouts(budget: Budget, lengths: Tensor | None, batch: int, tokens: int, dim: int) -> Tensor:
+    """What the length of each sequence decides [B, ...], in the order of `Layout` in head.h; zeros without a body."""
+    rows = []
+    for length in [tokens] * batch if lengths is None else lengths.tolist():
+        body = length - budget.prefix
+        if body <= 0:
+            rows.append([0] * 6)
+            continue
+        layout = budget.at(length, dim)
+        sizes = layout.exact_keys, layout.candidates(body), layout.num_hidden
+        rows.append([layout.tile, *layout.window(body), *sizes])
+    return torch.tensor(rows)
+
+
 def _describe(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    grid: tuple[int, int] | None,
-    prefix: int,
-    tile: int,
-    near: int,
-    groups: int,
-    num_hidden: int,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, budget: Budget, most_keys: int, scale: float
 ) -> _Problem:
     batch, heads, tokens, dim = query.shape
-    rows, columns = grid or (1, tokens - prefix)
-    high, wide, down, across = cut(tile, rows, columns)
-    groups = min(groups, down * across)
     return _Problem(
         *(batch, heads, tokens, dim, value.shape[-1], TYPES[query.dtype]),
         *strides(query, key, value, out),
-        *(prefix, rows, columns, high, wide, *near_shape(near, rows, columns)),
-        *(0, groups, num_hidden, 0, torch.get_num_threads(), scale),
+        *(budget.prefix, *(budget.grid or (0, 0)), budget.by_content, budget.steps, most_keys),
+        *(torch.get_num_threads(), scale),
     )

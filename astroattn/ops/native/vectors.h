@@ -47,6 +47,42 @@ static inline uint32_t bits_of(ivec x) {
     return bits;
 #endif
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The set bits of every byte, side by side.
+struct SetBits {
+    uint8_t of[256][8];
+    SetBits() : of{} {
+        for (int byte = 0; byte < 256; byte++)
+            for (int bit = 0, n = 0; bit < 8; bit++)
+                if (byte >> bit & 1) of[byte][n++] = uint8_t(bit);
+    }
+};
+inline const SetBits set_bits;
+#endif
+// Writes `first` + the lanes of a comparison's result that are set, side by side, and perhaps more behind them, a whole
+// vector at most; returns how many are set.
+static inline int list_lanes(ivec x, int32_t first, int32_t* to) {
+    const uint32_t bits = bits_of(x);
+#if defined(__AVX512F__)
+    ivec lanes;
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    lanes += first;
+    __m512i all;
+    memcpy(&all, &lanes, sizeof all);
+    all = _mm512_maskz_compress_epi32(__mmask16(bits), all);
+    memcpy(to, &all, sizeof all);
+#elif defined(__AVX2__)
+    __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(set_bits.of[bits]));
+    __m256i all = _mm256_add_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(first));
+    memcpy(to, &all, sizeof all);
+#else
+    for (int i = 0, n = 0; i < LANES; i++) {
+        to[n] = first + i;
+        n += bits >> i & 1;
+    }
+#endif
+    return __builtin_popcount(bits);
+}
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Lane i is lane index(i) of the vectors a and b put one behind the other.
@@ -131,6 +167,13 @@ static inline vec logarithm(vec x) {
     result = x == 0 ? -infinite : result;
     result = x == infinite ? infinite : result;
     return x >= 0 ? result : nothing;
+}
+
+// log to 0.05, of normal numbers: for a choice.
+static inline vec rough_logarithm(vec x) {
+    ivec bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (__builtin_convertvector(bits, vec) - 1064866805.0f) * 8.2629582e-8f;  // log 2 / 2^23
 }
 
 // c[r][0 .. PANEL) = a[r] . b, b a panel [depth][PANEL], for `rows` rows; only the first `width` vectors are computed.
@@ -229,6 +272,32 @@ static inline void add_rows(int rows, const float* const* p, const float* v, int
     for (int r = 0; r < rows; r++) o[r] -= steps * PANEL;
 }
 
+// to = from + sum_n c[n] v[index[n]] for WIDTH vectors, v[n] without an index; returns the sum of c.
+template <int WIDTH>
+static inline float add_row(const float* c, const float* v, int64_t stride, const int32_t* index, int64_t count,
+                            const float* from, float* to) {
+    vec sums[WIDTH], all = {};
+    for (int w = 0; w < WIDTH; w++) sums[w] = load(from + w * LANES);
+    for (int64_t n = 0; n < count; n++) {
+        const float* row = v + (index ? index[n] : n) * stride;
+        vec factor = spread(c[n]);
+        all += factor;
+        for (int w = 0; w < WIDTH; w++) sums[w] += factor * load(row + w * LANES);
+    }
+    for (int w = 0; w < WIDTH; w++) store(to + w * LANES, sums[w]);
+    return all[0];
+}
+// The same for a row of `dim` numbers, a multiple of LANES.
+static inline float add_row(const float* c, const float* v, int64_t stride, int64_t dim, const int32_t* index,
+                            int64_t count, const float* from, float* to) {
+    float all = 0;
+    int64_t d = 0;
+    for (; d + 8 * LANES <= dim; d += 8 * LANES) all = add_row<8>(c, v + d, stride, index, count, from + d, to + d);
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) all = add_row<4>(c, v + d, stride, index, count, from + d, to + d);
+    for (; d < dim; d += LANES) all = add_row<1>(c, v + d, stride, index, count, from + d, to + d);
+    return all;
+}
+
 // Two vectors whose segments of 2 * HALF lanes are to be summed become one with segments of HALF lanes, in order.
 template <int HALF>
 static inline vec fold(vec a, vec b) {
@@ -243,25 +312,112 @@ static inline vec fold_all(const vec* x) {
 // The sums of LANES vectors.
 static inline vec sums_of(const vec* x) { return fold_all<1>(x); }
 
-// c[r][n] = a[r] . k[index[n]] for 4 rows; dim a multiple of LANES; index and c hold a multiple of LANES entries.
-static inline void dot_gathered(const float* const* a, const float* k, int64_t stride, int64_t dim,
-                                const int32_t* index, int64_t count, float* const* c) {
-    constexpr int KEYS = LANES / 4;
-    for (int64_t n = 0; n < count; n += KEYS) {
+// ---- four rows at a time, their numbers side by side: c[4 n + r] ----
+
+typedef float quad __attribute__((vector_size(16)));
+constexpr int IN_STEP = LANES / 4;  // columns that a vector holds
+static inline quad load_quad(const float* p) {
+    quad x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+static inline void store_quad(float* p, quad x) { memcpy(p, &x, sizeof x); }
+// The four numbers over and over.
+static inline vec repeat(quad x) {
+    float lanes[LANES];
+    for (int i = 0; i < LANES; i += 4) store_quad(lanes + i, x);
+    return load(lanes);
+}
+// For each of the rows: its sum and its largest.
+template <int HALF = LANES / 2>
+static inline vec sum_of_each(vec x) {
+    if constexpr (HALF < 4) return x;
+    else return sum_of_each<HALF / 2>(x + shuffle(x, x, [](int i) { return i ^ HALF; }));
+}
+template <int HALF = LANES / 2>
+static inline vec largest_of_each(vec x) {
+    if constexpr (HALF < 4) return x;
+    else return largest_of_each<HALF / 2>(larger(x, shuffle(x, x, [](int i) { return i ^ HALF; })));
+}
+static inline quad first_quad(vec x) {
+    quad y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+// c[4 n + r] = a[r] . k[index[n]], k[n] without an index; dim a multiple of LANES. The last is
+// repeated to fill a vector.
+static inline void dot_quad(const float* const* a, const float* k, int64_t stride, int64_t dim, const int32_t* index,
+                            int64_t count, float* c) {
+    for (int64_t n = 0; n < count; n += IN_STEP) {
         vec sums[LANES] = {};
+        const float* key[IN_STEP];
+        for (int i = 0; i < IN_STEP; i++) {
+            const int64_t at = n + i < count ? n + i : count - 1;
+            key[i] = k + (index ? index[at] : at) * stride;
+        }
         for (int64_t d = 0; d < dim; d += LANES) {
-            vec key[KEYS];
-            for (int i = 0; i < KEYS; i++) key[i] = load(k + index[n + i] * stride + d);
+            vec part[IN_STEP];
+            for (int i = 0; i < IN_STEP; i++) part[i] = load(key[i] + d);
             for (int r = 0; r < 4; r++) {
                 vec row = load(a[r] + d);
-                for (int i = 0; i < KEYS; i++) sums[r * KEYS + i] += row * key[i];
+                for (int i = 0; i < IN_STEP; i++) sums[4 * i + r] += row * part[i];
             }
         }
-        vec dots = sums_of(sums);
-        for (int r = 0; r < 4; r++)
-            for (int i = 0; i < KEYS; i++) c[r][n + i] = dots[r * KEYS + i];
+        store(c + 4 * n, sums_of(sums));
     }
 }
+
+// to[r] = from[r] + sum_n c[4 n + r] v[index[n]] for WIDTH vectors.
+template <int WIDTH>
+static inline void add_quad(const float* c, const float* v, int64_t stride, const int32_t* index, int64_t count,
+                            const float* const* from, float* const* to, int64_t d) {
+    vec sums[4][WIDTH];
+    for (int r = 0; r < 4; r++)
+        for (int w = 0; w < WIDTH; w++) sums[r][w] = load(from[r] + d + w * LANES);
+    for (int64_t n = 0; n < count; n++) {
+        const float* row = v + (index ? index[n] : n) * stride + d;
+        vec part[WIDTH];
+        for (int w = 0; w < WIDTH; w++) part[w] = load(row + w * LANES);
+        for (int r = 0; r < 4; r++)
+            for (int w = 0; w < WIDTH; w++) sums[r][w] += c[4 * n + r] * part[w];
+    }
+    for (int r = 0; r < 4; r++)
+        for (int w = 0; w < WIDTH; w++) store(to[r] + d + w * LANES, sums[r][w]);
+}
+// The same for rows of `dim` numbers, a multiple of LANES; v[n] without an index.
+static inline void add_quad(const float* c, const float* v, int64_t stride, int64_t dim, const int32_t* index,
+                            int64_t count, const float* const* from, float* const* to) {
+    int64_t d = 0;
+    for (; d + PANEL <= dim; d += PANEL) add_quad<WIDE>(c, v, stride, index, count, from, to, d);
+    for (; d < dim; d += LANES) add_quad<1>(c, v, stride, index, count, from, to, d);
+}
+
+// to[index[n]] += sum_r c[4 n + r] x[r] for WIDTH vectors.
+template <int WIDTH>
+static inline void outer_quad(const float* c, const float* const* x, const int32_t* index, int64_t count, int64_t d,
+                              int64_t dim, float* to) {
+    vec rows[4][WIDTH];
+    for (int r = 0; r < 4; r++)
+        for (int w = 0; w < WIDTH; w++) rows[r][w] = load(x[r] + d + w * LANES);
+    for (int64_t n = 0; n < count; n++) {
+        float* at = to + (index ? index[n] : n) * dim + d;
+        for (int w = 0; w < WIDTH; w++) {
+            vec sum = load(at + w * LANES);
+            for (int r = 0; r < 4; r++) sum += c[4 * n + r] * rows[r][w];
+            store(at + w * LANES, sum);
+        }
+    }
+}
+// The same for rows of `dim` numbers, a multiple of LANES; to[n] without an index. No index twice.
+static inline void outer_quad(const float* c, const float* const* x, const int32_t* index, int64_t count, int64_t dim,
+                              float* to) {
+    int64_t d = 0;
+    for (; d + PANEL <= dim; d += PANEL) outer_quad<WIDE>(c, x, index, count, d, dim, to);
+    for (; d < dim; d += LANES) outer_quad<1>(c, x, index, count, d, dim, to);
+}
+
+// ---- any number of rows ----
 
 // to[index[n]] += sum_r c[r][n] x[r] for NOW values of n and WIDTH vectors; no index twice.
 template <int NOW, int WIDTH>

@@ -1,0 +1,180 @@
+"""How a sequence is cut into tiles of queries, and how many keys and neurons each of them has: plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
+from typing import NamedTuple
+
+SUBTILE = 4  # queries that attend to the same keys
+CANDIDATES = 3  # keys that a tile proposes, for each that one of its sub-tiles takes
+LEAST_BODY = 128  # tokens up to which, where the length decides, softmax attention costs no more
+MOST_TILES = 128  # of a sequence, which bounds the time to a constant times its length
+# Where the length decides: so much times a root, within bounds.
+HIDDEN_PER_ROOT, MOST_HIDDEN = 1.45, 64
+KEYS_PER_ROOT, MOST_KEYS = 2.4, 128
+NEAR_PER_ROOT, LEAST_NEAR, MOST_NEAR = 0.15, 3, 8
+WIDTH = 64  # of a head; narrower ones have less to tell apart
+ROOT = -1  # of a number that the length decides
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What attention does with the n = N - prefix tokens of the body of a sequence.
+
+    Attributes:
+        grid: (rows, columns) of the body, or None for a sequence.
+        prefix: tokens before the body; they are outside the tiles, attend exactly to all tokens, and are exact keys of
+            every query.
+        tile: queries in a tile, a multiple of `SUBTILE`. Where the body is no multiple of it, the last tile has fewer.
+        by_content: whether the tiles hold queries that ask for the same, or neighbours.
+        near: the nearest keys of each query, which its sub-tile attends exactly.
+        exact_keys: the others that a sub-tile chooses.
+        num_hidden: m, hidden neurons for the rest; 0 leaves the rest out.
+        steps: Hebbian learning steps.
+    """
+
+    grid: tuple[int, int] | None
+    prefix: int
+    tile: int
+    by_content: bool
+    near: int
+    exact_keys: int
+    num_hidden: int
+    steps: int
+
+    def tiles(self, body: int) -> int:
+        """Number of tiles T."""
+        return -(-body // self.tile)
+
+    def subtiles(self) -> int:
+        """Sub-tiles of a tile."""
+        return self.tile // SUBTILE
+
+    def window(self, body: int) -> tuple[int, int]:
+        """Rows and columns of the near field of a query."""
+        if self.grid is None:
+            return min(self.near, 1), min(self.near, body)
+        return near_shape(self.near, *self.grid)
+
+    def near_keys(self, body: int, queries: int = SUBTILE) -> int:
+        """Most near keys of a run of so many queries in the order of their tiles: neighbours share theirs."""
+        high, wide = self.window(body)
+        if self.by_content or high * wide == 0:
+            return min(queries * high * wide, body)
+        if self.grid is None:
+            return min(queries - 1 + wide, body)
+        return most_near(*self.grid, high, wide, queries)
+
+    def all_subtiles(self, body: int) -> int:
+        """Sub-tiles of a sequence S."""
+        return -(-body // SUBTILE)
+
+    def most_keys(self, body: int) -> int:
+        """Most exact keys of a sub-tile P, those of the prefix not counted."""
+        return self.near_keys(body) + self.exact_keys
+
+    def union(self, body: int) -> int:
+        """Most exact keys of all sub-tiles of a tile."""
+        chosen = self.candidates(body) + self.near_keys(body, self.tile)
+        return min(chosen, self.subtiles() * self.most_keys(body), body)
+
+    def candidates(self, body: int) -> int:
+        """Keys that a tile proposes to its sub-tiles."""
+        return min(CANDIDATES * self.exact_keys, body)
+
+
+class Budget(NamedTuple):
+    """A layout in which some numbers are left to the length of each sequence: plain values, as operators take them.
+
+    Attributes as in `Layout`; tile, near, exact_keys and num_hidden may be `ROOT`. Queries that are asked for in tiles
+    of another size than a multiple of `SUBTILE` get the next larger one.
+    """
+
+    grid: tuple[int, int] | None
+    prefix: int
+    tile: int
+    by_content: bool
+    near: int
+    exact_keys: int
+    num_hidden: int
+    steps: int
+
+    def at(self, tokens: int, dim: int) -> Layout:
+        """The layout of a sequence of so many tokens, more than those of the prefix, in a head of this dimension.
+
+        Where the length decides, the numbers grow with its square root, and the time of a query with them; from where
+        on they are at their bounds, the time is linear in the length. Up to 128 tokens every key is exact.
+        """
+        body = tokens - self.prefix
+        root = (body * min(dim / WIDTH, 1)) ** 0.5  # not sqrt, which a graph for any length could not trace
+        tile, near, keys, hidden = self.tile, self.near, self.exact_keys, self.num_hidden
+        if tile == ROOT:
+            tile = max(round(body**0.5), -(-body // MOST_TILES))
+        if near == ROOT:
+            near = min(max(round(NEAR_PER_ROOT * root), LEAST_NEAR), MOST_NEAR)
+        if keys == ROOT:
+            keys = body if body <= LEAST_BODY else min(round(KEYS_PER_ROOT * root), MOST_KEYS)
+        if hidden == ROOT:
+            hidden = min(max(8 * round(HIDDEN_PER_ROOT * root / 8), 8), MOST_HIDDEN)
+        tile = SUBTILE * min(max(-(-tile // SUBTILE), 1), -(-body // SUBTILE))
+        return Layout(self.grid, self.prefix, tile, self.by_content, near, min(keys, body), hidden, self.steps)
+
+
+def near_shape(near: int, rows: int, columns: int) -> tuple[int, int]:
+    """The most square rectangle of at most `near` patches inside the grid."""
+    height = min(isqrt(near), rows)
+    if height == 0:
+        return 0, 0
+    width = min(near // height, columns)
+    return min(near // width, rows), width
+
+
+@lru_cache(maxsize=64)
+def z_curve(rows: int, columns: int) -> tuple[int, ...]:
+    """The patches of a grid along a Z-curve: where rows and columns are even, each run of four is a square."""
+
+    def place(token: int) -> int:
+        row, column = divmod(token, columns)
+        sides = max(rows, columns).bit_length()
+        return sum((column >> bit & 1) << 2 * bit | (row >> bit & 1) << 2 * bit + 1 for bit in range(sides))
+
+    return tuple(sorted(range(rows * columns), key=place))
+
+
+@lru_cache(maxsize=64)
+def most_near(rows: int, columns: int, high: int, wide: int, queries: int) -> int:
+    """Most patches in the windows of a run of so many queries along the Z-curve of a grid."""
+    order, most = z_curve(rows, columns), 0
+    for begin in range(0, len(order), queries):
+        held: set[int] = set()
+        for token in order[begin : begin + queries]:
+            row, column = divmod(token, columns)
+            top = min(max(row - high // 2, 0), rows - high)
+            left = min(max(column - wide // 2, 0), columns - wide)
+            for line in range(top, top + high):
+                held.update(range(line * columns + left, line * columns + left + wide))
+        most = max(most, len(held))
+    return most
+
+
+@lru_cache(maxsize=64)
+def cuts(body: int, tile: int) -> tuple[tuple[int, ...], ...]:
+    """Where each level of a balanced tree cuts a run of tokens: first into tiles, then those into sub-tiles.
+
+    Returns:
+        For each level the beginnings of its nodes, 0 first. Every cut is at a multiple of the tile, or of the sub-tile
+        within a tile, as near to the middle of the node as that allows.
+    """
+    levels = [[0]]
+    for unit in (tile, SUBTILE):
+        while True:
+            begins = levels[-1]
+            ends = [*begins[1:], body]
+            units = [-(-(end - begin) // unit) for begin, end in zip(begins, ends, strict=True)]
+            if max(units) == 1:
+                break
+            middles = [begin + (count + 1) // 2 * unit for begin, count in zip(begins, units, strict=True) if count > 1]
+            levels.append(sorted([*begins, *middles]))
+    return tuple(map(tuple, levels))
