@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from astroattn.ops import near_far
+from astroattn.ops import plain
+from astroattn.ops.layout import ROOT, Budget
 from astroattn.ops.native import build, library
 from astroattn.ops.native import near_far as native
-from astroattn.ops.tiles import Layout
 from tests.core_cases import relative
 
 ORDER = ("default", "avx2", "avx512")
@@ -26,23 +26,25 @@ REFUSAL = library.refusal(torch.float32)
 
 pytestmark = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 
-# (tokens, D, Dv, what differs from the default config, lengths)
+# (tokens, D, Dv, what differs from `settings_of`, lengths)
 CASES = {
     "ViT": (197, 64, 64, {"grid": (14, 14), "prefix": 1}, None),
-    "grid that does not divide": (5 * 7 + 2, 24, 40, {"grid": (5, 7), "prefix": 2, "exact_keys": 5}, None),
+    "grid that does not divide": (5 * 7 + 2, 24, 40, {"grid": (5, 7), "prefix": 2, "exact_keys": 5, "near": 6}, None),
     "sequence": (300, 32, 32, {}, None),
-    "padding": (131, 40, 24, {"prefix": 2, "exact_keys": 8}, [131, 50]),
+    "by position": (300, 32, 32, {"by_content": False, "tile": 16, "near": 9, "exact_keys": 5}, None),
+    "grid by position": (197, 32, 32, {"grid": (14, 14), "prefix": 1, "by_content": False, "near": 9}, None),
+    "padding": (331, 40, 24, {"prefix": 2}, [331, 150]),
+    "padding by position": (131, 40, 24, {"prefix": 2, "exact_keys": 8, "by_content": False}, [131, 50]),
     "nothing real": (67, 16, 16, {"exact_keys": 8, "num_hidden": 5}, [0, 67]),
-    "padding, prefix alone real": (67, 16, 16, {"prefix": 3, "num_hidden": 5}, [2, 67]),
-    "large tiles": (500, 64, 64, {"tile": 64, "near": 192, "num_hidden": 64, "exact_keys": 0}, None),
-    "shared groups": (300, 24, 24, {"near": 6, "exact_keys": 5, "groups": 7, "num_hidden": 5}, None),
-    "shared groups, padding": (300, 24, 24, {"near": 6, "exact_keys": 5, "groups": 7, "num_hidden": 5}, [300, 30]),
-    "shared groups, large tiles": (500, 16, 16, {"tile": 20, "near": 60, "groups": 3, "num_hidden": 20}, None),
+    "padding, prefix alone real": (67, 16, 16, {"prefix": 3, "exact_keys": 8, "num_hidden": 5}, [2, 67]),
+    "large tiles": (500, 64, 64, {"tile": 64, "near": 16, "num_hidden": 64, "exact_keys": 0}, None),
     "one tile": (190, 16, 16, {"tile": 190, "near": 0, "exact_keys": 0, "num_hidden": 7}, None),
+    "no near field": (190, 16, 16, {"near": 0, "exact_keys": 9, "num_hidden": 7}, None),
     "no far field": (100, 17, 3, {"near": 5, "exact_keys": 6, "num_hidden": 0}, None),
-    "near alone": (63, 8, 8, {"near": 5, "exact_keys": 0, "num_hidden": 0}, None),
-    "more neurons than tokens": (9, 8, 8, {"tile": 2, "near": 2, "exact_keys": 1, "num_hidden": 40}, None),
-    "many tokens": (2500, 16, 16, {"exact_keys": 4}, None),
+    "near alone": (63, 8, 8, {"near": 5, "exact_keys": 0, "num_hidden": 0, "by_content": False}, None),
+    "more neurons than tokens": (9, 8, 8, {"tile": 4, "near": 1, "exact_keys": 1, "num_hidden": 40}, None),
+    "three tokens": (3, 8, 8, {"near": 1, "exact_keys": 1, "num_hidden": 2}, None),
+    "many tokens": (2500, 16, 16, {"exact_keys": 9}, None),
 }
 
 
@@ -54,9 +56,9 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def settings_of(changes: dict[str, object]) -> dict[str, object]:
-    values = {"grid": None, "prefix": 0, "tile": 4, "near": 4, "exact_keys": 32, "groups": 256, "num_hidden": 16}
-    return {**values, "steps": 2} | changes
+def budget_of(changes: dict[str, object]) -> Budget:
+    values = {"grid": None, "prefix": 0, "tile": ROOT, "by_content": True, "near": ROOT, "exact_keys": ROOT}
+    return Budget(**{**values, "num_hidden": ROOT, "steps": 2} | changes)
 
 
 def draw(tokens: int, dim: int, value_dim: int, batch: int = 2, scale: float = 1.5) -> list[Tensor]:
@@ -66,29 +68,36 @@ def draw(tokens: int, dim: int, value_dim: int, batch: int = 2, scale: float = 1
 
 def forward(inputs: list[Tensor], lengths: list[int] | None, changes: dict[str, object]) -> tuple[Tensor, ...]:
     lengths = None if lengths is None else torch.tensor(lengths)
-    return native.near_far_forward(*inputs, lengths, **settings_of(changes), scale=inputs[0].shape[-1] ** -0.5)
+    return native.near_far_forward(*inputs, lengths, budget_of(changes), inputs[0].shape[-1] ** -0.5)
+
+
+def backward(
+    d_out: Tensor,
+    d_log_p: Tensor,
+    inputs: list[Tensor],
+    results: tuple[Tensor, ...],
+    lengths: list[int] | None,
+    changes: dict[str, object],
+) -> tuple[Tensor, ...]:
+    lengths = None if lengths is None else torch.tensor(lengths)
+    scale = inputs[0].shape[-1] ** -0.5
+    return native.near_far_backward(d_out, d_log_p, *inputs, *results, lengths, budget_of(changes), scale)
 
 
 def given_choices(
-    inputs: list[Tensor], choices: tuple[Tensor, ...], lengths: list[int] | None, changes: dict[str, object]
+    inputs: list[Tensor], choices: list[Tensor], lengths: list[int] | None, changes: dict[str, object]
 ) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch in float64 with the same winners, mass and keys."""
-    values = settings_of(changes)
-    num_hidden = values.pop("num_hidden")
-    del values["steps"]
-    heads = inputs[0].shape[1]
-    layout = Layout(**values, lengths=None if lengths is None else torch.tensor(lengths).repeat_interleave(heads))
-    query, key, value = (x.double().flatten(0, 1) for x in inputs)
-    choice = near_far.Choice(*(x.flatten(0, 1) for x in choices))
-    out = near_far.attend(query * query.shape[-1] ** -0.5, key, value, layout, choice, num_hidden)
-    return tuple(x.unflatten(0, (-1, heads)) for x in out)
+    """Plain PyTorch in float64 with the same order, winners, mass and keys."""
+    lengths = None if lengths is None else torch.tensor(lengths)
+    query, key, value = (x.double() for x in inputs)
+    return plain.near_far_given(query, key, value, *choices, lengths, budget_of(changes), query.shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_backward_equal_plain_pytorch(name: str, variant: str) -> None:
     tokens, dim, value_dim, changes, lengths = CASES[name]
     inputs = draw(tokens, dim, value_dim)
-    out, log_p, *choices = forward(inputs, lengths, changes)
+    results = out, log_p, *choices = forward(inputs, lengths, changes)
     exact = [x.double().requires_grad_() for x in inputs]
     expected, expected_log_p = given_choices(exact, choices, lengths, changes)
     assert relative(out, expected) < 2e-6
@@ -96,40 +105,36 @@ def test_forward_and_backward_equal_plain_pytorch(name: str, variant: str) -> No
     torch.testing.assert_close(log_p.double(), expected_log_p, rtol=1e-5, atol=1e-5)
 
     d_out, d_log_p = torch.randn_like(out), torch.randn_like(log_p)
-    values = settings_of(changes)
-    del values["steps"], values["exact_keys"]
-    lengths = None if lengths is None else torch.tensor(lengths)
-    grads = native.near_far_backward(d_out, d_log_p, *inputs, out, log_p, *choices, lengths, **values, scale=dim**-0.5)
+    grads = backward(d_out, d_log_p, inputs, results, lengths, changes)
     wanted = torch.autograd.grad([expected, expected_log_p[real]], exact, [d_out.double(), d_log_p[real].double()])
     for ours, theirs in zip(grads, wanted, strict=True):
-        assert relative(ours, theirs) < 3e-6
+        assert relative(ours, theirs) < 4e-6
 
 
-# With more neurons than tokens every key is its own cluster, and all errors are rounding.
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][4] is None and not name.startswith("more")])
-def test_choices_are_those_of_plain_pytorch(name: str, variant: str) -> None:
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][4] is None])
+def test_choices_are_as_good_as_those_of_plain_pytorch(name: str, variant: str) -> None:
+    """Rounding turns a tree's cuts and whatever is as good as equal the other way, so the outputs are compared."""
     tokens, dim, value_dim, changes, _ = CASES[name]
     inputs = draw(tokens, dim, value_dim)
-    _, _, winners, mass, keys = forward(inputs, None, changes)
-    values = settings_of(changes)
-    learning = {name: values.pop(name) for name in ("num_hidden", "steps")}
-    query, key, value = (x.double().flatten(0, 1) for x in inputs)
-    choice = near_far.choose(query * dim**-0.5, key, value, Layout(**values), **learning)
-    assert keys.shape[2:] == choice.keys.shape[1:]
-    ours = keys.flatten(0, 1).sort(-1).values
-    # Not all: two keys or clusters that are as good as equal may change places in float32.
-    assert (ours == choice.keys.sort(-1).values).double().mean() > 0.99 if ours.numel() else True
-    if learning["num_hidden"]:
-        assert (winners.flatten(0, 1) == choice.winners).double().mean() > 0.99
-        assert mass.min() >= 0
+    ours, _, order, winners, mass, keys = forward(inputs, None, changes)
+    budget, exact = budget_of(changes), [x.double() for x in inputs]
+    theirs, _, *choices = plain.near_far_forward(*exact, None, budget, dim**-0.5)
+    assert [x.shape for x in (order, winners, mass, keys)] == [x.shape for x in choices]
+    body = torch.arange(tokens - budget.prefix)
+    assert torch.equal(order.sort(-1).values, body.expand_as(order).int())  # each query once
+    assert mass.min() >= 0
+    chosen = keys.sort(-1).values
+    assert not ((chosen[..., 1:] == chosen[..., :-1]) & (chosen[..., 1:] >= 0)).any()  # no key twice
+    softmax = F.scaled_dot_product_attention(*exact)
+    assert relative(ours, softmax) < 1.1 * relative(theirs, softmax) + 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["ViT", "shared groups", "large tiles"])
+@pytest.mark.parametrize("name", ["ViT", "by position", "large tiles"])
 def test_low_precision_errs_no_more_than_pytorch(name: str, dtype: torch.dtype, variant: str) -> None:
     tokens, dim, value_dim, changes, lengths = CASES[name]
     inputs = [x.to(dtype) for x in draw(tokens, dim, value_dim)]
-    out, log_p, *choices = forward(inputs, lengths, changes)
+    results = out, log_p, *choices = forward(inputs, lengths, changes)
     exact = [x.double().requires_grad_() for x in inputs]
     expected, _ = given_choices(exact, choices, lengths, changes)
     low = [x.detach().requires_grad_() for x in inputs]
@@ -139,11 +144,7 @@ def test_low_precision_errs_no_more_than_pytorch(name: str, dtype: torch.dtype, 
     assert relative(out, expected) < 2 * relative(softmax, softmax_exact)
 
     d_out = torch.randn_like(out)
-    values = settings_of(changes)
-    del values["steps"], values["exact_keys"]
-    grads = native.near_far_backward(
-        d_out, torch.zeros_like(log_p), *inputs, out, log_p, *choices, None, **values, scale=dim**-0.5
-    )
+    grads = backward(d_out, torch.zeros_like(log_p), inputs, results, lengths, changes)
     wanted = torch.autograd.grad(expected, exact, d_out.double())
     plain_low = torch.autograd.grad(softmax, low, d_out)
     plain_exact = torch.autograd.grad(softmax_exact, exact, d_out.double())
@@ -151,15 +152,26 @@ def test_low_precision_errs_no_more_than_pytorch(name: str, dtype: torch.dtype, 
         assert relative(ours, theirs) < 3 * relative(low_grad, exact_grad)
 
 
+@pytest.mark.parametrize("scale", [5.0, 20.0, 60.0])
+def test_large_logits_lose_no_digits(scale: float, variant: str) -> None:
+    """Logits in the hundreds: nothing is subtracted, so the error is that of rounding the logits themselves."""
+    inputs = draw(260, 32, 32, scale=scale**0.5)
+    inputs[2] /= scale**0.5
+    out, _, *choices = forward(inputs, None, {})
+    expected, _ = given_choices(inputs, choices, None, {})
+    largest = (inputs[0] @ inputs[1].mT * 32**-0.5).abs().max()
+    assert relative(out, expected) < 4e-7 * largest + 2e-6
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(12, 150),
     dim=st.integers(1, 70),
-    tile=st.integers(1, 20),
-    near=st.integers(1, 12),
+    tile=st.integers(1, 40),
+    by_content=st.booleans(),
+    near=st.integers(0, 12),
     exact_keys=st.integers(0, 9),
-    groups=st.integers(1, 40),
-    num_hidden=st.integers(0, 20),
+    num_hidden=st.integers(1, 20),
     steps=st.integers(0, 3),
     prefix=st.integers(0, 3),
 )

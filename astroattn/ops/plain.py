@@ -52,6 +52,30 @@ def near_far_forward(
     return out, log_p, *(x.unflatten(0, query.shape[:2]) for x in (order, winners, mass, keys))
 
 
+def near_far_given(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    winners: Tensor,
+    mass: Tensor,
+    keys: Tensor,
+    lengths: Tensor | None,
+    budget: Budget,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same given what was chosen, by `near_far_forward` or by a kernel: `near_far.attend`."""
+    chosen = [x.flatten(0, 1) for x in (order, winners, mass, keys)]
+
+    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        body = k.shape[1] - layout.prefix
+        order, winners, mass = (x[rows, :body] for x in chosen[:3])
+        keys = chosen[3][rows, : layout.all_subtiles(body), : layout.most_keys(body)]
+        return near_far.attend(q, k, v, layout, Choice(order, winners, mass, keys))
+
+    return _by_length(query, key, value, lengths, budget, scale, run)
+
+
 def near_far_backward(
     d_out: Tensor,
     d_log_p: Tensor,
@@ -67,18 +91,10 @@ def near_far_backward(
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key and value, given what was chosen; it computes the attention again."""
-    chosen = [x.flatten(0, 1) for x in (order, winners, mass, keys)]
-
-    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        body = k.shape[1] - layout.prefix
-        order, winners, mass = (x[rows, :body] for x in chosen[:3])
-        keys = chosen[3][rows, : layout.all_subtiles(body), : layout.most_keys(body)]
-        return near_far.attend(q, k, v, layout, Choice(order, winners, mass, keys))
-
     with _recording():
         query, key, value = inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        out, log_p = _by_length(query, key, value, lengths, budget, scale, run)
-        return torch.autograd.grad([out, log_p], inputs, [d_out, d_log_p])
+        results = near_far_given(query, key, value, order, winners, mass, keys, lengths, budget, scale)
+        return torch.autograd.grad(results, inputs, [d_out, d_log_p])
 
 
 def near_linear_attention(
