@@ -24,7 +24,7 @@ from eval.peers import (
 
 LONG = 2000  # tokens
 KEYS = {"a quarter of its keys": 0.6, "half of its keys": 1.2, "twice its keys": 4.8}  # times sqrt(n)
-SHARES = (0.08, 0.15, 0.25, 0.4, 0.7)  # of softmax's products, that a plan may cost
+SHARES = (0.1, 0.15, 0.25, 0.4)  # of softmax's products, that a plan may cost
 
 
 def find_ours(case: Case) -> dict[str, dict[str, Any]]:
