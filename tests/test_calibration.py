@@ -32,8 +32,8 @@ from astroattn.fidelity.calls import find_astrocytes
 from astroattn.fidelity.subject import share_weights
 
 EXACT = AstroConfig(hidden="exact")
-MENU = [AstroConfig(num_hidden=m, exact_keys=e, near=4) for m, e in ((2, 0), (4, 0), (4, 4), (4, 12), (4, 24))]
-TOKENS = 96
+MENU = [AstroConfig(num_hidden=m, exact_keys=e, near=1, tile=16) for m, e in ((2, 0), (4, 0), (4, 4), (4, 12), (4, 24))]
+TOKENS = 192
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": 99}
 
 
@@ -47,7 +47,7 @@ def make_whisper() -> nn.Module:
     layers = {f"{part}_{what}": size for part in ("encoder", "decoder")
               for what, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 32))}  # fmt: skip
     tokens = {"vocab_size": 9, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    config = WhisperConfig(d_model=32, num_mel_bins=16, max_source_positions=40, init_std=0.3, **layers, **tokens)
+    config = WhisperConfig(d_model=32, num_mel_bins=16, max_source_positions=160, init_std=0.3, **layers, **tokens)
     return WhisperForConditionalGeneration(config).eval()
 
 
@@ -207,9 +207,9 @@ def test_embeddings_where_there_are_no_logits() -> None:
 
 
 def test_recordings_are_compared_frame_by_frame() -> None:
-    sound = torch.randn(16, 16, 80, generator=torch.Generator().manual_seed(1))
+    sound = torch.randn(16, 16, 320, generator=torch.Generator().manual_seed(1))
     batches = [{"input_features": part} for part in sound.split(5)]
-    menu = [AstroConfig(num_hidden=2, exact_keys=e, near=2, tile=2) for e in (0, 4, 8)]
+    menu = [AstroConfig(num_hidden=2, exact_keys=e, near=2, tile=12) for e in (0, 4, 8)]
     plan = plan_for(make_whisper(), batches, cost=0.9, menu=menu)
     assert all(name.startswith("model.encoder.layers.") for name in plan.modules)
     assert plan.promise is not None
@@ -311,7 +311,7 @@ def test_a_state_that_does_not_belong(tmp_path: Path) -> None:
 
 
 def test_too_little_data_is_an_error_that_says_how_much_is_needed() -> None:
-    with pytest.raises(ValueError, match=r"36 items are left .* 0.99 for 'top1' at 90% .* at least 230, so 287 in all"):
+    with pytest.raises(ValueError, match=r"36 items are left .* 0.99 for 'top1' at 90% .* at least 230, so 259 in all"):
         plan_for(make_bert(), tolerance=0.99)
     with pytest.raises(ValueError, match=r"6 items are left .* at least 8, so 11 in all"):
         plan_for(make_bert(), make_batches(8), tolerance=0.5, metric="cosine")
@@ -390,7 +390,7 @@ def test_bounds_are_those_of_clopper_and_pearson() -> None:
         ({"tolerance": 0.9, "metric": "f1"}, ValueError, "metric: 'f1'; must be one of auto, top1, kl, cosine"),
         ({"cost": 0.8, "pooling": "max"}, ValueError, "pooling: must be one of"),
         ({"cost": 0.8, "menu": [3]}, TypeError, r"menu\[0\]: int"),
-        ({"cost": 0.8, "menu": [AstroConfig(hidden="random", near=0)]}, ValueError, r"menu\[0\]: hidden='random' has"),
+        ({"cost": 0.8, "menu": [AstroConfig(hidden="random")]}, ValueError, r"menu\[0\]: hidden='random' has"),
         ({"cost": 0.8, "where": [7]}, ValueError, "where: index 7"),
         ({"cost": 0.8, "metric": lambda a, b: 2 * a.logits[:, 0] ** 0}, ValueError, r"metric: .* one in \[0, 1\] for"),
     ],

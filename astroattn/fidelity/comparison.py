@@ -162,8 +162,8 @@ def control_configs(config: AstroConfig | Plan) -> dict[str, AstroConfig]:
     """The controls that every comparison shows beside `config`; beside a plan, those of its widest heads."""
     if isinstance(config, Plan):
         heads = [head for heads in config.modules.values() for head in heads if head.hidden != "exact"]
-        near, neurons = (max((getattr(head, name) for head in heads), default=1) for name in ("near", "num_hidden"))
-        config = AstroConfig(near=near, num_hidden=neurons)
+        near = max((head.near for head in heads), default=0)
+        config = AstroConfig(near=near, num_hidden=max((head.num_hidden for head in heads), default=1))
     controls = {"uniform": AstroConfig(hidden="random", activation="constant", num_hidden=1, near=0)}
     if config.near:
         controls["near alone"] = replace(config, hidden="none", exact_keys=0)

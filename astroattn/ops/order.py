@@ -42,7 +42,8 @@ def find_coordinates(query: Tensor, key: Tensor) -> Coordinates:
     q, k = (_centred(x[:, place]) / len(sample) ** 0.5 for x in (query, key))
     directions = min(DIRECTIONS, dim)
     basis = k.mT @ _mixture(len(sample), directions, query)
-    basis = torch.linalg.qr(k.mT @ (k @ (q.mT @ (q @ basis))))[0]
+    basis, upper = torch.linalg.qr(k.mT @ (k @ (q.mT @ (q @ basis))))
+    basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # else a sign is up to the library that factors
     seen = q @ basis
     basis = torch.linalg.solve_triangular(factor(seen.mT @ seen).mT, basis, upper=True, left=False)
     key_basis = q.mT @ (q @ basis)

@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 Row = dict[str, Any]
-SHOWN = (197, 1024, 4096, 16384, 65536)  # lengths in the README
+SHOWN = (197, 512, 1024, 4096, 16384, 65536)  # lengths in the README
 FITTED = 4  # longest lengths that the slope of the peak memory is fitted over
 
 

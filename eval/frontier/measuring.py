@@ -24,7 +24,7 @@ from eval.heads import first_items
 
 Row = dict[str, Any]
 Calls = list[tuple[str, AttentionCall]]  # what the attention modules of a model were called with, by their names
-TURNS = Effort(9, 4.0)
+TURNS = Effort(5, 2.0)
 
 
 def measure(limit: int | None, seed: int, name: str) -> list[Row]:
