@@ -8,7 +8,7 @@
 #include "vectors.h"
 
 constexpr int AXES = 8, SAMPLES = 64, POWER_STEPS = 2;
-constexpr float RIDGE = 1e-5f;                   // of a Cholesky factor, relative to the mean of the diagonal
+constexpr float RIDGE = 1e-5f;                  // of a Cholesky factor, relative to the mean of the diagonal
 constexpr float ROOT_OF_TINY = 1.0842022e-19f;  // of the smallest normal float
 
 typedef float Axes __attribute__((vector_size(4 * AXES)));
@@ -108,8 +108,7 @@ struct Mixture {
     float weight[SAMPLES][AXES];
     Mixture() {
         for (int row = 0; row < SAMPLES; row++)
-            for (int i = 0; i < AXES; i++)
-                weight[row][i] = float(std::cos(double((row + 1) * (row + 1)) * (i + 1)));
+            for (int i = 0; i < AXES; i++) weight[row][i] = float(std::cos(double((row + 1) * (row + 1)) * (i + 1)));
     }
 };
 

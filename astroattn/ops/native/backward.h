@@ -10,7 +10,7 @@
 // What reaches the keys that no sub-tile of the tile takes is the same for all of them: ds and dz are summed first.
 #pragma once
 
-#include "head.h"
+#include "reading.h"
 
 // Field order is the order of `_Gradients` in near_far.py.
 struct Gradients {
@@ -20,14 +20,15 @@ struct Gradients {
     int64_t d_out_stride[3], d_query_stride[3], d_key_stride[3], d_value_stride[3];
 };
 
-struct Backward : Head {
+struct Backward : Reading {
     static constexpr int TALL_UP = int((TALL + FEW - 1) / FEW * FEW);
 
     const Gradients& gradients;
-    float *d_out, *delta, *dq, *dk, *dv, *dw, *du, *tile_ds, *tile_dz, *sub_ds, *sub_dz, *dl, *dots, *far_dl, *far_shares;
+    float *d_out, *delta, *dq, *dk, *dv, *dw, *du, *tile_ds, *tile_dz, *sub_ds, *sub_dz, *dl, *dots, *far_dl,
+        *far_shares;
 
     Backward(const Problem& problem, const Tensors& tensors, const Gradients& given, Arena& arena)
-        : Head(problem, tensors, arena), gradients(given) {
+        : Reading(problem, tensors, arena), gradients(given) {
         const int64_t m = round_up(most_hidden, LANES), far = m > 0;
         const int64_t columns = std::max({most_columns(), most_union(), p.prefix || far ? padded : 0});
         arena.take(d_out, p.tokens * value_dim);
@@ -273,7 +274,7 @@ struct Backward : Head {
         for (int64_t n = 0; n < p.tokens; n++) {
             const bool real = n < length;
             for (int64_t d = 0; d < dim; d++) dq[n * dim + d] *= float(p.scale);
-            const float *key = real ? dk + place[n] * dim : room.zeros;
+            const float* key = real ? dk + place[n] * dim : room.zeros;
             const float* value = real ? dv + place[n] * value_dim : room.zero_row;
             write_row(gradients.d_query, p.at(gradients.d_query_stride, z, n), type, p.dim, dq + n * dim);
             write_row(gradients.d_key, p.at(gradients.d_key_stride, z, n), type, p.dim, key);

@@ -71,7 +71,7 @@ extern "C" int astroattn_near_far_backward(const Problem* problem, const Tensors
     std::atomic<bool> failed{false};
     Arena need;
     Backward sample(*problem, *tensors, *gradients, need);
-    Head::Bench sample_room(sample, need);
+    Backward::Bench sample_room(sample, need);
 #pragma omp parallel num_threads(int(problem->threads)) if (problem -> threads > 1)
     try {
         std::unique_ptr<Memory> memory;
@@ -79,7 +79,7 @@ extern "C" int astroattn_near_far_backward(const Problem* problem, const Tensors
             if (!memory) memory = std::make_unique<Memory>(need.used);
             Arena arena{memory->data()};
             Backward head(*problem, *tensors, *gradients, arena);
-            Head::Bench room(head, arena);
+            Backward::Bench room(head, arena);
             head.begin(z);
             head.run(room);
         }

@@ -309,8 +309,23 @@ static inline vec fold_all(const vec* x) {
     if constexpr (HALF == LANES / 2) return fold<HALF>(x[0], x[1]);
     else return fold<HALF>(fold_all<2 * HALF>(x), fold_all<2 * HALF>(x + LANES / (2 * HALF)));
 }
+// Four vectors become one that holds, in each of its fours, the sums of theirs: shuffles within fours are the cheapest.
+static inline vec join_fours(const vec* x) {
+    auto halves = [](vec a, vec b) {
+        auto first = [](int i) { return i / 4 * 4 + i % 2 + (i % 4 < 2 ? 0 : LANES); };
+        return shuffle(a, b, first) + shuffle(a, b, [&](int i) { return first(i) + 2; });
+    };
+    auto even = [](int i) { return i / 4 * 4 + i % 2 * 2 + (i % 4 < 2 ? 0 : LANES); };
+    vec a = halves(x[0], x[1]), b = halves(x[2], x[3]);
+    return shuffle(a, b, even) + shuffle(a, b, [&](int i) { return even(i) + 1; });
+}
 // The sums of LANES vectors.
-static inline vec sums_of(const vec* x) { return fold_all<1>(x); }
+static inline vec sums_of(const vec* x) {
+    vec fours[LANES / 4];
+    for (int i = 0; i < LANES / 4; i++) fours[i] = join_fours(x + 4 * i);
+    if constexpr (LANES == 4) return fours[0];
+    else return fold_all<4>(fours);
+}
 
 // ---- four rows at a time, their numbers side by side: c[4 n + r] ----
 

@@ -1,0 +1,183 @@
+// The order in which the queries are cut into tiles: by what they ask for, or by where they stand.
+#pragma once
+
+#include "axes.h"
+#include "reading.h"
+#include "select.h"
+
+struct Order : Reading {
+    float *query_axes, *key_axes, *points, *partial, *samples, *basis, *shift;
+    int32_t *split_first, *split_middle, *split_last, *begins, *next_begins;
+    int64_t levels = 0, level_start[2 * 64 + 1];  // the tree's splits, level by level
+    Moment metric;                                // a Cholesky factor
+
+    struct Bench : Reading::Bench {
+        float* scratch;
+        int32_t *ranks, *moved;
+
+        Bench(const Order& head, Arena& arena) : Reading::Bench(head, arena) {
+            arena.take(scratch, head.padded);
+            for (auto list : {&ranks, &moved}) arena.take(*list, head.padded + LANES);
+        }
+    };
+
+    Order(const Problem& problem, const Tensors& tensors, Arena& arena) : Reading(problem, tensors, arena) {
+        for (auto list : {&query_axes, &key_axes, &points}) arena.take(*list, padded * AXES);
+        arena.take(partial, token_blocks() * AXES * (AXES + 1));
+        arena.take(samples, SAMPLES * (2 * dim + AXES) + 2 * dim);
+        arena.take(basis, 2 * dim * AXES);
+        arena.take(shift, 2 * AXES);
+        for (auto list : {&split_first, &split_middle, &split_last}) arena.take(*list, all_subtiles() + 1);
+        for (auto list : {&begins, &next_begins}) arena.take(*list, all_subtiles() + 1);
+    }
+
+    int used_axes() const { return int(std::min<int64_t>(AXES, p.dim)); }
+    bool by_axes() const { return body && (p.by_content || means()); }
+
+    void begin(int64_t index) {
+        Reading::begin(index);
+        for (int64_t i = 0; i < body; i++) order[i] = int32_t(p.prefix + i);
+        levels = 0;
+        level_start[0] = 0;
+        if (p.by_content) plan_tree();
+        else if (p.rows) order_grid();
+    }
+
+    // As `cuts` in layout.py: each node is cut into two runs of tiles, then of sub-tiles, as nearly equal as that
+    // allows.
+    void plan_tree() {
+        int64_t nodes = body ? 1 : 0, splits = 0;
+        begins[0] = 0;
+        for (int64_t unit : {layout.tile, SUBTILE})
+            for (;;) {
+                int64_t number = 0;
+                for (int64_t i = 0; i < nodes; i++) {
+                    const int64_t first = begins[i], last = i + 1 < nodes ? begins[i + 1] : body;
+                    const int64_t units = (last - first + unit - 1) / unit, middle = first + (units + 1) / 2 * unit;
+                    next_begins[number++] = int32_t(first);
+                    if (units < 2) continue;
+                    split_first[splits] = int32_t(first);
+                    split_middle[splits] = int32_t(middle);
+                    split_last[splits++] = int32_t(last);
+                    next_begins[number++] = int32_t(middle);
+                }
+                if (number == nodes) break;
+                std::swap(begins, next_begins);
+                nodes = number;
+                level_start[++levels] = splits;
+            }
+    }
+
+    // The patches along a Z-curve: of two, the coordinate decides in which the highest bit differs, the row at a tie.
+    void order_grid() {
+        std::sort(order, order + body, [&](int32_t one, int32_t other) {
+            const int64_t a = one - p.prefix, b = other - p.prefix;
+            const int64_t row = a / p.columns ^ b / p.columns, column = a % p.columns ^ b % p.columns;
+            return row < column && row < (row ^ column) ? a % p.columns < b % p.columns : a / p.columns < b / p.columns;
+        });
+    }
+
+    void find_basis() {
+        const int64_t number = std::min<int64_t>(SAMPLES, body);
+        float *sample_q = samples, *sample_k = sample_q + SAMPLES * dim, *seen = sample_k + SAMPLES * dim;
+        float *mean_q = seen + SAMPLES * AXES, *mean_k = mean_q + dim;
+        auto take = [&](const float* rows, int64_t stride, float* sample, float* centre) {
+            std::fill(centre, centre + dim, 0.0f);
+            for (int64_t i = 0; i < number; i++) {
+                const float* row = rows + (p.prefix + (2 * i + 1) * body / (2 * number)) * stride;
+                std::copy(row, row + dim, sample + i * dim);
+                add(centre, row, 1 / float(number), dim);
+            }
+            const float scale = 1 / std::sqrt(float(number));
+            for (int64_t i = 0; i < number * dim; i += LANES)
+                store(sample + i, (load(sample + i) - load(centre + i % dim)) * scale);
+        };
+        take(q, dim, sample_q, mean_q);
+        take(k, k_stride, sample_k, mean_k);
+        find_axes(sample_q, sample_k, number, dim, used_axes(), basis, basis + dim * AXES, seen);
+        project(mean_q, dim, 1, dim, basis, shift);
+        project(mean_k, dim, 1, dim, basis + dim * AXES, shift + AXES);
+    }
+
+    // q Y and k P, about centred, and the sums that the key's moment needs.
+    void project_tokens(int64_t block) {
+        const int64_t first = std::max(block * TOKENS_PER_BLOCK, p.prefix),
+                      last = std::min((block + 1) * TOKENS_PER_BLOCK, length);
+        Moments sums;
+        Axes all = {}, x, centre;
+        if (first < last) {
+            project(q + first * dim, dim, last - first, dim, basis, query_axes + first * AXES);
+            project(k + first * k_stride, k_stride, last - first, dim, basis + dim * AXES, key_axes + first * AXES);
+        }
+        for (int side = 0; side < 2; side++) {
+            float* rows = side ? key_axes : query_axes;
+            get(centre, shift + side * AXES);
+            for (int64_t n = first; n < last; n++) {
+                get(x, rows + n * AXES);
+                x -= centre;
+                put(rows + n * AXES, x);
+                if (!side) continue;
+                all += x;
+                sums.add(x);
+            }
+        }
+        float* to = partial + block * AXES * (AXES + 1);
+        sums.give(to);
+        put(to + AXES * AXES, all);
+    }
+
+    void measure_keys() {
+        constexpr int64_t size = AXES * (AXES + 1);
+        for (int64_t block = 1; block < token_blocks(); block++)
+            for (int64_t i = 0; i < size; i++) partial[i] += partial[block * size + i];
+        const float number = float(body), *all = partial + AXES * AXES;
+        for (int a = 0; a < AXES; a++)
+            for (int b = 0; b < AXES; b++)
+                metric[a][b] = partial[a * AXES + b] / number - all[a] / number * (all[b] / number);
+        factorise(metric, used_axes());
+    }
+
+    void place_points(int64_t block, const float* axes) {
+        const int64_t first = std::max(block * TOKENS_PER_BLOCK, p.prefix),
+                      last = std::min((block + 1) * TOKENS_PER_BLOCK, length);
+        if (first < last) transform(axes + first * AXES, last - first, metric, points + first * AXES);
+    }
+
+    // Cuts a node of the tree across its principal direction: the lower part goes to the left.
+    void split(int64_t which, Bench& room) {
+        const int64_t first = split_first[which], count = split_last[which] - first;
+        const int64_t left = split_middle[which] - first;
+        int32_t *tokens = order + first, *ranks = room.ranks, *moved = room.moved;
+        Moments sums;
+        Moment moment;
+        Axes mean = {}, direction, x;
+        for (int64_t i = 0; i < count; i++) {
+            get(x, points + tokens[i] * AXES);
+            mean += x;
+        }
+        mean /= float(count);
+        for (int64_t i = 0; i < count; i++) {
+            get(x, points + tokens[i] * AXES);
+            sums.add(x - mean);
+        }
+        sums.give(moment[0]);
+        principal(moment, direction);
+        for (int64_t i = 0; i < count; i++) {
+            get(x, points + tokens[i] * AXES);
+            x *= direction;
+            room.scratch[i] = x[0] + x[1] + (x[2] + x[3]) + (x[4] + x[5] + (x[6] + x[7]));
+        }
+        for (int64_t i = 0; i < count; i += LANES) store(ranks + i, rank_of(load(room.scratch + i)));
+        fill_ranks(ranks, count);
+        Cut cut = cut_largest(ranks, count, count - left);
+        int64_t low = 0, high = 0;
+        for (int64_t i = 0; i < count; i++) {
+            const bool right = cut.takes(ranks[i]);
+            moved[high] = tokens[i];
+            tokens[low] = tokens[i];
+            high += right;
+            low += !right;
+        }
+        std::copy(moved, moved + high, tokens + low);
+    }
+};
