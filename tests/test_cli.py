@@ -179,7 +179,7 @@ def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["patch", "./nowhere"], "model: there is no folder './nowhere'"),
         (["patch", "nowhere.toml"], "recipe: cannot read 'nowhere.toml'"),
         (["patch", "BERT", "--dtype", "int8"], "dtype: must be one of"),
-        (["patch", "BERT", "--near", "-1"], "near"),
+        (["patch", "BERT", "--near", "-2"], "near"),
         (["patch", "BERT", "--hidden", "astral"], "hidden"),
         (["patch", "BERT", "--layers", "9"], "9"),
         (["patch", "BERT", "--json", "no/such/folder/a.json"], "no/such/folder"),

@@ -154,6 +154,8 @@ def format_markdown(rows: list[Row]) -> str:
         lines.append([*cells, " / ".join(f"N^{row['memory slope']:.2f}" for row in sums)])
     tables = [_markdown([head, *lines])]
     models = select(rows, "models", batch=1)
+    if not models:
+        return tables[0]
     cases = list(dict.fromkeys((row["model"], row["size"]) for row in models))
     lines = [
         [f"{name}, {dtype}", *(_ratio(models, dtype=dtype, name=name, model=m, size=size) for m, size in cases)]
