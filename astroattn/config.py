@@ -66,7 +66,8 @@ class AstroConfig:
             in blocks of head_dim, not independent.
         seed: seed of these weights.
         backend: what computes it. "torch" is plain PyTorch, "triton" the kernels for a GPU, "native" those for a CPU;
-            "auto" takes the fastest that can run. They differ by rounding only.
+            "auto" takes the fastest that can run. They differ by rounding, which may choose another of two keys
+            that are worth almost the same.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its range, named.

@@ -101,10 +101,15 @@ def test_low_precision_costs_no_more_than_in_softmax_attention(name: str, dtype:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_float32_follows_float64(name: str) -> None:
+    """Kernels may choose another of two keys of almost the same worth: they are as near to softmax attention."""
     config, causal = EVERY[name]
-    attention, qkv = module(config), draw(2, 2, 90, 8)
-    single = attention(*(x.float() for x in qkv), causal=causal)
-    assert relative(single, attention(*(x.float().double() for x in qkv), causal=causal)) < 1e-5
+    single = draw(2, 2, 90, 8, dtype=torch.float32)
+    double = [x.double() for x in single]
+    plain = module(dataclasses.replace(config, backend="torch"))
+    expected = plain(*double, causal=causal)
+    assert relative(plain(*single, causal=causal), expected) < 1e-5
+    ours, exact = module(config)(*single, causal=causal), F.scaled_dot_product_attention(*double, is_causal=causal)
+    assert relative(ours, exact) < 1.1 * relative(expected, exact) + 1e-5
 
 
 @pytest.mark.parametrize("name", EVERY)

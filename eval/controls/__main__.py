@@ -16,8 +16,8 @@ fitted: W is drawn once, before any input is seen. What each outcome would mean,
 - **uniform**: constant activation, p = N and the mean of the values. Its calcium has no correlation; an output error
   not below uniform's means that the agreement of the calcium is of no use to the network.
 
-For each m also the Hebbian layer (m = 16), and the default of `patch` with 32 exact keys. "Whole model" patches every layer and
-compares what the model gives: cosine of embeddings (text) or equal top-1 (images), and relative error.
+For each m also the Hebbian layer (m = 16), and the default of `patch` with 32 exact keys. "Whole model" patches every
+layer and compares what the model gives: cosine of embeddings (text) or equal top-1 (images), and relative error.
 
     python -m eval.controls --json out/controls.json --figure out/controls.png
 """
