@@ -10,7 +10,7 @@ from typing import NamedTuple
 SUBTILE = 4  # queries that attend to the same keys
 CANDIDATES = 3  # keys that a tile proposes, for each that one of its sub-tiles takes
 LEAST_BODY = 128  # tokens up to which, where the length decides, softmax attention costs no more
-MOST_TILES = 128  # of a sequence, which bounds the time to a constant times its length
+MOST_TILES = 128  # of a sequence
 # Where the length decides: so much times a root, within bounds.
 HIDDEN_PER_ROOT, MOST_HIDDEN = 1.45, 64
 KEYS_PER_ROOT, MOST_KEYS = 2.4, 128
@@ -104,8 +104,8 @@ class Budget(NamedTuple):
     def at(self, tokens: int, dim: int) -> Layout:
         """The layout of a sequence of so many tokens, more than those of the prefix, in a head of this dimension.
 
-        Where the length decides, the numbers grow with its square root, and the time of a query with them; from where
-        on they are at their bounds, the time is linear in the length. Up to 128 tokens every key is exact.
+        Where the length decides, the numbers grow with its square root up to their bounds, and the time of a query with
+        them; so the time of a sequence grows as n^1.5, its memory linearly. Up to 128 tokens every key is exact.
         """
         body = tokens - self.prefix
         root = (body * min(dim / WIDTH, 1)) ** 0.5  # not sqrt, which a graph for any length could not trace

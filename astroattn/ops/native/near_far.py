@@ -65,7 +65,8 @@ def near_far_forward(
     layout = budget.at(tokens, query.shape[-1])
     out = empty_rows(query, value.shape[-1])
     log_p = torch.empty(batch, heads, tokens)
-    order, winners = torch.empty(2, batch, heads, body, dtype=torch.int32)
+    order = torch.empty(batch, heads, body, dtype=torch.int32)
+    winners = torch.empty_like(order)  # operators may not return views of one tensor
     mass = torch.empty(batch, heads, body)
     most = layout.near_keys(body) + layout.exact_keys
     keys = torch.empty(batch, heads, -(-body // SUBTILE), most, dtype=torch.int32)
