@@ -132,16 +132,16 @@ def test_script_measures_everyone_and_keeps_the_rows_of_other_models(
     path, figure = tmp_path / "rows.json", tmp_path / "figure.png"
     other = [*OURS, make_row("exact", 1.0, 0.001), make_row("peer", 0.2, 1e-3)]
     path.write_text(json.dumps({"rows": other}), "utf-8")
-    done = run(main, "--model", "digits", "--limit", "2", "--json", str(path), "--figure", str(figure))
+    done = run(main, "--model", "digits", "--limit", "4", "--json", str(path), "--figure", str(figure))
     assert done.exit_code == 0
     rows = json.loads(path.read_text("utf-8"))["rows"]
     assert [row["line"] for row in rows if row["below_ours"]] == ["peer"]
     assert "A: peer, b: error 0.0010 at 20.0%" in done.output
     mine, kept = rows[: -len(other)], rows[-len(other) :]
     assert [row | {"below_ours": None} for row in kept] == [row | {"below_ours": None} for row in other]
-    assert {row["line"] for row in mine} == {"ours", *PEERS}
+    assert {row["line"] for row in mine} == {"ours", "ours, with a plan", *PEERS}
     assert [row["budget"] for row in mine if row["line"] == "ours"] == ["default", *KEYS]
-    assert all(row["items"] == 2 and row["cost"] > 0 and row["time"] > 0 for row in mine)
+    assert all(row["items"] == 4 and row["cost"] > 0 and row["time"] > 0 for row in mine)
     exact = next(row for row in mine if "8-bit" in row["line"])
     assert exact["error"] < 0.05
     assert figure.stat().st_size > 10_000
