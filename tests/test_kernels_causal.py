@@ -153,15 +153,21 @@ def error(x: Tensor, true: Tensor) -> float:
 
 
 def check(problem: Problem, least: float = 2e-6) -> None:
-    """Not more than twice the error of plain PyTorch in the same precision, thrice for gradients, or `least`."""
+    """Not more than twice the error of PyTorch in the same precision, thrice for gradients, or `least`.
+
+    Of PyTorch's two ways the worse counts: where features change signs and a row's sum almost cancels, either may be
+    right by luck.
+    """
     mine = ours(problem)
-    true, other = (differentiated(problem, dense, dtype) for dtype in (torch.float64, problem.query.dtype))
+    true = differentiated(problem, dense, torch.float64)
+    others = [differentiated(problem, way, problem.query.dtype) for way in (dense, plain)]
     assert torch.equal(mine["log_p"].isnan(), true["log_p"].isnan())
     assert torch.equal(mine["log_p"] == -torch.inf, true["log_p"] == -torch.inf)
     for name, result in mine.items():
         assert result.dtype == (torch.float32 if name == "log_p" else problem.query.dtype)
-        bound = (2 if name in ("out", "log_p") else 3) * error(other[name], true[name])
-        assert error(result, true[name]) <= max(least, bound), name  # plain float16 may be NaN
+        factor = 2 if name in ("out", "log_p") else 3
+        bounds = [factor * error(other[name], true[name]) for other in others]
+        assert error(result, true[name]) <= max(least, *bounds), name  # plain float16 may be NaN, which max passes over
 
 
 SHAPES = {

@@ -157,7 +157,7 @@ class TestScript:
         assert two[row]["accuracy"] == one[row]["accuracy"]
         assert losses(two[row]) == pytest.approx(losses(one[row]), abs=1e-3)
         same = two[row]["log"][0]["train_loss"] == one[row]["log"][0]["train_loss"]
-        assert same == resumed  # of what was resumed, one process did the first epoch
+        assert same or not resumed  # of what was resumed, one process did the first epoch
 
     def test_writes_the_model_once_and_whole(self, runs: Path) -> None:
         """Adam makes whole steps of gradients that are nothing but rounding, so a few weights differ."""
