@@ -1,13 +1,14 @@
 // Backward, given the choices of the forward (order, winners, mass and keys are constants).
 //
-// With p the share of an exact key in a query's attention, a that of exp(u.k - top) of a cluster's keys,
-// delta = d_out . out - d_log_p:
-//   exact keys: dl = p (d_out.v - delta), dv += p d_out, dq += dl k, dk += dl q
-//   neurons:    dl = a (d_out.s - delta z), dr += dl w, dw += dl r, ds += a d_out, dz -= a delta
-//   their keys: dl = exp(u.k - top) (ds.v + dz), dv += exp(u.k - top) ds, du += dl k, dk += dl u,
+// With p the share of an exact key in a query's attention, a = exp(r.w + top - log p) of a cluster, e = exp(u.k - top)
+// of one of its keys and delta = d_out . out - d_log_p:
+//   exact keys: dl = p (d_out.v - delta), dq += dl k, dk += dl q, dv += (p - a e) d_out
+//   clusters:   dl = a (d_out.s - delta z), less a e (d_out.v - delta) of each exact key; dr += dl w, dw += dl r,
+//               ds += a d_out, dz -= a delta
+//   all keys:   dl = e (ds.v + dz), less a e (d_out.v - delta) of each exact key; dv += e ds, du += dl k, dk += dl u,
 //               and dk += mass / (mass of the cluster) dw
 //   r = q - u:  dq += dr + (du - sum of dr over the tile) / number of queries in the tile
-// What reaches the keys that no sub-tile of the tile takes is the same for all of them: ds and dz are summed first.
+// ds and dz are summed over a tile first. A sub-tile that has sums of its own sums these for itself.
 #pragma once
 
 #include "reading.h"
@@ -21,16 +22,17 @@ struct Gradients {
 };
 
 struct Backward : Reading {
+    static constexpr int64_t FEW = 4;  // tiles that are worked on at once
     static constexpr int TALL_UP = int((TALL + FEW - 1) / FEW * FEW);
 
     const Gradients& gradients;
-    float *d_out, *delta, *dq, *dk, *dv, *dw, *du, *tile_ds, *tile_dz, *sub_ds, *sub_dz, *dl, *dots, *far_dl,
+    float *d_out, *delta, *dq, *dk, *dv, *dw, *du, *tile_ds, *tile_dz, *own_ds, *own_dz, *dl, *dots, *far_dl,
         *far_shares;
 
     Backward(const Problem& problem, const Tensors& tensors, const Gradients& given, Arena& arena)
         : Reading(problem, tensors, arena), gradients(given) {
         const int64_t m = round_up(most_hidden, LANES), far = m > 0;
-        const int64_t columns = std::max({most_columns(), most_union(), p.prefix || far ? padded : 0});
+        const int64_t columns = std::max(most_columns(), p.prefix || far ? padded : 0);
         arena.take(d_out, p.tokens * value_dim);
         arena.take(delta, p.tokens);
         arena.take(dq, p.tokens * dim);
@@ -40,8 +42,8 @@ struct Backward : Reading {
         arena.take(du, most_tiles * dim);
         arena.take(tile_ds, TALL_UP * m * value_dim);
         arena.take(tile_dz, TALL_UP * m);
-        arena.take(sub_ds, FEW * m * value_dim);
-        arena.take(sub_dz, FEW * m);
+        arena.take(own_ds, m * value_dim);
+        arena.take(own_dz, m);
         for (auto list : {&dl, &dots}) arena.take(*list, SUBTILE * columns);
         arena.take(far_dl, far * TALL * padded);
         arena.take(far_shares, far || p.prefix ? FEW * padded : 0);
@@ -103,27 +105,29 @@ struct Backward : Reading {
     }
 
     void tile_gradients(int64_t tile, int64_t r, Bench& room) {
-        const TileKeys& x = room.keys[r];
-        const int64_t subtiles = subtiles_of(tile);
-        begin_tile(tile, x, room);
-        for (int64_t from = 0; from < subtiles; from += FEW) {
-            std::fill(sub_ds, sub_ds + FEW * hidden * value_dim, 0.0f);
-            std::fill(sub_dz, sub_dz + FEW * hidden, 0.0f);
-            if (hidden) sum_left(tile, from, x, room);
-            for (int64_t s = from; s < std::min(from + FEW, subtiles); s++) subtile_gradients(tile, s, r, room);
-            if (hidden) union_gradients(r, x, room);
+        begin_tile(tile, room);
+        for (int64_t s = 0; s < subtiles_of(tile); s++) {
+            const int64_t size = list_keys(tile, s, r, room);
+            float *ds = tile_ds + r * hidden * value_dim, *dz = tile_dz + r * hidden;
+            if (subtile_gradients(tile, s, r, size, room.sums[r], ds, dz, room)) continue;
+            std::fill(own_ds, own_ds + hidden * value_dim, 0.0f);
+            std::fill(own_dz, own_dz + hidden, 0.0f);
+            subtile_gradients(tile, s, r, size, sum_apart(tile, size, r, room), own_ds, own_dz, room);
+            for (int64_t j = 0; j < hidden; j++)
+                if (room.taken[j] == INFINITY) apart_gradients(tile, j, r, size, room);
+            add(ds, own_ds, 1, hidden * value_dim);
+            for (int64_t j = 0; j < hidden; j++) dz[j] += own_dz[j];
         }
     }
 
-    void subtile_gradients(int64_t tile, int64_t subtile, int64_t r, Bench& room) {
-        const TileKeys& x = room.keys[r];
-        const int64_t m = hidden, slot = subtile % FEW, first = subtile * SUBTILE, size = x.size[subtile];
+    // As `attend_subtile`.
+    bool subtile_gradients(int64_t tile, int64_t subtile, int64_t r, int64_t size, const Sums& x, float* ds, float* dz,
+                           Bench& room) {
+        const int64_t m = hidden, first = subtile * SUBTILE;
         const int64_t rows = std::min(SUBTILE, queries_of(tile) - first);
-        const int32_t* list = x.list + subtile * most_list();
         const float *go[SUBTILE], *queries[SUBTILE], *rest[SUBTILE], *zeros[SUBTILE];
-        float *grads[SUBTILE], *ds = sub_ds + slot * m * value_dim, *dz = sub_dz + slot * m;
+        float *grads[SUBTILE], *keys_dl = far_dl + r * padded;
         quad log_p, deltas;
-        const auto [wide, columns] = score(tile, subtile, slot, x, room);
         for (int64_t i = 0; i < SUBTILE; i++) {  // a query that is not there has no share in anything
             const int64_t n = tokens_of(tile)[std::min(first + i, queries_of(tile) - 1)];
             go[i] = i < rows ? d_out + n * value_dim : room.zero_row;
@@ -134,24 +138,38 @@ struct Backward : Reading {
             zeros[i] = room.zeros;
             grads[i] = room.out + i * dim;
         }
+        const auto [wide, columns] = score(tile, subtile, size, x, room);
         float *shares = room.scores, *neurons = shares + SUBTILE * wide, *dl_neurons = dl + SUBTILE * wide;
-        dot_quad(go, far_v, far_v_stride, value_dim, list, size, dots);
-        dot_quad(go, room.s + slot * m * value_dim, value_dim, value_dim, nullptr, m, dots + SUBTILE * wide);
-        for (int64_t c = 0; c < SUBTILE * columns; c += LANES)
-            store(shares + c, exponential(load(shares + c) - repeat(log_p)));
-        for (int64_t c = 0; c < SUBTILE * wide; c += LANES)
-            store(dl + c, load(shares + c) * (load(dots + c) - repeat(deltas)));
+        for (int64_t c = 0; c < SUBTILE * columns; c += LANES)  // far above 0 only where it is tried again
+            store(shares + c, exponential(smaller(load(shares + c) - repeat(log_p), spread(80.0f))));
+        quad clusters = {};
+        for (int64_t j = 0; j < m; j++) clusters += load_quad(neurons + SUBTILE * j) * x.z[j];
+        if (m && &x != &room.apart)
+            for (int64_t i = 0; i < rows; i++)
+                if (!(clusters[i] <= MOST_LOST)) return false;
+
+        dot_quad(go, far_v, far_v_stride, value_dim, room.list, size, dots);
+        dot_quad(go, x.s, value_dim, value_dim, nullptr, m, dots + SUBTILE * wide);
         for (int64_t j = 0; j < m; j++) {
-            const quad share = load_quad(neurons + SUBTILE * j), part = share * deltas;
-            const quad dot = load_quad(dots + SUBTILE * (wide + j));
-            store_quad(dl_neurons + SUBTILE * j, share * dot - part * room.z[slot * m + j]);
-            dz[j] -= part[0] + part[1] + part[2] + part[3];
+            const quad part = load_quad(neurons + SUBTILE * j), dot = load_quad(dots + SUBTILE * (wide + j));
+            store_quad(dl_neurons + SUBTILE * j, part * (dot - deltas * x.z[j]));
+            dz[j] -= sum_of_four(part * deltas);
         }
-        add_quad(dl, far_k, far_k_stride, dim, list, size, zeros, grads);
+        for (int64_t i = 0; i < size; i++) {
+            const quad part = load_quad(shares + SUBTILE * i), dot = load_quad(dots + SUBTILE * i) - deltas;
+            store_quad(dl + SUBTILE * i, part * dot);
+            if (!m) continue;
+            const int64_t j = room.owner[i];
+            const quad through = load_quad(neurons + SUBTILE * j) * room.share[i], lost = through * dot;
+            store_quad(shares + SUBTILE * i, part - through);
+            store_quad(dl_neurons + SUBTILE * j, load_quad(dl_neurons + SUBTILE * j) - lost);
+            keys_dl[room.list[i]] -= sum_of_four(lost);
+        }
+        add_quad(dl, far_k, far_k_stride, dim, room.list, size, zeros, grads);
         for (int64_t i = 0; i < rows; i++) add(dq + tokens_of(tile)[first + i] * dim, grads[i], 1, dim);
-        outer_quad(dl, queries, list, size, dim, dk);
-        outer_quad(shares, go, list, size, value_dim, dv);
-        if (!m) return;
+        outer_quad(dl, queries, room.list, size, dim, dk);
+        outer_quad(shares, go, room.list, size, value_dim, dv);
+        if (!m) return true;
         outer_quad(dl_neurons, rest, nullptr, m, dim, dw);
         outer_quad(neurons, go, nullptr, m, value_dim, ds);
         add_quad(dl_neurons, weights, dim, dim, nullptr, m, zeros, grads);
@@ -159,16 +177,16 @@ struct Backward : Reading {
             add(dq + tokens_of(tile)[first + i] * dim, grads[i], 1, dim);
             add(du + tile * dim, grads[i], -1, dim);  // r = q - u
         }
-        for (int64_t j = 0; j < m; j++)
-            if (room.top[slot * m + j] != x.top[j]) apart_gradients(tile, subtile, j, r, room);
+        return true;
     }
 
-    // Through the sums of a cluster that were measured from their own largest: they are not the tile's.
-    void apart_gradients(int64_t tile, int64_t subtile, int64_t j, int64_t r, Bench& room) {
-        const int64_t at = subtile % FEW * hidden + j;
-        float *ds = sub_ds + at * value_dim, &dz = sub_dz[at];
-        for_left(tile, subtile, j, room.keys[r], room, [&](int64_t i, float u_k) {
-            const float share = std::exp(u_k - room.top[at]);
+    static float sum_of_four(quad x) { return x[0] + x[1] + (x[2] + x[3]); }
+
+    // Through the sums of a cluster that are not the tile's.
+    void apart_gradients(int64_t tile, int64_t j, int64_t r, int64_t size, Bench& room) {
+        float *ds = own_ds + j * value_dim, &dz = own_dz[j];
+        for_left(tile, j, size, room, [&](int64_t i, float u_k) {
+            const float share = std::exp(u_k - room.apart.top[j]);
             far_dl[r * padded + i] += share * (dot_rows(ds, far_v + i * far_v_stride, value_dim) + dz);
             add(dv + i * value_dim, ds, share, value_dim);
         });
@@ -176,31 +194,7 @@ struct Backward : Reading {
         dz = 0;
     }
 
-    // Through the sums of some sub-tiles to the keys of the tile's union that they do not take; and their part of the
-    // tile's own sums.
-    void union_gradients(int64_t r, const TileKeys& x, Bench& room) {
-        const int64_t m = hidden;
-        const float* rows[FEW];
-        for (int64_t j = 0; j < m; j++) {
-            const int64_t first = x.begin[j], count = x.begin[j + 1] - first;
-            const float* shares = room.left + FEW * first;
-            quad more;
-            for (int64_t s = 0; s < FEW; s++) {
-                rows[s] = sub_ds + (s * m + j) * value_dim;
-                more[s] = sub_dz[s * m + j];
-                add(tile_ds + (r * m + j) * value_dim, rows[s], 1, value_dim);
-                tile_dz[r * m + j] += more[s];
-            }
-            dot_quad(rows, far_v, far_v_stride, value_dim, x.all + first, count, dots);
-            for (int64_t i = 0; i < count; i++) {
-                const quad part = load_quad(shares + FEW * i) * (load_quad(dots + FEW * i) + more);
-                far_dl[r * padded + x.all[first + i]] += part[0] + part[1] + part[2] + part[3];
-            }
-            outer_quad(shares, rows, x.all + first, count, value_dim, dv);
-        }
-    }
-
-    // Through the sums of a block's tiles to the keys that none of their sub-tiles takes; then through u.k.
+    // Through the sums of a block's tiles to the keys; then through u.k.
     void far_gradients(int64_t block, Bench& room) {
         const int64_t m = hidden, all = tiles_of(block);
         const float *dls[TALL], *means[TALL];

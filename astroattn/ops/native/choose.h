@@ -9,7 +9,7 @@ struct Choose : Clusters {
     using Clusters::Clusters;
 
     struct Bench : Order::Bench {
-        float *within, *base, *drive_of, *offset, *directions, *sub_mean, *expected;
+        float *within, *base, *drive_of, *offset, *directions, *sub_mean, *expected, *log_share, *gain;
         int32_t *found, *candidate, *token, *begin, *near_size, *column, *taken;
 
         Bench(const Choose& head, Arena& arena) : Order::Bench(head, arena) {
@@ -22,6 +22,7 @@ struct Choose : Clusters {
             for (auto list : {&found, &column, &taken}) arena.take(*list, head.padded + LANES);
             for (auto list : {&candidate, &token}) arena.take(*list, few);
             arena.take(begin, head.most_hidden + 1);
+            for (auto list : {&log_share, &gain}) arena.take(*list, round_up(head.most_hidden, PANEL));
             arena.take(near_size, subtiles);
             if (!arena.block) return;
             std::fill(column, column + head.padded, 0);
@@ -104,7 +105,7 @@ struct Choose : Clusters {
     void measure_gains(int64_t tile, Bench& room) {
         const int subtiles = int(subtiles_of(tile));
         const int64_t columns = round_up(hidden, PANEL);
-        float *log_share = room.top, *gain = room.z;
+        float *log_share = room.log_share, *gain = room.gain;
         for (int s = 0; s < subtiles; s++) room.a[s] = room.sub_mean + s * dim;
         for (int64_t j = 0; j < hidden; j += PANEL) {
             for (int s = 0; s < subtiles; s++) room.c[s] = room.drive + s * columns + j;
@@ -139,7 +140,7 @@ struct Choose : Clusters {
             measure_gains(tile, room);
             for (int64_t j = 0; j < hidden; j++)
                 for (int64_t i = start[j]; i < start[j + 1]; i += LANES)  // runs into the next cluster, which follows
-                    store(ranks + i - p.prefix, rank_of(load(u_k + i) + load(bonus + i) + room.z[j]));
+                    store(ranks + i - p.prefix, rank_of(load(u_k + i) + load(bonus + i) + room.gain[j]));
         } else {
             for (int64_t i = p.prefix; i < length; i += LANES) store(ranks + i - p.prefix, rank_of(load(u_k + i)));
         }

@@ -10,44 +10,52 @@ struct Forward : Choose {
         sum_far(block, room);
         for (int64_t r = 0; r < tiles_of(block); r++) {
             const int64_t tile = block * TALL + r;
-            const TileKeys& x = room.keys[r];
-            begin_tile(tile, x, room);
+            begin_tile(tile, room);
             for (int64_t s = 0; s < subtiles_of(tile); s++) {
-                if (hidden && s % FEW == 0) sum_left(tile, s, x, room);
-                attend_subtile(tile, s, x, room);
+                const int64_t size = list_keys(tile, s, r, room);
+                if (!attend_subtile(tile, s, size, room.sums[r], room))
+                    attend_subtile(tile, s, size, sum_apart(tile, size, r, room), room);
             }
         }
     }
 
-    void attend_subtile(int64_t tile, int64_t subtile, const TileKeys& x, Bench& room) {
-        const int64_t m = hidden, slot = subtile % FEW, first = subtile * SUBTILE;
-        const auto [wide, columns] = score(tile, subtile, slot, x, room);
+    // Returns whether the clusters weighed little enough; where not, the sub-tile must be read again.
+    bool attend_subtile(int64_t tile, int64_t subtile, int64_t size, const Sums& x, Bench& room) {
+        const int64_t m = hidden, first = subtile * SUBTILE, rows = std::min(SUBTILE, queries_of(tile) - first);
+        const auto [wide, columns] = score(tile, subtile, size, x, room);
         float *scores = room.scores, *neurons = scores + SUBTILE * wide, *o[SUBTILE];
-        vec top = spread(-3e38f), sums = {};
+        vec top = spread(-3e38f);
         for (int64_t c = 0; c < SUBTILE * columns; c += LANES) top = larger(load(scores + c), top);
         top = largest_of_each(top);
-        for (int64_t c = 0; c < SUBTILE * columns; c += LANES) {
-            vec e = exponential(load(scores + c) - top);
-            store(scores + c, e);
-            if (c < SUBTILE * wide) sums += e;
+        for (int64_t c = 0; c < SUBTILE * columns; c += LANES) store(scores + c, exponential(load(scores + c) - top));
+        quad clusters = {}, exact = {};
+        for (int64_t j = 0; j < m; j++) clusters += load_quad(neurons + SUBTILE * j) * x.z[j];
+        for (int64_t i = 0; i < size; i++) {
+            quad weight = load_quad(scores + SUBTILE * i);
+            if (m) weight -= load_quad(neurons + SUBTILE * room.owner[i]) * room.share[i];
+            store_quad(scores + SUBTILE * i, weight);
+            exact += weight;
         }
-        quad all = first_quad(sum_of_each(sums));
-        for (int64_t j = 0; j < m; j++) all += load_quad(neurons + SUBTILE * j) * room.z[slot * m + j];
+        const quad all = clusters + exact;
+        if (m && &x != &room.apart)
+            for (int64_t r = 0; r < rows; r++)
+                if (!(clusters[r] <= MOST_LOST * all[r])) return false;
 
         const float *zeros[SUBTILE], *so_far[SUBTILE];
         for (int64_t r = 0; r < SUBTILE; r++) {
             zeros[r] = room.zero_row;
             so_far[r] = o[r] = room.out + r * value_dim;
         }
-        add_quad(scores, far_v, far_v_stride, value_dim, x.list + subtile * most_list(), x.size[subtile], zeros, o);
-        add_quad(neurons, room.s + slot * m * value_dim, value_dim, value_dim, nullptr, m, so_far, o);
-        for (int64_t r = 0; r < SUBTILE && first + r < queries_of(tile); r++) {
+        add_quad(scores, far_v, far_v_stride, value_dim, room.list, size, zeros, o);
+        add_quad(neurons, x.s, value_dim, value_dim, nullptr, m, so_far, o);
+        for (int64_t r = 0; r < rows; r++) {
             const int64_t n = tokens_of(tile)[first + r];
             const float factor = all[r] == 0 ? 0 : 1 / all[r];
             for (int64_t d = 0; d < value_dim; d += LANES) store(o[r] + d, load(o[r] + d) * factor);
             t.log_p[z * p.tokens + n] = top[r] + std::log(all[r]);
             put_row(n, o[r]);
         }
+        return true;
     }
 
     void attend_prefix(Bench& room) {

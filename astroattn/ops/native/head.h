@@ -1,7 +1,8 @@
 // One head of one sequence: where its tokens lie, and what both directions compute of it.
 //
 // The keys are worked on in the order of their clusters: `sorted` lists the tokens, those of the prefix first, then
-// cluster after cluster; `place` is its inverse, and rows, logits and lists of keys go by places.
+// cluster after cluster; `place` is its inverse, and rows, logits and lists of keys go by places. `owners`: the
+// clusters.
 #pragma once
 
 #include <algorithm>
@@ -49,7 +50,7 @@ struct Tensors {
 
 // Work is cut into blocks that do not depend on the number of threads, so neither do the results. Tiles: TALL a block.
 constexpr int64_t TOKENS_PER_BLOCK = 1024;
-constexpr int64_t SUBTILE = 4, FEW = 4;  // queries of a sub-tile; sub-tiles that are worked on at once
+constexpr int64_t SUBTILE = 4;  // queries
 
 struct Head {
     const Problem& p;
@@ -66,7 +67,7 @@ struct Head {
     bool own_keys, own_values;
     float *q, *key_rows, *value_rows, *sorted_keys, *sorted_values, *panels, *mean, *share, *logits, *weights, *mass,
         *total;
-    int32_t *order, *winners, *sorted, *place, *start, *next;
+    int32_t *order, *winners, *sorted, *place, *owners, *start, *next;
 
     Head(const Problem& problem, const Tensors& tensors, Arena& arena)
         : p(problem),
@@ -99,7 +100,7 @@ struct Head {
         arena.take(weights, round_up(most_hidden, PANEL) * dim);
         arena.take(mass, padded);
         arena.take(total, most_hidden);
-        for (auto list : {&order, &winners, &sorted, &place}) arena.take(*list, padded);
+        for (auto list : {&order, &winners, &sorted, &place, &owners}) arena.take(*list, padded);
         arena.take(start, most_hidden + 2);
         arena.take(next, most_hidden + 1);
     }
@@ -207,6 +208,7 @@ struct Head {
         for (int64_t n = p.prefix; n < length; n++) {
             place[n] = next[winners[n]]++;
             sorted[place[n]] = int32_t(n);
+            owners[place[n]] = winners[n];
         }
     }
 

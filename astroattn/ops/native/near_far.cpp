@@ -2,7 +2,7 @@
 //
 // For each head: coordinates of its queries and keys; tiles of queries that ask for the same; their mean queries'
 // logits with every key; weighted k-means of the keys; the keys that each sub-tile chooses; and, tile by tile, the sums
-// over what it does not read exactly and one softmax for each query. The logits are the only thing of size
+// over the clusters and one softmax for each query. The logits are the only thing of size
 // tiles x tokens; they are kept, because computing them again costs more.
 
 #include <atomic>

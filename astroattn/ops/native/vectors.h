@@ -31,6 +31,7 @@ static inline void store(int32_t* p, ivec x) { memcpy(p, &x, sizeof x); }
 static inline vec spread(float x) { return x - vec{}; }
 static inline ivec spread(int32_t x) { return x - ivec{}; }
 static inline vec larger(vec a, vec b) { return a > b ? a : b; }
+static inline vec smaller(vec a, vec b) { return a < b ? a : b; }
 // One bit for each lane of a comparison's result.
 static inline uint32_t bits_of(ivec x) {
 #if defined(__AVX512F__)
@@ -360,6 +361,12 @@ static inline quad first_quad(vec x) {
     return y;
 }
 
+// Rows at an index lie anywhere; they are asked for this many before they are needed.
+constexpr int64_t AHEAD = 8;
+static inline void ask_for(const float* row, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(row + d);
+}
+
 // c[4 n + r] = a[r] . k[index[n]], k[n] without an index; dim a multiple of LANES. The last is
 // repeated to fill a vector.
 static inline void dot_quad(const float* const* a, const float* k, int64_t stride, int64_t dim, const int32_t* index,
@@ -370,6 +377,7 @@ static inline void dot_quad(const float* const* a, const float* k, int64_t strid
         for (int i = 0; i < IN_STEP; i++) {
             const int64_t at = n + i < count ? n + i : count - 1;
             key[i] = k + (index ? index[at] : at) * stride;
+            if (index && at + AHEAD < count) ask_for(k + index[at + AHEAD] * stride, dim);
         }
         for (int64_t d = 0; d < dim; d += LANES) {
             vec part[IN_STEP];
