@@ -58,7 +58,8 @@ class AstroConfig:
         exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to
             exactly. In a patch grid these are its prefix tokens (CLS, registers) whatever is set here; for a static
             layer alone (near and exact_keys 0) a grid is a sequence.
-        tiles: "content" puts queries into a tile that ask for the same, "position" neighbours.
+        tiles: "content" puts queries into a tile that ask for the same, wherever they stand; neighbours, where an
+            input's neighbours ask for the same more nearly. "position" always puts neighbours.
         tile: queries per tile, in fours. By length: about sqrt(n), and more where there would be more than 128 tiles.
         steps: Hebbian learning steps of the "hebbian" layer (k-means iterations).
         activation: phi of the "random" layer, one of `ACTIVATIONS`; "constant" gives uniform attention.

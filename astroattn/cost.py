@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from astroattn.config import STATIC, AstroConfig, is_tiled
 from astroattn.ops.causal import CHUNK
-from astroattn.ops.layout import Budget, Layout, cuts
-from astroattn.ops.order import DIRECTIONS, SAMPLES
+from astroattn.ops.layout import SUBTILE, Budget, Layout, cuts
+from astroattn.ops.order import DIRECTIONS, SAMPLES, TRIALS
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def count_choice(layout: Layout, head_dim: int, num_keys: int) -> dict[str, floa
         counts["coordinates"] = 8 * samples * few + 2 * body * few
     if layout.by_content:
         counts["tree"] = body * (len(cuts(body, layout.tile)) - 1) * (few + 3) / 2 * part
+        counts["neighbours"] = 2 * min(TRIALS, body // SUBTILE) * SUBTILE * min(TRIALS, body)
     if m or layout.exact_keys:
         counts["mean queries"] = 2 * body
         counts["u.k"] = layout.tiles(body) * num_keys
@@ -83,7 +84,6 @@ def count_reading(layout: Layout, num_keys: int) -> dict[str, float]:
     counts = {"read": float(body * 2 * (layout.prefix + taken + m))}
     if m:
         counts["sums of tiles"] = layout.tiles(body) * body
-        counts["sums of sub-tiles"] = layout.all_subtiles(body) * max(layout.union(body) - taken, 0)
     return counts
 
 

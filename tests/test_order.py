@@ -10,7 +10,14 @@ from core_cases import draw, layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astroattn.ops.order import DIRECTIONS, content_order, factor, find_coordinates, position_order
+from astroattn.ops.order import (
+    DIRECTIONS,
+    content_order,
+    factor,
+    find_coordinates,
+    keep_neighbours,
+    position_order,
+)
 
 CPU = torch.device("cpu")
 
@@ -103,6 +110,30 @@ def test_the_first_cut_is_across_the_longest_direction() -> None:
     order = content_order(points[None], layout(tile=8))[0]
     found = [sorted(part.tolist()) for part in place[order].split(8)]
     assert sorted(found) == [list(range(begin, begin + 8)) for begin in range(0, 64, 8)]
+
+
+@pytest.mark.parametrize("grid", [None, (16, 16)])
+def test_neighbours_stay_together_where_they_ask_for_the_same(grid: tuple | None) -> None:
+    """One head whose queries drift slowly through more directions than there are coordinates, one that is a mixture."""
+    where, dim = layout(grid=grid, tile=16), 64
+    place = torch.arange(256).double()
+    columns = torch.stack([place // 16, place % 16], -1) if grid else place[:, None] / 4
+    waves = columns @ torch.randn(columns.shape[1], 32, dtype=torch.float64)
+    drifting = torch.cat([waves.sin(), waves.cos()], -1)
+    kinds = torch.randn(8, dim, dtype=torch.float64)[torch.randint(8, (256,))]
+    query = torch.stack([drifting, kinds]) + 0.01 * torch.randn(2, 256, dim, dtype=torch.float64)
+    key = torch.stack([drifting, torch.randn(256, dim, dtype=torch.float64)])
+    found = find_coordinates(query, key)
+    order = content_order(found.query @ factor(found.key.mT @ found.key / 256), where)
+    kept = keep_neighbours(query, key, order, where)
+    assert torch.equal(kept[0], position_order(where, 256, CPU))
+    assert torch.equal(kept[1], order[1])
+
+
+def test_too_few_neighbours_are_not_compared() -> None:
+    query, key = draw(2, 3, 8, count=2)
+    order = torch.tensor([[2, 0, 1]]).expand(2, -1)
+    assert torch.equal(keep_neighbours(query, key, order, layout()), order)
 
 
 def test_sequences_in_a_batch_have_orders_of_their_own() -> None:

@@ -28,7 +28,7 @@ class Layout:
         prefix: tokens before the body; they are outside the tiles, attend exactly to all tokens, and are exact keys of
             every query.
         tile: queries in a tile, a multiple of `SUBTILE`. Where the body is no multiple of it, the last tile has fewer.
-        by_content: whether the tiles hold queries that ask for the same, or neighbours.
+        by_content: whether the tiles hold queries that ask for the same, or neighbours whatever they ask for.
         near: the nearest keys of each query, which its sub-tile attends exactly.
         exact_keys: the others that a sub-tile chooses.
         num_hidden: m, hidden neurons for the rest; 0 leaves the rest out.

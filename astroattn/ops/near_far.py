@@ -32,7 +32,15 @@ from torch import Tensor
 
 from astroattn.ops.clustering import cluster_sums, learn_clusters, weighted_means
 from astroattn.ops.layout import SUBTILE, Layout
-from astroattn.ops.order import Coordinates, content_order, factor, find_coordinates, near_keys, position_order
+from astroattn.ops.order import (
+    Coordinates,
+    content_order,
+    factor,
+    find_coordinates,
+    keep_neighbours,
+    near_keys,
+    position_order,
+)
 
 LEAST_SPREAD = 1e-6  # of a logit within a cluster, squared
 MOST_MISS = 8.0  # of d, beyond which a key is missed by all of it
@@ -97,6 +105,7 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Choice:
     if layout.by_content:
         moment = coordinates.key.mT @ coordinates.key / body
         order = content_order(coordinates.query @ factor(moment), layout)
+        order = keep_neighbours(body_query, body_key, order, layout)
     else:
         order = position_order(layout, body, key.device).expand(size, -1)
     reading = read_tiles(body_query, body_key, order, layout)

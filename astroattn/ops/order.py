@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from astroattn.ops.layout import Layout, cuts, z_curve
+from astroattn.ops.layout import SUBTILE, Layout, cuts, z_curve
 
 DIRECTIONS, SAMPLES = 8, 64
 POWER_STEPS = 2  # of the iteration for a node's principal direction
+TRIALS = 16  # sub-tiles of either order that are compared, and keys by which
+NEIGHBOURS = 0.8  # of the differences within sub-tiles by content, below which neighbours stay together
 RIDGE = 1e-5  # of a Cholesky factor, relative to the mean of the diagonal
 
 
@@ -28,6 +30,12 @@ class Coordinates(NamedTuple):
     key: Tensor
 
 
+def _spread_out(count: int, most: int, device: torch.device) -> Tensor:
+    """At most that many of `count` places, at equal distances."""
+    number = min(most, count)
+    return (2 * torch.arange(number, device=device) + 1) * count // (2 * number)
+
+
 def find_coordinates(query: Tensor, key: Tensor) -> Coordinates:
     """One subspace iteration y <- C_k C_q y on a sample of queries and keys, whitened so that Y' C_q Y = 1, P = C_q Y.
 
@@ -37,11 +45,10 @@ def find_coordinates(query: Tensor, key: Tensor) -> Coordinates:
         query, key: [Z, n, D].
     """
     count, dim = query.shape[1:]
-    sample = torch.arange(min(SAMPLES, count), device=query.device)
-    place = (2 * sample + 1) * count // (2 * len(sample))
-    q, k = (_centred(x[:, place]) / len(sample) ** 0.5 for x in (query, key))
+    place = _spread_out(count, SAMPLES, query.device)
+    q, k = (_centred(x[:, place]) / len(place) ** 0.5 for x in (query, key))
     directions = min(DIRECTIONS, dim)
-    basis = k.mT @ _mixture(len(sample), directions, query)
+    basis = k.mT @ _mixture(len(place), directions, query)
     basis, upper = torch.linalg.qr(k.mT @ (k @ (q.mT @ (q @ basis))))
     basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # else a sign is up to the library that factors
     seen = q @ basis
@@ -119,6 +126,33 @@ def position_order(layout: Layout, body: int, device: torch.device) -> Tensor:
     if layout.grid is None:
         return torch.arange(body, device=device)
     return torch.tensor(z_curve(*layout.grid), device=device)
+
+
+def keep_neighbours(query: Tensor, key: Tensor, order: Tensor, layout: Layout) -> Tensor:
+    """The order [Z, n], or that of the positions where neighbours ask for the same more nearly than it can tell.
+
+    A few coordinates do not tell apart what looks at its own surroundings. On some sub-tiles of either order, and some
+    keys k, sum ((q - mean q of the sub-tile).k)^2 is compared; where all positions come to less than `NEIGHBOURS` times
+    what the given order does, they are taken.
+
+    Args:
+        query, key: [Z, n, D].
+    """
+    body = query.shape[1]
+    if body < SUBTILE:
+        return order
+    first = SUBTILE * _spread_out(body // SUBTILE, TRIALS, query.device)
+    slots = (first[:, None] + torch.arange(SUBTILE, device=query.device)).flatten()
+    sample = _centred(key[:, _spread_out(body, TRIALS, key.device)])
+
+    def differences(order: Tensor) -> Tensor:
+        token = order[:, slots, None].expand(-1, -1, query.shape[2])
+        rest = query.gather(1, token).unflatten(1, (-1, SUBTILE))
+        return ((rest - rest.mean(2, keepdim=True)).flatten(1, 2) @ sample.mT).square().sum((1, 2))
+
+    neighbours = position_order(layout, body, query.device).expand_as(order)
+    nearer = differences(neighbours) < NEIGHBOURS * differences(order)
+    return torch.where(nearer[:, None], neighbours, order)
 
 
 def near_keys(token: Tensor, layout: Layout, body: int) -> Tensor:

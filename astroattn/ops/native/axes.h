@@ -7,7 +7,8 @@
 
 #include "vectors.h"
 
-constexpr int AXES = 8, SAMPLES = 64, POWER_STEPS = 2;
+constexpr int AXES = 8, SAMPLES = 64, POWER_STEPS = 2, TRIALS = 16;  // as in order.py
+constexpr float NEIGHBOURS = 0.8f;
 constexpr float RIDGE = 1e-5f;                  // of a Cholesky factor, relative to the mean of the diagonal
 constexpr float ROOT_OF_TINY = 1.0842022e-19f;  // of the smallest normal float
 

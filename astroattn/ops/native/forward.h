@@ -124,6 +124,7 @@ void stages(Forward& head, Run run) {
             const int64_t first = head.level_start[level];
             run(head.level_start[level + 1] - first, [&](int64_t i, Bench& room) { head.split(first + i, room); });
         }
+        run(1, [&](int64_t, Bench& room) { head.keep_neighbours(room); });
     }
     if (head.means()) tiles([&](int64_t i, Bench& room) { head.read_tiles(i, room); });
     if (head.hidden) {

@@ -41,6 +41,7 @@ struct Tensors {
     const void *query, *key, *value;
     const int64_t* lengths;    // [batch] or null
     const Layout* layouts;     // [batch]
+    const int32_t* curve;      // the patches of a grid in the order of their positions, or null
     void* out;                 // [batch, heads, tokens, value_dim], of its own strides like the three above
     float* log_p;              // [batch, heads, tokens]
     int32_t *order, *winners;  // [batch, heads, body]

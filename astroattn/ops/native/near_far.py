@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from astroattn.ops.layout import SUBTILE, Budget
+from astroattn.ops.layout import SUBTILE, Budget, z_curve
 from astroattn.ops.native.library import INTEGER, POINTER, TYPES, Strides, pointers, run, strides
 from astroattn.ops.rows import dense_rows, empty_rows
 
@@ -29,7 +30,7 @@ class _Tensors(ctypes.Structure):
     _fields_ = tuple(
         (name, POINTER)
         for name in (
-            *("query", "key", "value", "lengths", "layouts", "out", "log_p"),
+            *("query", "key", "value", "lengths", "layouts", "curve", "out", "log_p"),
             *("order", "winners", "mass", "keys"),
         )
     )
@@ -72,7 +73,8 @@ def near_far_forward(
     keys = torch.empty(batch, heads, -(-body // SUBTILE), most, dtype=torch.int32)
     layouts = _layouts(budget, lengths, batch, tokens, query.shape[-1])
     problem = _describe(query, key, value, out, budget, most, scale)
-    tensors = query, key, value, lengths, layouts, out, log_p, order, winners, mass, keys
+    curve = None if budget.grid is None else _curve(*budget.grid)
+    tensors = query, key, value, lengths, layouts, curve, out, log_p, order, winners, mass, keys
     run("astroattn_near_far", problem, _Tensors(*pointers(*tensors)))
     return out, log_p, order, winners, mass, keys
 
@@ -103,10 +105,15 @@ def near_far_backward(
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     layouts = _layouts(budget, lengths, len(query), *query.shape[2:])
     problem = _describe(query, key, value, out, budget, keys.shape[-1], scale)
-    tensors = _Tensors(*pointers(query, key, value, lengths, layouts, out, log_p, order, winners, mass, keys))
+    tensors = _Tensors(*pointers(query, key, value, lengths, layouts, None, out, log_p, order, winners, mass, keys))
     gradients = _Gradients(*pointers(d_out, d_log_p, *grads), *strides(d_out, *grads))
     run("astroattn_near_far_backward", problem, tensors, gradients)
     return grads
+
+
+@lru_cache(maxsize=64)
+def _curve(rows: int, columns: int) -> Tensor:
+    return torch.tensor(z_curve(rows, columns), dtype=torch.int32)
 
 
 def _layouts(budget: Budget, lengths: Tensor | None, batch: int, tokens: int, dim: int) -> Tensor:

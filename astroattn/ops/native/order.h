@@ -36,11 +36,14 @@ struct Order : Reading {
 
     void begin(int64_t index) {
         Reading::begin(index);
-        for (int64_t i = 0; i < body; i++) order[i] = int32_t(p.prefix + i);
         levels = 0;
         level_start[0] = 0;
-        if (p.by_content) plan_tree();
-        else if (p.rows) order_grid();
+        if (p.by_content) {
+            for (int64_t i = 0; i < body; i++) order[i] = int32_t(p.prefix + i);
+            plan_tree();
+        } else {
+            order_positions();
+        }
     }
 
     // As `cuts` in layout.py: each node is cut into two runs of tiles, then of sub-tiles, as nearly equal as that
@@ -68,13 +71,12 @@ struct Order : Reading {
             }
     }
 
-    // The patches along a Z-curve: of two, the coordinate decides in which the highest bit differs, the row at a tie.
-    void order_grid() {
-        std::sort(order, order + body, [&](int32_t one, int32_t other) {
-            const int64_t a = one - p.prefix, b = other - p.prefix;
-            const int64_t row = a / p.columns ^ b / p.columns, column = a % p.columns ^ b % p.columns;
-            return row < column && row < (row ^ column) ? a % p.columns < b % p.columns : a / p.columns < b / p.columns;
-        });
+    // As they stand, or the patches along a curve.
+    void order_positions() {
+        for (int64_t i = 0, at = 0; at < body; i++) {
+            const int32_t place = t.curve ? t.curve[i] : int32_t(i);
+            if (place < body) order[at++] = int32_t(p.prefix) + place;
+        }
     }
 
     void find_basis() {
@@ -141,6 +143,46 @@ struct Order : Reading {
         const int64_t first = std::max(block * TOKENS_PER_BLOCK, p.prefix),
                       last = std::min((block + 1) * TOKENS_PER_BLOCK, length);
         if (first < last) transform(axes + first * AXES, last - first, metric, points + first * AXES);
+    }
+
+    // Neighbours stay together where they ask for the same more nearly than the tree could tell: `keep_neighbours`.
+    void keep_neighbours(Bench& room) {
+        const int64_t count = body / SUBTILE, trials = std::min<int64_t>(TRIALS, count);
+        int32_t* by_content = room.moved;
+        std::copy(order, order + body, by_content);
+        order_positions();
+        float content = 0, position = 0, *centre = samples + TRIALS * dim;
+        const int64_t keys = std::min<int64_t>(TRIALS, body);
+        std::fill(centre, centre + dim, 0.0f);
+        for (int64_t i = 0; i < keys; i++) {
+            const float* key = k + (p.prefix + (2 * i + 1) * body / (2 * keys)) * k_stride;
+            std::copy(key, key + dim, samples + i * dim);
+            add(centre, key, 1 / float(keys), dim);
+        }
+        for (int64_t i = 0; i < keys; i++) add(samples + i * dim, centre, -1, dim);
+        for (int64_t i = 0; i < trials; i++) {
+            const int64_t first = (2 * i + 1) * count / (2 * trials) * SUBTILE;
+            content += differences(by_content + first, room.rest);
+            position += differences(order + first, room.rest);
+        }
+        if (!(position < NEIGHBOURS * content)) std::copy(by_content, by_content + body, order);
+    }
+
+    // How much the queries of a sub-tile differ in what they make of a few keys.
+    float differences(const int32_t* tokens, float* rest) const {
+        const int64_t number = std::min<int64_t>(TRIALS, body);
+        const float* rows[SUBTILE];
+        float dots[SUBTILE * TRIALS];
+        for (int64_t r = 0; r < SUBTILE; r++) rows[r] = rest + r * dim;
+        for (int64_t d = 0; d < dim; d += LANES) {
+            vec row[SUBTILE], average = {};
+            for (int64_t r = 0; r < SUBTILE; r++) average += row[r] = load(q + tokens[r] * dim + d);
+            for (int64_t r = 0; r < SUBTILE; r++) store(rest + r * dim + d, row[r] - average / float(SUBTILE));
+        }
+        dot_quad(rows, samples, dim, dim, nullptr, number, dots);
+        float all = 0;
+        for (int64_t i = 0; i < SUBTILE * number; i++) all += dots[i] * dots[i];
+        return all;
     }
 
     // Cuts a node of the tree across its principal direction: the lower part goes to the left.

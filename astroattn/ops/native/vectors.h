@@ -392,14 +392,15 @@ static inline void dot_quad(const float* const* a, const float* k, int64_t strid
 }
 
 // to[r] = from[r] + sum_n c[4 n + r] v[index[n]] for WIDTH vectors.
-template <int WIDTH>
+template <int WIDTH, bool INDEXED>
 static inline void add_quad(const float* c, const float* v, int64_t stride, const int32_t* index, int64_t count,
-                            const float* const* from, float* const* to, int64_t d) {
+                            const float* const* from, float* const* to, int64_t d, int64_t dim) {
     vec sums[4][WIDTH];
     for (int r = 0; r < 4; r++)
         for (int w = 0; w < WIDTH; w++) sums[r][w] = load(from[r] + d + w * LANES);
     for (int64_t n = 0; n < count; n++) {
-        const float* row = v + (index ? index[n] : n) * stride + d;
+        const float* row = v + (INDEXED ? index[n] : n) * stride + d;
+        if (INDEXED && d == 0 && n + AHEAD < count) ask_for(v + index[n + AHEAD] * stride, dim);
         vec part[WIDTH];
         for (int w = 0; w < WIDTH; w++) part[w] = load(row + w * LANES);
         for (int r = 0; r < 4; r++)
@@ -409,11 +410,20 @@ static inline void add_quad(const float* c, const float* v, int64_t stride, cons
         for (int w = 0; w < WIDTH; w++) store(to[r] + d + w * LANES, sums[r][w]);
 }
 // The same for rows of `dim` numbers, a multiple of LANES; v[n] without an index.
+template <bool INDEXED>
 static inline void add_quad(const float* c, const float* v, int64_t stride, int64_t dim, const int32_t* index,
                             int64_t count, const float* const* from, float* const* to) {
+    constexpr int WIDEST = 3;  // 12 sums keep the multipliers busy
     int64_t d = 0;
-    for (; d + PANEL <= dim; d += PANEL) add_quad<WIDE>(c, v, stride, index, count, from, to, d);
-    for (; d < dim; d += LANES) add_quad<1>(c, v, stride, index, count, from, to, d);
+    for (; d + (WIDEST + 2) * LANES <= dim || d + WIDEST * LANES == dim; d += WIDEST * LANES)
+        add_quad<WIDEST, INDEXED>(c, v, stride, index, count, from, to, d, dim);
+    for (; d + 2 * LANES <= dim; d += 2 * LANES) add_quad<2, INDEXED>(c, v, stride, index, count, from, to, d, dim);
+    for (; d < dim; d += LANES) add_quad<1, INDEXED>(c, v, stride, index, count, from, to, d, dim);
+}
+static inline void add_quad(const float* c, const float* v, int64_t stride, int64_t dim, const int32_t* index,
+                            int64_t count, const float* const* from, float* const* to) {
+    if (index) add_quad<true>(c, v, stride, dim, index, count, from, to);
+    else add_quad<false>(c, v, stride, dim, index, count, from, to);
 }
 
 // to[index[n]] += sum_r c[4 n + r] x[r] for WIDTH vectors.
