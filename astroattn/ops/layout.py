@@ -14,7 +14,7 @@ MOST_TILES = 128  # of a sequence
 # Where the length decides: so much times a root, within bounds.
 HIDDEN_PER_ROOT, MOST_HIDDEN = 1.45, 64
 KEYS_PER_ROOT, MOST_KEYS = 2.4, 128
-NEAR_PER_ROOT, LEAST_NEAR, MOST_NEAR = 0.15, 3, 8
+NEAR_PER_ROOT, LEAST_NEAR, MOST_NEAR = 0.15, 3, 4
 WIDTH = 64  # of a head; narrower ones have less to tell apart
 ROOT = -1  # of a number that the length decides
 

@@ -152,7 +152,8 @@ def keep_neighbours(query: Tensor, key: Tensor, order: Tensor, layout: Layout) -
 
     neighbours = position_order(layout, body, query.device).expand_as(order)
     nearer = differences(neighbours) < NEIGHBOURS * differences(order)
-    return torch.where(nearer[:, None], neighbours, order)
+    kept: Tensor = torch.where(nearer[:, None], neighbours, order)
+    return kept
 
 
 def near_keys(token: Tensor, layout: Layout, body: int) -> Tensor:

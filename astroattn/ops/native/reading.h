@@ -133,7 +133,6 @@ struct Reading : Head {
         }
         for (int64_t i = 0; i < p.most_keys && keys[i] >= 0; i++, size++) {
             const int32_t at = room.list[size] = places[keys[i]];
-            ask_for(far_v + at * far_v_stride, value_dim);
             room.owner[size] = hidden ? owners[at] : 0;
             room.share[size] = hidden ? shares[at] : 0;
         }
