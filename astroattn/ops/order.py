@@ -148,12 +148,12 @@ def keep_neighbours(query: Tensor, key: Tensor, order: Tensor, layout: Layout) -
     def differences(order: Tensor) -> Tensor:
         token = order[:, slots, None].expand(-1, -1, query.shape[2])
         rest = query.gather(1, token).unflatten(1, (-1, SUBTILE))
-        return ((rest - rest.mean(2, keepdim=True)).flatten(1, 2) @ sample.mT).square().sum((1, 2))
+        logits: Tensor = (rest - rest.mean(2, keepdim=True)).flatten(1, 2) @ sample.mT
+        return logits.square().sum((1, 2))
 
     neighbours = position_order(layout, body, query.device).expand_as(order)
     nearer = differences(neighbours) < NEIGHBOURS * differences(order)
-    kept: Tensor = torch.where(nearer[:, None], neighbours, order)
-    return kept
+    return torch.where(nearer[:, None], neighbours, order)
 
 
 def near_keys(token: Tensor, layout: Layout, body: int) -> Tensor:
