@@ -20,11 +20,12 @@ from rich.console import Console
 from astroattn.data import PYTHON_DOCS, load_data
 from astroattn.fidelity import Fidelity, compare
 from astroattn.models import load_model
-from eval.common import LimitOption, SeedOption
+from eval.common import SeedOption
 from eval.train_digits import LARGE, LARGE_FOLDER, load_digits_vit, load_split
 
 CHUNKS, TOKENS = 40, 256
 DIGITS = 64
+LEAST = 3  # texts that have a nearest neighbour to lose
 
 
 def compare_minilm(limit: int | None, seed: int) -> Fidelity:
@@ -96,7 +97,9 @@ def _against_controls(result: Fidelity, error: Callable[[str], float], name: str
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the figures and the JSON files.")] = Path("out/demo"),
-    limit: LimitOption = None,
+    limit: Annotated[
+        int | None, typer.Option(min=LEAST, help="Use at most this many examples; of two texts each has one neighbour.")
+    ] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Patch a BERT and a ViT with the default config and show what changed; needs no network."""

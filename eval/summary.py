@@ -25,7 +25,7 @@ CASES = {
     "vit_tiny_448_plan": ("the same" + PLAN, PHOTOS),
     "whisper_tiny_en": ("Whisper tiny.en, encoder, 14 clips", SPEECH),
     "whisper_tiny_en_odd_plan": ("the same, 7 clips, odd half" + PLAN, SPEECH),
-    "vit_tiny_1024": ("ViT-tiny/16 at 1,024 px, 4 photos, odd half", PHOTOS),
+    "vit_tiny_1024": ("ViT-tiny/16 at 1,024 px, 16 photos, odd half", PHOTOS),
     "vit_tiny_1024_plan": ("the same" + PLAN, PHOTOS),
 }
 SHOWN = {

@@ -108,6 +108,11 @@ def test_demo_ends_with_tables_figures_and_sentences(tmp_path: Path) -> None:
         assert {"original", "patched", "uniform", "near alone", "random"} <= set(rows)
 
 
+def test_demo_refuses_too_few_texts() -> None:
+    done = run(demo.main, "--limit", "2")
+    assert done.exit_code == 2
+
+
 @pytest.mark.parametrize(("seconds", "pace"), [(0.5, "is 4.0 times as fast as"), (3.0, "takes 1.5 times as long as")])
 def test_demo_says_when_it_is_slower(seconds: float, pace: str) -> None:
     times = {"patched": seconds, "original": 2.0}
