@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.io import wavfile
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,7 +27,7 @@ from transformers import (
     WhisperModel,
 )
 
-from astroattn import AstroConfig
+from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.cli import main
 from astroattn.data import load_data
 from astroattn.data.clips import Clip
@@ -36,6 +37,8 @@ from astroattn.fidelity.passes import forward, frame_mask
 from astroattn.fidelity.speech import NORMALISE, transcribe, within_encoder, word_error
 from astroattn.models import LoadedModel, load_model, resample
 from astroattn.patching import patch
+from eval.common import relative_error
+from eval.heads import read_layers
 
 RATE = 16000
 EXACT = AstroConfig(near=4096)
@@ -341,3 +344,22 @@ def test_whisper_tiny_with_exact_attention_writes_the_same_words(data_dir: Path)
     assert result.value("word_error") == 0
     assert result.value("hidden_error") < 1e-4
     assert result.value("transcript_error", "original") < 0.1
+
+
+@pytest.mark.parametrize("tiles", ["content", "position"])
+def test_a_little_more_speech_errs_little_more(data_dir: Path, tiles: str) -> None:
+    """Budgets grow with the length without a step: the same frames, cut to 1,000 and to 1,100."""
+    loaded = load_model("openai/whisper-tiny.en", weights=data_dir / "whisper_tiny_en")
+    clips = load_data(str(data_dir / "speech"), "audio", limit=2).batches(loaded.encode, 2)[0]
+    features = {"input_features": clips["input_features"]}
+    lost = {1000: 0.0, 1100: 0.0}
+    with read_layers(loaded.model.get_encoder(), features) as layers, torch.no_grad():
+        for layer in layers:
+            for tokens in lost:
+                query, key, value = (x[:, :, :tokens] for x in (layer.query, layer.key, layer.value))
+                astrocytes = AstrocyteAttention(query.shape[1], query.shape[3], AstroConfig(tiles=tiles))
+                exact = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+                found = astrocytes(query, key, value, scale=1.0)
+                lost[tokens] += relative_error(found, exact) ** 2
+    assert lost[1000] > 0
+    assert (lost[1100] / lost[1000]) ** 0.5 < 1.15

@@ -10,11 +10,13 @@ mean of the cluster's keys:
     sum_j exp(r.w_j) s_j   with   s_j = sum_{i in j} exp(u.k_i) v_i,
 
 and for the normaliser with z_j = sum_{i in j} exp(u.k_i) in place of s_j. So the mean query of a tile reads every key
-without error. Tiles hold queries that ask for the same, wherever they stand: attention does not know their order.
+without error. Tiles hold queries that ask for the same, wherever they stand, as attention does not know their order; or
+neighbours, where an input's neighbours ask for the same more nearly.
 
 Each sub-tile of four queries attends exactly to the near keys of its queries and to others that it chooses in two
 levels: the tile proposes candidates, the sub-tile takes some. What no sub-tile of the tile takes is summed once for the
-tile; what others take is added by each sub-tile that does not. Nothing is subtracted.
+tile; what others take is added by each sub-tile that does not. Nothing is subtracted. (The CPU kernels sum all keys and
+correct the exact ones, which is the same and faster: native/reading.h.)
 
 `choose` finds the order of the queries, the clusters and the exact keys; `attend` is everything else, differentiable,
 given what was chosen. All arguments are flattened over batch and heads, Z = B * H; the queries are already multiplied

@@ -222,8 +222,8 @@ struct Backward : Reading {
             means[r] = mean + (block * TALL + r) * dim;
             to_u[r] = du + (block * TALL + r) * dim;
         }
-        add_rows<NEITHER>(rows, dls, far_k + p.prefix * far_k_stride, far_k_stride, dim, nullptr, body, to_u);
-        add_outer(rows, dls, means, nullptr, body, dim, dk + p.prefix * dim);
+        add_rows(rows, dls, far_k + p.prefix * far_k_stride, far_k_stride, dim, body, to_u);
+        add_outer(rows, dls, means, body, dim, dk + p.prefix * dim);
     }
 
     // From w to the keys that it is the mean of, and from the mean queries to the queries.

@@ -188,7 +188,7 @@ struct Clusters : Order {
         average_keys(j);
         float *value = values + j * value_dim, centre[AXES] = {};
         std::fill(value, value + value_dim, 0.0f);
-        add_row(mass + first, far_v + first * far_v_stride, far_v_stride, value_dim, nullptr, count, value, value);
+        add_row(mass + first, far_v + first * far_v_stride, far_v_stride, value_dim, count, value, value);
         for (int64_t d = 0; d < value_dim; d += LANES) store(value + d, load(value + d) / total[j]);
         for (int64_t i = first; i < last; i++)
             for (int64_t a = 0; a < AXES; a++) centre[a] += mass[i] / total[j] * key_axes[sorted[i] * AXES + a];

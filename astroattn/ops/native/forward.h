@@ -81,7 +81,7 @@ struct Forward : Choose {
             room.o[r] = room.out + r * value_dim;
             std::fill(room.o[r], room.o[r] + value_dim, 0.0f);
         }
-        add_rows<NEITHER>(rows, room.b, v, v_stride, value_dim, nullptr, length, room.o);
+        add_rows(rows, room.b, v, v_stride, value_dim, length, room.o);
         for (int r = 0; r < rows; r++) put_row(r, room.o[r]);
     }
 

@@ -225,8 +225,8 @@ struct Head {
     void average_keys(int64_t j) {
         float* w = weights + j * dim;
         std::fill(w, w + dim, 0.0f);
-        float all = add_row(mass + start[j], far_k + start[j] * far_k_stride, far_k_stride, dim, nullptr,
-                            start[j + 1] - start[j], w, w);
+        float all =
+            add_row(mass + start[j], far_k + start[j] * far_k_stride, far_k_stride, dim, start[j + 1] - start[j], w, w);
         total[j] = all < FLT_MIN ? 1 : all;
         for (int64_t d = 0; d < dim; d += LANES) store(w + d, load(w + d) / total[j]);
     }

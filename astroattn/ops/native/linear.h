@@ -241,7 +241,7 @@ struct LinearRoom {
             coefficients[r] = c_of + r * wide;
             values[r] = rows_of + r * width;
         }
-        add_outer(int(rows), coefficients, values, nullptr, p.hidden, width, to);
+        add_outer(int(rows), coefficients, values, p.hidden, width, to);
     }
 
     // phi of the queries in x, each measured from its own largest; their process and the log of its measure.
@@ -290,7 +290,7 @@ struct LinearRoom {
             a[r] = c_of + r * wide;
             c[r] = to + r * width;
         }
-        add_rows<NEITHER>(int(rows), a, rows_of, width, width, nullptr, p.hidden, c);
+        add_rows(int(rows), a, rows_of, width, width, p.hidden, c);
     }
 
     // ---- backward: partial gradients of kv and z (queries), and of W ----

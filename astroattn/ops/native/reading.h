@@ -84,7 +84,7 @@ struct Reading : Head {
                 s[r] = x.s + j * value_dim;
                 std::fill(s[r], s[r] + value_dim, 0.0f);
             }
-            add_rows<NEITHER>(rows, c, far_v + first * far_v_stride, far_v_stride, value_dim, nullptr, last - first, s);
+            add_rows(rows, c, far_v + first * far_v_stride, far_v_stride, value_dim, last - first, s);
         }
     }
 

@@ -191,23 +191,18 @@ static inline void dot_panel(const float* const* a, const float* b, int64_t dept
         for (int w = 0; w < WIDTH; w++) store(c[r] + w * LANES, sums[r][w]);
 }
 
-// Which of the two factors of add_rows are read at index[n] instead of n.
-enum Indexed { NEITHER, VALUES, BOTH };
-
 // o[r][0 .. WIDTH * LANES) += sum_n p[r][n] v[n], v of rows.
-template <int ROWS, int WIDTH, Indexed INDEXED>
-static inline void add_rows(const float* const* p, const float* v, int64_t stride, const int32_t* index, int64_t count,
-                            float* const* o) {
+template <int ROWS, int WIDTH>
+static inline void add_rows(const float* const* p, const float* v, int64_t stride, int64_t count, float* const* o) {
     vec sums[ROWS][WIDTH];
     for (int r = 0; r < ROWS; r++)
         for (int w = 0; w < WIDTH; w++) sums[r][w] = load(o[r] + w * LANES);
     for (int64_t n = 0; n < count; n++) {
-        const int64_t at = INDEXED == NEITHER ? n : index[n];
-        const float* row = v + at * stride;
+        const float* row = v + n * stride;
         vec part[WIDTH];
         for (int w = 0; w < WIDTH; w++) part[w] = load(row + w * LANES);
         for (int r = 0; r < ROWS; r++)
-            for (int w = 0; w < WIDTH; w++) sums[r][w] += p[r][INDEXED == BOTH ? at : n] * part[w];
+            for (int w = 0; w < WIDTH; w++) sums[r][w] += p[r][n] * part[w];
     }
     for (int r = 0; r < ROWS; r++)
         for (int w = 0; w < WIDTH; w++) store(o[r] + w * LANES, sums[r][w]);
@@ -236,36 +231,34 @@ static inline void dot_panel(int rows, int width, const float* const* a, const f
     else if constexpr (WIDE > 2) width == 3 ? dot_panel<3>(rows, a, b, depth, c) : dot_panel<4>(rows, a, b, depth, c);
 }
 
-template <int WIDTH, Indexed INDEXED>
-static inline void add_rows(int rows, const float* const* p, const float* v, int64_t stride, const int32_t* index,
-                            int64_t count, float* const* o) {
-    for (; rows >= TALL; rows -= TALL, p += TALL, o += TALL)
-        add_rows<TALL, WIDTH, INDEXED>(p, v, stride, index, count, o);
+template <int WIDTH>
+static inline void add_rows(int rows, const float* const* p, const float* v, int64_t stride, int64_t count,
+                            float* const* o) {
+    for (; rows >= TALL; rows -= TALL, p += TALL, o += TALL) add_rows<TALL, WIDTH>(p, v, stride, count, o);
     switch (rows) {
         case 5:
-            if constexpr (TALL > 5) add_rows<5, WIDTH, INDEXED>(p, v, stride, index, count, o);
+            if constexpr (TALL > 5) add_rows<5, WIDTH>(p, v, stride, count, o);
             break;
         case 4:
-            if constexpr (TALL > 4) add_rows<4, WIDTH, INDEXED>(p, v, stride, index, count, o);
+            if constexpr (TALL > 4) add_rows<4, WIDTH>(p, v, stride, count, o);
             break;
-        case 3: add_rows<3, WIDTH, INDEXED>(p, v, stride, index, count, o); break;
-        case 2: add_rows<2, WIDTH, INDEXED>(p, v, stride, index, count, o); break;
-        case 1: add_rows<1, WIDTH, INDEXED>(p, v, stride, index, count, o); break;
+        case 3: add_rows<3, WIDTH>(p, v, stride, count, o); break;
+        case 2: add_rows<2, WIDTH>(p, v, stride, count, o); break;
+        case 1: add_rows<1, WIDTH>(p, v, stride, count, o); break;
     }
 }
 
 // o[r] += sum_n p[r][n] v[n] for `rows` rows of `dim` numbers, a multiple of LANES; rows of v are `stride` apart.
-template <Indexed INDEXED>
-static inline void add_rows(int rows, const float* const* p, const float* v, int64_t stride, int64_t dim,
-                            const int32_t* index, int64_t count, float** o) {
+static inline void add_rows(int rows, const float* const* p, const float* v, int64_t stride, int64_t dim, int64_t count,
+                            float** o) {
     for (int64_t start = 0; start < dim; start += PANEL) {
         int width = int(dim - start < PANEL ? (dim - start) / LANES : WIDE);
         const float* part = v + start;
-        if (width == 1) add_rows<1, INDEXED>(rows, p, part, stride, index, count, o);
-        else if (width == 2) add_rows<2, INDEXED>(rows, p, part, stride, index, count, o);
+        if (width == 1) add_rows<1>(rows, p, part, stride, count, o);
+        else if (width == 2) add_rows<2>(rows, p, part, stride, count, o);
         else if constexpr (WIDE > 2) {
-            if (width == 3) add_rows<3, INDEXED>(rows, p, part, stride, index, count, o);
-            else add_rows<4, INDEXED>(rows, p, part, stride, index, count, o);
+            if (width == 3) add_rows<3>(rows, p, part, stride, count, o);
+            else add_rows<4>(rows, p, part, stride, count, o);
         }
         for (int r = 0; r < rows; r++) o[r] += PANEL;
     }
@@ -273,14 +266,14 @@ static inline void add_rows(int rows, const float* const* p, const float* v, int
     for (int r = 0; r < rows; r++) o[r] -= steps * PANEL;
 }
 
-// to = from + sum_n c[n] v[index[n]] for WIDTH vectors, v[n] without an index; returns the sum of c.
+// to = from + sum_n c[n] v[n] for WIDTH vectors; returns the sum of c.
 template <int WIDTH>
-static inline float add_row(const float* c, const float* v, int64_t stride, const int32_t* index, int64_t count,
-                            const float* from, float* to) {
+static inline float add_row(const float* c, const float* v, int64_t stride, int64_t count, const float* from,
+                            float* to) {
     vec sums[WIDTH], all = {};
     for (int w = 0; w < WIDTH; w++) sums[w] = load(from + w * LANES);
     for (int64_t n = 0; n < count; n++) {
-        const float* row = v + (index ? index[n] : n) * stride;
+        const float* row = v + n * stride;
         vec factor = spread(c[n]);
         all += factor;
         for (int w = 0; w < WIDTH; w++) sums[w] += factor * load(row + w * LANES);
@@ -289,13 +282,13 @@ static inline float add_row(const float* c, const float* v, int64_t stride, cons
     return all[0];
 }
 // The same for a row of `dim` numbers, a multiple of LANES.
-static inline float add_row(const float* c, const float* v, int64_t stride, int64_t dim, const int32_t* index,
-                            int64_t count, const float* from, float* to) {
+static inline float add_row(const float* c, const float* v, int64_t stride, int64_t dim, int64_t count,
+                            const float* from, float* to) {
     float all = 0;
     int64_t d = 0;
-    for (; d + 8 * LANES <= dim; d += 8 * LANES) all = add_row<8>(c, v + d, stride, index, count, from + d, to + d);
-    for (; d + 4 * LANES <= dim; d += 4 * LANES) all = add_row<4>(c, v + d, stride, index, count, from + d, to + d);
-    for (; d < dim; d += LANES) all = add_row<1>(c, v + d, stride, index, count, from + d, to + d);
+    for (; d + 8 * LANES <= dim; d += 8 * LANES) all = add_row<8>(c, v + d, stride, count, from + d, to + d);
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) all = add_row<4>(c, v + d, stride, count, from + d, to + d);
+    for (; d < dim; d += LANES) all = add_row<1>(c, v + d, stride, count, from + d, to + d);
     return all;
 }
 
@@ -344,12 +337,7 @@ static inline vec repeat(quad x) {
     for (int i = 0; i < LANES; i += 4) store_quad(lanes + i, x);
     return load(lanes);
 }
-// For each of the rows: its sum and its largest.
-template <int HALF = LANES / 2>
-static inline vec sum_of_each(vec x) {
-    if constexpr (HALF < 4) return x;
-    else return sum_of_each<HALF / 2>(x + shuffle(x, x, [](int i) { return i ^ HALF; }));
-}
+// For each of the rows: its largest.
 template <int HALF = LANES / 2>
 static inline vec largest_of_each(vec x) {
     if constexpr (HALF < 4) return x;
@@ -452,14 +440,14 @@ static inline void outer_quad(const float* c, const float* const* x, const int32
 
 // ---- any number of rows ----
 
-// to[index[n]] += sum_r c[r][n] x[r] for NOW values of n and WIDTH vectors; no index twice.
+// to[n] += sum_r c[r][n] x[r] for NOW values of n and WIDTH vectors.
 template <int NOW, int WIDTH>
-static inline void add_outer(int rows, const float* const* c, const float* const* x, const int32_t* index, int64_t n,
-                             int64_t d, int64_t dim, float* to) {
+static inline void add_outer(int rows, const float* const* c, const float* const* x, int64_t n, int64_t d, int64_t dim,
+                             float* to) {
     vec sums[NOW][WIDTH];
     float* at[NOW];
     for (int i = 0; i < NOW; i++) {
-        at[i] = to + (index ? index[n + i] : n + i) * dim + d;
+        at[i] = to + (n + i) * dim + d;
         for (int w = 0; w < WIDTH; w++) sums[i][w] = load(at[i] + w * LANES);
     }
     for (int r = 0; r < rows; r++) {
@@ -472,15 +460,15 @@ static inline void add_outer(int rows, const float* const* c, const float* const
         for (int w = 0; w < WIDTH; w++) store(at[i] + w * LANES, sums[i][w]);
 }
 // The same for n below count and rows of `dim` numbers, a multiple of LANES.
-static inline void add_outer(int rows, const float* const* c, const float* const* x, const int32_t* index,
-                             int64_t count, int64_t dim, float* to) {
+static inline void add_outer(int rows, const float* const* c, const float* const* x, int64_t count, int64_t dim,
+                             float* to) {
     for (int64_t d = 0; d < dim; d += PANEL) {
         const bool whole = dim - d >= PANEL;
         int64_t n = 0;
-        for (; whole && n + 4 <= count; n += 4) add_outer<4, WIDE>(rows, c, x, index, n, d, dim, to);
-        for (; whole && n < count; n++) add_outer<1, WIDE>(rows, c, x, index, n, d, dim, to);
+        for (; whole && n + 4 <= count; n += 4) add_outer<4, WIDE>(rows, c, x, n, d, dim, to);
+        for (; whole && n < count; n++) add_outer<1, WIDE>(rows, c, x, n, d, dim, to);
         for (int64_t e = d; !whole && e < dim; e += LANES)
-            for (n = 0; n < count; n++) add_outer<1, 1>(rows, c, x, index, n, e, dim, to);
+            for (n = 0; n < count; n++) add_outer<1, 1>(rows, c, x, n, e, dim, to);
     }
 }
 
