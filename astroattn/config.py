@@ -52,7 +52,7 @@ class AstroConfig:
             a static layer ("random" or "learned") 16.
         near: the near field, in tokens around each query: a run of tokens in a sequence, a rectangle in a patch grid.
             A sub-tile attends exactly to those of its four queries. For causal attention the latest tokens. By length:
-            about 0.15 sqrt(n), 3 to 8; none for a static layer.
+            about 0.15 sqrt(n), 3 to 4; none for a static layer.
         exact_keys: keys beyond the near field that each sub-tile attends exactly, chosen by content. By length: about
             2.4 sqrt(n), at most 128; none for a static layer.
         exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to

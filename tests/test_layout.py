@@ -146,7 +146,7 @@ def test_budgets_by_length_grow_without_cliffs(dim: int) -> None:
         assert 0 <= after.num_hidden - before.num_hidden <= 8
         assert 0 <= after.tile - before.tile <= SUBTILE
     last = BY_LENGTH.at(10**6, dim)
-    assert (last.near, last.exact_keys, last.num_hidden) == (8, 128, 64)
+    assert (last.near, last.exact_keys, last.num_hidden) == (4, 128, 64)
     assert all(where.tiles(129 + place) <= MOST_TILES for place, where in enumerate(found))
     assert last.tiles(10**6) <= MOST_TILES
 
@@ -154,6 +154,6 @@ def test_budgets_by_length_grow_without_cliffs(dim: int) -> None:
 def test_budgets_by_length_grow_with_its_root() -> None:
     """By hand, for heads of 64; narrower heads have less to tell apart, wider ones no more."""
     assert BY_LENGTH.at(400, 64) == layout(tile=20, near=3, exact_keys=48, num_hidden=32)  # the root is 20
-    assert BY_LENGTH.at(1600, 64) == layout(tile=40, near=6, exact_keys=96, num_hidden=56)
+    assert BY_LENGTH.at(1600, 64) == layout(tile=40, near=4, exact_keys=96, num_hidden=56)
     assert BY_LENGTH.at(1600, 16) == layout(tile=40, near=3, exact_keys=48, num_hidden=32)
     assert BY_LENGTH.at(1600, 256) == BY_LENGTH.at(1600, 64)
