@@ -57,6 +57,19 @@ struct Moments {
     void add(const Axes& x) {
         for (int a = 0; a < AXES; a++) rows[a] += x[a] * x;
     }
+    // Of the points at an index, about their mean.
+    void add_spread(const float* points, const int32_t* index, int64_t count) {
+        Axes mean = {}, x;
+        for (int64_t i = 0; i < count; i++) {
+            get(x, points + index[i] * AXES);
+            mean += x;
+        }
+        mean /= float(count);
+        for (int64_t i = 0; i < count; i++) {
+            get(x, points + index[i] * AXES);
+            add(x - mean);
+        }
+    }
     void give(float* to) const {
         for (int a = 0; a < AXES; a++) put(to + a * AXES, rows[a]);
     }

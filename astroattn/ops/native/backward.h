@@ -142,11 +142,7 @@ struct Backward : Reading {
         float *shares = room.scores, *neurons = shares + SUBTILE * wide, *dl_neurons = dl + SUBTILE * wide;
         for (int64_t c = 0; c < SUBTILE * columns; c += LANES)  // far above 0 only where it is tried again
             store(shares + c, exponential(smaller(load(shares + c) - repeat(log_p), spread(80.0f))));
-        quad clusters = {};
-        for (int64_t j = 0; j < m; j++) clusters += load_quad(neurons + SUBTILE * j) * x.z[j];
-        if (m && &x != &room.apart)
-            for (int64_t i = 0; i < rows; i++)
-                if (!(clusters[i] <= MOST_LOST)) return false;
+        if (loses_digits(weigh(neurons, x), quad{} + 1.0f, rows, x, room)) return false;
 
         dot_quad(go, far_v, far_v_stride, value_dim, room.list, size, dots);
         dot_quad(go, x.s, value_dim, value_dim, nullptr, m, dots + SUBTILE * wide);

@@ -35,16 +35,7 @@ struct Clusters : Order {
             if (!hidden) continue;
             const int64_t number = queries_of(tile);
             const int32_t* tokens = tokens_of(tile);
-            Axes centre = {}, x;
-            for (int64_t i = 0; i < number; i++) {
-                get(x, query_axes + tokens[i] * AXES);
-                centre += x;
-            }
-            centre /= float(number);
-            for (int64_t i = 0; i < number; i++) {
-                get(x, query_axes + tokens[i] * AXES);
-                moment.add(x - centre);
-            }
+            moment.add_spread(query_axes, tokens, number);
             for (int64_t i = 0; layout.exact_keys && i < number; i += SUBTILE) {
                 const int64_t few = std::min(SUBTILE, number - i);
                 for (int64_t d = 0; d < dim; d += LANES) {
@@ -181,9 +172,7 @@ struct Clusters : Order {
     void measure_cluster(int64_t j) {
         const int64_t first = start[j], last = start[j + 1], count = last - first;
         copy_rows(j ? first : 0, last);  // the prefix too
-        for (int64_t i = first; i < last; i++) {
-            mass[i] = key_mass[sorted[i]];
-        }
+        for (int64_t i = first; i < last; i++) mass[i] = key_mass[sorted[i]];
         if (!layout.exact_keys) return;
         average_keys(j);
         float *value = values + j * value_dim, centre[AXES] = {};

@@ -19,7 +19,7 @@ struct Forward : Choose {
         }
     }
 
-    // Returns whether the clusters weighed little enough; where not, the sub-tile must be read again.
+    // Returns false where digits would be lost: the sub-tile must be read again, through sums of its own.
     bool attend_subtile(int64_t tile, int64_t subtile, int64_t size, const Sums& x, Bench& room) {
         const int64_t m = hidden, first = subtile * SUBTILE, rows = std::min(SUBTILE, queries_of(tile) - first);
         const auto [wide, columns] = score(tile, subtile, size, x, room);
@@ -28,8 +28,8 @@ struct Forward : Choose {
         for (int64_t c = 0; c < SUBTILE * columns; c += LANES) top = larger(load(scores + c), top);
         top = largest_of_each(top);
         for (int64_t c = 0; c < SUBTILE * columns; c += LANES) store(scores + c, exponential(load(scores + c) - top));
-        quad clusters = {}, exact = {};
-        for (int64_t j = 0; j < m; j++) clusters += load_quad(neurons + SUBTILE * j) * x.z[j];
+        const quad clusters = weigh(neurons, x);
+        quad exact = {};
         for (int64_t i = 0; i < size; i++) {
             quad weight = load_quad(scores + SUBTILE * i);
             if (m) weight -= load_quad(neurons + SUBTILE * room.owner[i]) * room.share[i];
@@ -37,9 +37,7 @@ struct Forward : Choose {
             exact += weight;
         }
         const quad all = clusters + exact;
-        if (m && &x != &room.apart)
-            for (int64_t r = 0; r < rows; r++)
-                if (!(clusters[r] <= MOST_LOST * all[r])) return false;
+        if (loses_digits(clusters, all, rows, x, room)) return false;
 
         const float *zeros[SUBTILE], *so_far[SUBTILE];
         for (int64_t r = 0; r < SUBTILE; r++) {

@@ -1,8 +1,8 @@
 // One head of one sequence: where its tokens lie, and what both directions compute of it.
 //
 // The keys are worked on in the order of their clusters: `sorted` lists the tokens, those of the prefix first, then
-// cluster after cluster; `place` is its inverse, and rows, logits and lists of keys go by places. `owners`: the
-// clusters.
+// cluster after cluster; `place` is its inverse, and rows, logits, lists of keys and `owners`, their clusters, go by
+// places.
 #pragma once
 
 #include <algorithm>

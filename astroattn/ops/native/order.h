@@ -79,23 +79,26 @@ struct Order : Reading {
         }
     }
 
+    // Rows of the body at equal distances, less their mean, times a factor.
+    void take_sample(const float* rows, int64_t stride, int64_t number, float factor, float* sample,
+                     float* centre) const {
+        std::fill(centre, centre + dim, 0.0f);
+        for (int64_t i = 0; i < number; i++) {
+            const float* row = rows + (p.prefix + (2 * i + 1) * body / (2 * number)) * stride;
+            std::copy(row, row + dim, sample + i * dim);
+            add(centre, row, 1 / float(number), dim);
+        }
+        for (int64_t i = 0; i < number * dim; i += LANES)
+            store(sample + i, (load(sample + i) - load(centre + i % dim)) * factor);
+    }
+
     void find_basis() {
         const int64_t number = std::min<int64_t>(SAMPLES, body);
         float *sample_q = samples, *sample_k = sample_q + SAMPLES * dim, *seen = sample_k + SAMPLES * dim;
         float *mean_q = seen + SAMPLES * AXES, *mean_k = mean_q + dim;
-        auto take = [&](const float* rows, int64_t stride, float* sample, float* centre) {
-            std::fill(centre, centre + dim, 0.0f);
-            for (int64_t i = 0; i < number; i++) {
-                const float* row = rows + (p.prefix + (2 * i + 1) * body / (2 * number)) * stride;
-                std::copy(row, row + dim, sample + i * dim);
-                add(centre, row, 1 / float(number), dim);
-            }
-            const float scale = 1 / std::sqrt(float(number));
-            for (int64_t i = 0; i < number * dim; i += LANES)
-                store(sample + i, (load(sample + i) - load(centre + i % dim)) * scale);
-        };
-        take(q, dim, sample_q, mean_q);
-        take(k, k_stride, sample_k, mean_k);
+        const float scale = 1 / std::sqrt(float(number));
+        take_sample(q, dim, number, scale, sample_q, mean_q);
+        take_sample(k, k_stride, number, scale, sample_k, mean_k);
         find_axes(sample_q, sample_k, number, dim, used_axes(), basis, basis + dim * AXES, seen);
         project(mean_q, dim, 1, dim, basis, shift);
         project(mean_k, dim, 1, dim, basis + dim * AXES, shift + AXES);
@@ -151,15 +154,8 @@ struct Order : Reading {
         int32_t* by_content = room.moved;
         std::copy(order, order + body, by_content);
         order_positions();
-        float content = 0, position = 0, *centre = samples + TRIALS * dim;
-        const int64_t keys = std::min<int64_t>(TRIALS, body);
-        std::fill(centre, centre + dim, 0.0f);
-        for (int64_t i = 0; i < keys; i++) {
-            const float* key = k + (p.prefix + (2 * i + 1) * body / (2 * keys)) * k_stride;
-            std::copy(key, key + dim, samples + i * dim);
-            add(centre, key, 1 / float(keys), dim);
-        }
-        for (int64_t i = 0; i < keys; i++) add(samples + i * dim, centre, -1, dim);
+        float content = 0, position = 0;
+        take_sample(k, k_stride, std::min<int64_t>(TRIALS, body), 1, samples, samples + TRIALS * dim);
         for (int64_t i = 0; i < trials; i++) {
             const int64_t first = (2 * i + 1) * count / (2 * trials) * SUBTILE;
             content += differences(by_content + first, room.rest);
@@ -192,16 +188,8 @@ struct Order : Reading {
         int32_t *tokens = order + first, *ranks = room.ranks, *moved = room.moved;
         Moments sums;
         Moment moment;
-        Axes mean = {}, direction, x;
-        for (int64_t i = 0; i < count; i++) {
-            get(x, points + tokens[i] * AXES);
-            mean += x;
-        }
-        mean /= float(count);
-        for (int64_t i = 0; i < count; i++) {
-            get(x, points + tokens[i] * AXES);
-            sums.add(x - mean);
-        }
+        Axes direction, x;
+        sums.add_spread(points, tokens, count);
         sums.give(moment[0]);
         principal(moment, direction);
         for (int64_t i = 0; i < count; i++) {

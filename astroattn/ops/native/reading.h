@@ -10,7 +10,7 @@
 
 #include "head.h"
 
-constexpr float MOST_LOST = 8;  // what the clusters may weigh, in units of the result; log2 of it is the bits lost
+constexpr float MOST_LOST = 8;  // what the clusters may weigh, relative to the result; its log2 is the bits lost
 
 // The clusters' sums: top, the largest u.k; z and s [m][value_dim] from there.
 struct Sums {
@@ -164,6 +164,21 @@ struct Reading : Head {
         for (int64_t i = p.prefix; i < size; i++)
             if (room.taken[room.owner[i]] == INFINITY) room.share[i] = 0;
         return to;
+    }
+
+    // The weight of all clusters together, from that of each: exp(r.w + top) of each query [m][4].
+    quad weigh(const float* neurons, const Sums& x) const {
+        quad all = {};
+        for (int64_t j = 0; j < hidden; j++) all += load_quad(neurons + SUBTILE * j) * x.z[j];
+        return all;
+    }
+
+    // Whether the tile's sums would lose digits for one of the queries; not what is left of them for the sub-tile.
+    bool loses_digits(quad clusters, quad all, int64_t queries, const Sums& x, const Bench& room) const {
+        if (!hidden || &x == &room.apart) return false;
+        for (int64_t r = 0; r < queries; r++)
+            if (!(clusters[r] <= MOST_LOST * all[r])) return true;
+        return false;
     }
 
     // Calls f(place, u.k) for the cluster's keys that the sub-tile does not read exactly.

@@ -343,11 +343,6 @@ static inline vec largest_of_each(vec x) {
     if constexpr (HALF < 4) return x;
     else return largest_of_each<HALF / 2>(larger(x, shuffle(x, x, [](int i) { return i ^ HALF; })));
 }
-static inline quad first_quad(vec x) {
-    quad y;
-    memcpy(&y, &x, sizeof y);
-    return y;
-}
 
 // Rows at an index lie anywhere; they are asked for this many before they are needed.
 constexpr int64_t AHEAD = 8;
