@@ -375,6 +375,19 @@ def test_bounds_are_those_of_clopper_and_pearson() -> None:
     assert (some.value, some.low, some.high) == pytest.approx((0.9, 0.8221, 0.9502), abs=1e-3)
 
 
+@pytest.mark.parametrize("metric", ["top1", "neighbour"])
+def test_a_plan_that_changes_too_much_is_not_run_to_the_end(metric: str) -> None:
+    """One of 48 items may change at a tolerance of 0.9: the lower bound of 47/48 is 0.921, that of 46/48 0.893."""
+    assert verifying._most_changed(48, 0.9) == 1
+    assert verifying._most_changed(229, 0.99) == -1
+    model, other = make_bert(), make_bert(spread=0.6)
+    verifier = verifying.Verifier(model, make_batches(), metric, 0.9, "auto", 0, progress=False)
+    kept, lost = verifier.verify(model, ""), verifier.verify(other, "")
+    assert (kept.value, kept.items, kept.kept) == (1, 48, True)
+    assert lost.items < 48
+    assert not lost.kept
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import ceil, isfinite, log
+from math import ceil, inf, isfinite, log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +71,7 @@ class Verifier:
         if isinstance(metric, str) and needed[metric] is None:
             raise ValueError(f"metric: {metric!r} needs an output that a {type(original).__name__} does not give here")
         self._share = metric == "neighbour" or (metric == "top1" and flat)
+        self._allowed = _most_changed(self.items, tolerance) if self._share else inf
 
     def require_items(self, wanted: int) -> None:
         """Raise ValueError where the items are too few for the tolerance; `wanted` are those that choose."""
@@ -85,19 +86,24 @@ class Verifier:
             )
 
     def verify(self, patched: nn.Module, title: str) -> Promise:
-        """Run the patched model on the items and compare; `title` is that of the progress bar."""
+        """Run the patched model on the items and compare; `title` is that of the progress bar.
+
+        Once more items have changed than a tolerance allows among all of them, the rest is not run.
+        """
         parts: list[Array] = []
-        embeddings: list[Array] = []
-        for batch, kept in zip(self._bar(title), self._kept, strict=True):
+        values: Array = np.empty(0)
+        for number, (batch, kept) in enumerate(zip(self._bar(title), self._kept, strict=True), 1):
             mine = self._keep(patched, batch)
-            if self.metric == "neighbour":
-                embeddings.append(_numpy(mine.embedding))
+            if self.metric == "neighbour":  # among the items so far
+                parts.append(np.nan_to_num(_numpy(mine.embedding)))
+                theirs = np.concatenate([_numpy(each.embedding) for each in self._kept[:number]])
+                values = metrics.compare_neighbours(np.concatenate(parts), theirs)
             else:
                 parts.append(self._compare(mine, kept, batch))
-        if self.metric == "neighbour":
-            theirs = np.concatenate([_numpy(kept.embedding) for kept in self._kept])
-            parts = [metrics.compare_neighbours(np.nan_to_num(np.concatenate(embeddings)), theirs)]
-        return self._promise(np.concatenate(parts).astype(float))
+                values = np.concatenate(parts)
+            if self._share and (values == 0).sum() > self._allowed:
+                break
+        return self._promise(values.astype(float))
 
     def certain(self) -> Promise:
         """The promise of the original itself."""
@@ -147,8 +153,7 @@ class Verifier:
     def _promise(self, values: Array) -> Promise:
         mean = float(values.mean())
         if self._share or (self._function is not None and np.isin(values, (0, 1)).all()):
-            exact = stats.binomtest(int(values.sum()), len(values)).proportion_ci(2 * LEVEL - 1, method="exact")
-            low, high = float(exact.low), float(exact.high)
+            low, high = _share_bounds(int(values.sum()), len(values))
         else:
             found = metrics.bootstrap(lambda rows: values[rows].mean(), len(values), self._seed, level=2 * LEVEL - 1)
             low, high = (mean if bound is None else bound for bound in (found.low, found.high))
@@ -175,6 +180,21 @@ def check_metric(metric: Any, tolerance: float | None) -> None:
     if not isfinite(tolerance) or tolerance <= 0 or (not falling and tolerance >= 1):
         wanted = "above 0" if falling else "above 0 and below 1: no sample shows that nothing ever changes"
         raise ValueError(f"tolerance: {tolerance:g}; must be {wanted}")
+
+
+def _share_bounds(kept: int, items: int) -> tuple[float, float]:
+    """Clopper and Pearson's one-sided bounds of a share."""
+    exact = stats.binomtest(kept, items).proportion_ci(2 * LEVEL - 1, method="exact")
+    return float(exact.low), float(exact.high)
+
+
+def _most_changed(items: int, tolerance: float | None) -> float:
+    """Of so many items, how many may change at most for the bound to be within the tolerance; -1 where none may."""
+    if tolerance is None:
+        return inf
+    return next(
+        (changed - 1 for changed in range(items + 1) if _share_bounds(items - changed, items)[0] < tolerance), items
+    )
 
 
 def _compare_logits(mine: Tensor | None, theirs: Tensor | None, mask: Tensor | None, name: str) -> Array:
