@@ -10,7 +10,7 @@ from astroattn.config import MIXABLE, AstroConfig
 EXACT = AstroConfig(hidden="exact")
 
 
-KEYS = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+KEYS = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 NEURONS, FEW_NEURONS, FEWEST_NEURONS = 48, 16, 8
 WIDE_NEAR = 16  # tokens, for heads that look at their neighbours
 
