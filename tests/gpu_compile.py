@@ -92,7 +92,25 @@ def causal(
     recurrent_step(*(x[:, :, :1] for x in (q, k, v)), *layer[:2], mask, activation, near, 0.5, state)
 
 
-SOURCES: list[Callable[[], Iterator[tuple[str, Case]]]] = [causal_cases, static_cases]
+def near_far_cases() -> Iterator[tuple[str, Case]]:
+    """Near + far attention given what was chosen."""
+    for dtype in ("bfloat16", "float32"):
+        for dim in (32, 64, 128, 256):
+            yield f"near_far D={dim} {dtype}", partial(near_far, dim, dtype)
+    yield "near_far D=64 bfloat16 no far field", partial(near_far, 64, "bfloat16", num_hidden=0)
+    yield "near_far D=40 float16 small tiles", partial(near_far, 40, "float16", tile=16)
+
+
+def near_far(dim: int, dtype: str, *, num_hidden: int = 64, tile: int = 64) -> None:
+    from astroattn.ops.kernels.near_far import near_far_forward
+    from astroattn.ops.layout import Budget
+
+    budget = Budget(None, 1, tile, by_content=True, near=4, exact_keys=48, num_hidden=num_hidden, steps=1)
+    q, k, v = (torch.randn(1, 2, 513, dim).to(getattr(torch, dtype)) for _ in range(3))
+    near_far_forward(q, k, v, None, budget, dim**-0.5)
+
+
+SOURCES: list[Callable[[], Iterator[tuple[str, Case]]]] = [causal_cases, near_far_cases, static_cases]
 
 
 def cases(*parts: str) -> dict[str, Case]:

@@ -29,6 +29,7 @@ KERNELS = {
         False,
     ),
     "native linear": (AstroConfig(hidden="random", backend="native"), False),
+    "triton": (AstroConfig(num_hidden=4, near=2, exact_keys=3, tile=8, backend="triton"), False),
     "triton linear": (AstroConfig(hidden="random", backend="triton"), False),
     "triton causal": (AstroConfig(hidden="random", near=3, backend="triton"), True),
 }
@@ -346,7 +347,7 @@ def test_a_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatc
     assert "no kernel for this attention (causal)" in reason("native", random, causal=True)
     assert "(near_linear)" in reason("triton", near)
     assert "not torch.float64" in reason("native", SMALL, torch.float64)
-    assert "no kernel for this attention (near_far)" in reason("triton", SMALL)
+    assert "at most 256, not 257" in reason("triton", SMALL, dim=257)
     assert "not torch.float64" in reason("triton", random, torch.float64)
     assert "at most 256, not 257" in reason("triton", random, dim=257)
     monkeypatch.setattr(backends, "_INTERPRETED", False)

@@ -18,6 +18,7 @@ MOST_DIM = 256  # of a head, in the Triton kernels
 
 # The kernels of each backend, by operation. Plain PyTorch computes all of them, and "near_linear" besides.
 MODULES = {
+    ("triton", "near_far"): "astroattn.ops.kernels.near_far",
     ("triton", "linear"): "astroattn.ops.kernels.static",
     ("triton", "causal"): "astroattn.ops.kernels.causal",
     ("triton", "step"): "astroattn.ops.kernels.causal_step",

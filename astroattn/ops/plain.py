@@ -21,6 +21,8 @@ from astroattn.ops.layout import Budget, Layout
 from astroattn.ops.near_far import Choice
 from astroattn.ops.static import Hidden
 
+Attend = Callable[[Tensor, Tensor, Tensor, Layout, Choice], tuple[Tensor, Tensor]]
+
 # Most numbers in one intermediate tensor; batch and heads are taken in slices that stay below it.
 WORKSPACE = 2**26
 
@@ -33,9 +35,15 @@ def near_far_attention(
 
 
 def near_far_forward(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, budget: Budget, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    budget: Budget,
+    scale: float,
+    attend: Attend = near_far.attend,
 ) -> tuple[Tensor, ...]:
-    """The same, and what was chosen [B, H, ...], which `near_far_backward` needs."""
+    """The same, and what was chosen [B, H, ...], which `near_far_backward` needs; a kernel may attend in its place."""
     whole, body = budget.at(*key.shape[2:]), key.shape[2] - budget.prefix
     order = torch.arange(body, device=query.device, dtype=torch.int32).repeat(query.shape[0] * query.shape[1], 1)
     winners, mass = torch.zeros_like(order), torch.zeros_like(order, dtype=torch.float32)
@@ -46,7 +54,7 @@ def near_far_forward(
         for mine, found in zip((order, winners, mass, keys), choice, strict=True):
             place: tuple[Any, ...] = (rows, *map(slice, found.shape[1:]))
             mine[place] = found.to(mine.dtype)
-        return near_far.attend(q, k, v, layout, choice)
+        return attend(q, k, v, layout, choice)
 
     out, log_p = _by_length(query, key, value, lengths, budget, scale, run)
     return out, log_p, *(x.unflatten(0, query.shape[:2]) for x in (order, winners, mass, keys))
