@@ -162,12 +162,12 @@ class AstrocyteAttention(nn.Module):
             TypeError, ValueError: as in `forward`; queries and keys of different lengths; a state that does not fit.
         """
         query, key, value = autocast(query, key, value)
-        check_call(self, query, key, value, key_mask, True, scale, None)
         reason = "it is set to exact" if self.exact else self.refusal(causal=True)
         if reason is None and self.hidden is None:
             reason = "it is softmax attention"
         if reason is not None:
             raise ValueError(f"decode: this module has no causal state; {reason}")
+        check_call(self, query, key, value, key_mask, True, scale, None)
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"query: {query.shape[2]} tokens; key has {key.shape[2]}")
         assert self.hidden is not None

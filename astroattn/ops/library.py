@@ -288,7 +288,7 @@ def _(d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _any_number(size: int) -> int:
-    """A size that nothing may depend on in an exported graph for many lengths, which cannot prove that a root is one."""
+    """A size that an exported graph for many lengths may know nothing of: it cannot prove that a root is one."""
     if torch.compiler.is_exporting() and isinstance(size, torch.SymInt):
         return torch.library.get_ctx().new_dynamic_size()
     return size
