@@ -35,8 +35,9 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
     changes nothing, and a learned hidden layer stays as it is unless the new config starts from other weights
     (num_hidden, orthogonal, seed). If anything fails, the model is left as it was.
 
-    A call that turns out to need more than an astrocyte represents (a dense mask, for example) is answered by the
-    model's own attention, with a warning the first time; `fallbacks` counts them. Attention dropout is not applied by
+    A call that turns out to need more than an astrocyte represents (a dense mask, for example, or causality that the
+    config cannot serve) is answered by the model's own attention, with a warning the first time; `fallbacks` counts
+    them, in a compiled graph once, when it is made. Attention dropout is not applied by
     an astrocyte. While a transformers model is patched, `output_attentions=True` raises.
 
     Args:
