@@ -8,10 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from astroattn.checks import check_call, check_grid, check_size, check_state
+from astroattn.checks import (
+    NEEDS_SELF_ATTENTION,
+    check_call,
+    check_grid,
+    check_size,
+    check_state,
+    reads_any_queries,
+)
 from astroattn.config import AstroConfig, check_heads, is_tiled
 from astroattn.cost import Cost, budget_of, count_cost, covers, prefix_length
-from astroattn.hidden import STATIC
+from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
 from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
 
@@ -45,9 +52,6 @@ class AstrocyteAttention(nn.Module):
             that cannot stand side by side.
     """
 
-    head_order: Tensor
-    head_place: Tensor
-
     def __init__(
         self, num_heads: int, head_dim: int, config: AstroConfig | Sequence[AstroConfig] | None = None
     ) -> None:
@@ -70,9 +74,8 @@ class AstrocyteAttention(nn.Module):
             heads.setdefault(each, []).append(head)
         self._groups = tuple((each, len(mine)) for each, mine in heads.items())  # heads of one config run together
         if len(self._groups) > 1:
-            order = torch.tensor([head for mine in heads.values() for head in mine])
-            self.register_buffer("head_order", order, persistent=False)
-            self.register_buffer("head_place", order.argsort(), persistent=False)
+            order = torch.tensor([head for mine in heads.values() for head in mine], device="cpu")
+            self.heads = Constants(order=order, place=order.argsort())
         first = self.configs[0]
         layer = STATIC.get(first.hidden)
         self.hidden = None if layer is None else layer(num_heads, head_dim, first)
@@ -96,7 +99,8 @@ class AstrocyteAttention(nn.Module):
         """Attend.
 
         Args:
-            query: [B, H, Nq, D]. key: [B, H, Nk, D]. value: [B, H, Nk, Dv]. float32, float64, bfloat16 or float16.
+            query: [B, H, Nq, D]. key: [B, H, Nk, D]. value: [B, H, Nk, Dv]. float32, float64, bfloat16 or float16, all
+                three the same; under autocast they are taken in its dtype, as by `scaled_dot_product_attention`.
             key_mask: [B, Nk] bool, True = a real token. Padding does not move the results of real tokens. Sequences
                 without a real token give zeros, and so do queries that are padding, except in softmax attention.
             causal: a query sees no later key; with Nq < Nk the queries are the last tokens.
@@ -104,12 +108,13 @@ class AstrocyteAttention(nn.Module):
             grid: (rows, columns) of a ViT's patches, the last rows * columns tokens; the others come before them.
 
         Returns:
-            [B, H, Nq, Dv], in the dtype of the query. Differentiable in query, key and value; which keys are exact
-            and which cluster a key belongs to are choices and constant. NaN and infinity come out as NaN or infinity.
+            [B, H, Nq, Dv], in the dtype of the query (autocast's under it). Differentiable in query, key and value;
+            which keys are exact and which cluster a key belongs to are choices and constant. NaN and infinity come out
+            as NaN or infinity.
 
         Raises:
-            TypeError, ValueError: shapes, dtypes or values that do not fit, naming the argument; or a combination
-                that `refusal` names.
+            TypeError, ValueError: shapes, dtypes or values that do not fit, naming the argument; a combination that
+                `refusal` names; learned weights that are on the meta device.
         """
         return self._attend(query, key, value, key_mask, causal, scale, grid, False)[0]
 
@@ -156,17 +161,18 @@ class AstrocyteAttention(nn.Module):
         Raises:
             TypeError, ValueError: as in `forward`; queries and keys of different lengths; a state that does not fit.
         """
-        check_call(self, query, key, value, key_mask, True, scale, None)
+        query, key, value = autocast(query, key, value)
         reason = "it is set to exact" if self.exact else self.refusal(causal=True)
         if reason is None and self.hidden is None:
             reason = "it is softmax attention"
         if reason is not None:
             raise ValueError(f"decode: this module has no causal state; {reason}")
+        check_call(self, query, key, value, key_mask, True, scale, None)
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"query: {query.shape[2]} tokens; key has {key.shape[2]}")
         assert self.hidden is not None
         scale = self.head_dim**-0.5 if scale is None else float(scale)
-        query, key, weight, phase = self.hidden.inputs(query, key)
+        query, key, weight, phase = self.hidden(query, key)
         check_state(self, state, query, value)
         order = None
         if key_mask is not None:
@@ -185,11 +191,20 @@ class AstrocyteAttention(nn.Module):
             out = _in_order(out.masked_fill(~key_mask[:, None, :, None], 0), order.argsort(dim=1))
         return out, state
 
-    def refusal(self, *, causal: bool) -> str | None:
-        """Why this configuration cannot serve such attention at every length, or None."""
-        if not causal:
+    def refusal(self, *, causal: bool, num_queries: int | None = None, num_keys: int | None = None) -> str | None:
+        """Why this module cannot serve such attention, at every length or at that one, or None."""
+        if num_keys is not None and self.exact:
             return None
-        return next((reason for config, _ in self._groups if (reason := _causal_refusal(config)) is not None), None)
+        if not causal:
+            if num_queries == num_keys or all(reads_any_queries(config) for config, _ in self._groups):
+                return None
+            return NEEDS_SELF_ATTENTION
+        reasons = [
+            _causal_refusal(config)
+            for config, _ in self._groups
+            if num_keys is None or not covers(config, num_keys, None)
+        ]
+        return next((reason for reason in reasons if reason is not None), None)
 
     def cost(
         self, num_queries: int, num_keys: int, *, causal: bool = False, grid: tuple[int, int] | None = None
@@ -211,6 +226,12 @@ class AstrocyteAttention(nn.Module):
             products += heads / self.num_heads * cost.products
         return Cost(positions, products, 2 * num_keys)
 
+    def __prepare_scriptable__(self) -> AstrocyteAttention:  # `torch.jit.script` asks every module below a model
+        raise TypeError(
+            "torch.jit.script cannot compile an AstrocyteAttention, whose Python is more than its language; use "
+            "torch.export or torch.compile, or call astroattn.unpatch(model) first"
+        )
+
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"
         if len(self._groups) == 1:
@@ -229,6 +250,7 @@ class AstrocyteAttention(nn.Module):
         grid: tuple[int, int] | None,
         with_normaliser: bool,
     ) -> tuple[Tensor, Tensor]:
+        query, key, value = autocast(query, key, value)
         check_call(self, query, key, value, key_mask, causal, scale, grid)
         scale = self.head_dim**-0.5 if scale is None else float(scale)
         if query.shape[0] == 0 or query.shape[2] == 0:
@@ -238,17 +260,18 @@ class AstrocyteAttention(nn.Module):
         options = (key_mask, causal, scale, grid, with_normaliser)
         if len(self._groups) == 1:
             return self._attend_alike(self.configs[0], query, key, value, *options)
+        order, place = self.heads.on(query.device)
         parts = []
         first = 0
         for config, count in self._groups:
-            heads = self.head_order[first : first + count]
+            heads = order[first : first + count]
             first += count
             query_, key_, value_ = (x.index_select(1, heads) for x in (query, key, value))
             parts.append(self._attend_alike(config, query_, key_, value_, *options))
-        out = torch.cat([part[0] for part in parts], 1).index_select(1, self.head_place)
+        out = torch.cat([part[0] for part in parts], 1).index_select(1, place)
         if not with_normaliser:
             return out, query.new_empty(0)
-        return out, torch.cat([part[1] for part in parts], 1).index_select(1, self.head_place)
+        return out, torch.cat([part[1] for part in parts], 1).index_select(1, place)
 
     def _attend_alike(
         self,
@@ -263,20 +286,17 @@ class AstrocyteAttention(nn.Module):
         with_normaliser: bool,
     ) -> tuple[Tensor, Tensor]:
         """Attend with heads of one config."""
-        if covers(config, self.head_dim, key.shape[2], grid):
+        if covers(config, key.shape[2], grid):
             return _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
         if not causal:
             return self._bidirectional(config, query, key, value, key_mask, scale, grid)
-        reason = _causal_refusal(config)
-        if reason is not None:
-            raise ValueError(f"causal: True with this config; {reason}")
         return self._causal(config, query, key, value, key_mask, scale)
 
     def _causal(
         self, config: AstroConfig, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         assert self.hidden is not None
-        query, key, weight, phase = self.hidden.inputs(query, key)
+        query, key, weight, phase = self.hidden(query, key)
         num_queries, num_keys = query.shape[2], key.shape[2]
         if num_queries < num_keys:
             # The queries are the last tokens, so stand-ins take the place of the earlier ones.
@@ -318,7 +338,7 @@ class AstrocyteAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         num_keys, backend = key.shape[2], config.backend
         if self.hidden is not None and not is_tiled(config) and not prefix_length(config, num_keys, grid):
-            query, key, weight, phase = self.hidden.inputs(query, key)
+            query, key, weight, phase = self.hidden(query, key)
             out, normaliser = linear_attention(
                 *(query, key, value, weight, phase),
                 activation=self.hidden.activation,
@@ -336,7 +356,7 @@ class AstrocyteAttention(nn.Module):
             query, key, value = (_in_order(x, order) for x in (query, key, value))
         budget = budget_of(config, num_keys, grid)
         if self.hidden is not None:
-            query, key, weight, phase = self.hidden.inputs(query, key)
+            query, key, weight, phase = self.hidden(query, key)
             out, normaliser = near_linear_attention(
                 *(query, key, value, weight, phase, budget),
                 activation=self.hidden.activation,
@@ -352,6 +372,20 @@ class AstrocyteAttention(nn.Module):
             back = order.argsort(dim=1)
             out, normaliser = _in_order(out, back), _in_order(normaliser, back)
         return out, normaliser
+
+
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in autocast's dtype where that is on, as it does for `scaled_dot_product_attention`."""
+    return [
+        x.to(torch.get_autocast_dtype(x.device.type)) if isinstance(x, Tensor) and _is_autocast(x) else x
+        for x in tensors
+    ]
+
+
+def _is_autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    known = kind != "meta" and torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def _causal_refusal(config: AstroConfig) -> str | None:

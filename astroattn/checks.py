@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,21 @@ if TYPE_CHECKING:
     from astroattn.attention import AstrocyteAttention
     from astroattn.config import AstroConfig
 
+NEEDS_SELF_ATTENTION = (
+    "tiles and Hebbian learning need self-attention (as many queries as keys); a static hidden layer without near, "
+    "exact_keys and exact_queries does not"
+)
+LOST_WEIGHTS = "the learned weights are on the meta device, which holds none; load them"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_traceable(query: object) -> None:
+    """Raise TypeError inside a symbolic trace of `torch.fx`, which has neither the sizes nor the dtypes of a call."""
+    if isinstance(query, torch.fx.Proxy):
+        raise TypeError(
+            "query: a torch.fx.Proxy; astrocytes decide by sizes and dtypes, which torch.fx.symbolic_trace does not "
+            "know; use torch.export or torch.compile, or call astroattn.unpatch(model) first"
+        )
 
 
 def check_call(
@@ -29,6 +43,7 @@ def check_call(
     grid: tuple[int, int] | None,
 ) -> None:
     """Raise TypeError or ValueError with the argument's name, what came and what is allowed."""
+    check_traceable(query)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_tensor(name, tensor, query, module.num_heads)
     for name, tensor in (("query", query), ("key", key)):
@@ -43,25 +58,28 @@ def check_call(
         if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
             came = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
             raise TypeError(f"key_mask: {came}; expected a bool tensor, True for real tokens")
-        if key_mask.shape != (len(key), num_keys):
-            raise ValueError(f"key_mask: shape {tuple(key_mask.shape)}; expected [B, Nk] = {(len(key), num_keys)}")
+        if key_mask.shape != (key.shape[0], num_keys):
+            expected = (key.shape[0], num_keys)
+            raise ValueError(f"key_mask: shape {tuple(key_mask.shape)}; expected [B, Nk] = {expected}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal: {type(causal).__name__}; expected bool")
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale: {type(scale).__name__}; expected a number or None")
-        if not (isfinite(scale) and scale > 0):
+        if not 0 < scale < inf:
             raise ValueError(f"scale: {scale}; must be positive and finite")
     if causal and num_queries > num_keys:
         raise ValueError(f"query: {num_queries} tokens, more than the {num_keys} keys; causal needs at most as many")
-    if num_queries != num_keys and not (causal or module.exact or all(map(_reads_any_queries, module.configs))):
-        raise ValueError(
-            f"query: {num_queries} tokens and {num_keys} keys; tiles and Hebbian learning need self-attention (as many "
-            "queries as keys); a static hidden layer without near, exact_keys and exact_queries does not"
-        )
     check_grid(grid, num_keys)
     if grid is not None and (key_mask is not None or causal):
         raise ValueError(f"grid: {tuple(grid)}; a patch grid takes neither key_mask nor causal")
+    reason = module.refusal(causal=causal, num_queries=num_queries, num_keys=num_keys)
+    if reason is not None and causal:
+        raise ValueError(f"causal: True with this config; {reason}")
+    if reason is not None:
+        raise ValueError(f"query: {num_queries} tokens and {num_keys} keys; {reason}")
+    if module.hidden is not None and module.hidden.is_lost(query.device):
+        raise ValueError(f"query: on {query.device}; {LOST_WEIGHTS}")
 
 
 def check_state(module: AstrocyteAttention, state: CausalState | None, query: Tensor, value: Tensor) -> None:
@@ -98,7 +116,7 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int) -> N
         raise ValueError(f"{name}: vectors of length 0; needs at least 1")
 
 
-def _reads_any_queries(config: AstroConfig) -> bool:
+def reads_any_queries(config: AstroConfig) -> bool:
     """Whether the queries need not be those of the keys' own tokens."""
     return config.hidden == "exact" or not (is_tiled(config) or config.exact_queries)
 

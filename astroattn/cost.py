@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from astroattn.config import STATIC, AstroConfig, is_tiled
 from astroattn.ops.causal import CHUNK
-from astroattn.ops.layout import SUBTILE, Budget, Layout, cuts
+from astroattn.ops.layout import LEAST_BODY, LEAST_NEAR, ROOT, SUBTILE, Budget, Layout, cuts
 from astroattn.ops.order import DIRECTIONS, SAMPLES, TRIALS
 
 
@@ -34,7 +34,7 @@ def count_cost(
     config: AstroConfig, head_dim: int, num_queries: int, num_keys: int, causal: bool, grid: tuple[int, int] | None
 ) -> Cost:
     """Count the products of one head of one sequence."""
-    if covers(config, head_dim, num_keys, grid):
+    if covers(config, num_keys, grid):
         return Cost(num_keys, 2 * num_keys, 2 * num_keys)
     if causal:
         return _count_causal(config, head_dim, num_keys)
@@ -99,7 +99,7 @@ def _drive(config: AstroConfig) -> int:
     return 2 if config.hidden == "learned" else 1
 
 
-def covers(config: AstroConfig, head_dim: int, num_keys: int, grid: tuple[int, int] | None) -> bool:
+def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> bool:
     """Whether every key is attended exactly, by near field and exact keys together: attention is softmax attention."""
     if config.hidden == "exact":
         return True
@@ -107,9 +107,9 @@ def covers(config: AstroConfig, head_dim: int, num_keys: int, grid: tuple[int, i
     body = num_keys - prefix
     if body <= 0 or not is_tiled(config):
         return body <= 0
-    layout = budget_of(config, num_keys, grid).at(num_keys, head_dim)
-    high, wide = layout.window(body)
-    return layout.exact_keys >= body or high * wide >= body
+    near = LEAST_NEAR if config.near == ROOT else config.near
+    exact_keys = LEAST_BODY if config.exact_keys == ROOT else config.exact_keys
+    return max(near, exact_keys) >= body  # by a bare comparison, which holds for a range of lengths in a graph
 
 
 def budget_of(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> Budget:

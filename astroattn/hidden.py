@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import pi
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,28 +14,55 @@ from astroattn.config import AstroConfig
 from astroattn.ops.static import Hidden
 
 
-class RandomHidden(nn.Module):
+class Constants(nn.Module):
+    """Buffers outside the state_dict whose values follow from the config, so that nothing can lose them.
+
+    They go where the module goes, and get their values back from every move that has none (`to_empty`, from `meta`).
+    """
+
+    def __init__(self, **values: Tensor) -> None:
+        super().__init__()
+        self._values = values  # on the CPU
+        for name, value in values.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        """The tensors on the device of a call, wherever the module is: offloading does not move all that it should."""
+        found = []
+        for name, value in self._values.items():
+            buffer = self.get_buffer(name)
+            found.append(buffer if buffer.device == device else value.to(device, buffer.dtype))
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for name, value in self._values.items():
+                if not (buffer := self.get_buffer(name)).is_meta:
+                    buffer.copy_(value)
+        return self
+
+
+class RandomHidden(Constants):
     """The paper's hidden layer: W drawn once, the same for queries and keys.
 
     w_j ~ N(0, I), independent or, with `orthogonal`, orthogonal within blocks of head_dim rows with the same law for
     each row. Source: the authors' notebooks (`get_phi`), where W is independent.
 
     Attributes:
-        weight: W [H, m, D]. phase: b [H, m], uniform in [0, 2 pi), used by the cosines and the sine. Both are buffers
-            outside the state_dict: the seed draws them again.
+        weight: W [H, m, D]. phase: b [H, m], uniform in [0, 2 pi), used by the cosines and the sine.
     """
 
     weight: Tensor
     phase: Tensor
 
     def __init__(self, num_heads: int, head_dim: int, config: AstroConfig) -> None:
-        super().__init__()
         generator = torch.Generator().manual_seed(config.seed)
         shape = (num_heads, config.num_hidden, head_dim)
         draw = draw_orthogonal if config.orthogonal else draw_independent
-        self.register_buffer("weight", draw(shape, generator), persistent=False)
+        weight = draw(shape, generator)
         phase = torch.rand(shape[:2], generator=generator, dtype=torch.float64, device="cpu") * 2 * pi
-        self.register_buffer("phase", phase.float(), persistent=False)
+        super().__init__(weight=weight, phase=phase.float())
         self.activation = config.activation
 
     def expand(self, batch: int, dtype: torch.dtype) -> Hidden:
@@ -41,9 +70,14 @@ class RandomHidden(nn.Module):
         weight = self.weight.to(dtype).repeat(batch, 1, 1)
         return Hidden(weight, self.phase.to(dtype).repeat(batch, 1), self.activation)
 
-    def inputs(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the operators take: query, key, W [1, H, m, D] and b [1, H, m]."""
-        return query, key, self.weight[None], self.phase[None]
+        weight, phase = self.on(query.device)
+        return query, key, weight[None], phase[None]
+
+    def is_lost(self, device: torch.device) -> bool:
+        """Whether a call on a device would find no weights: never, the seed has them."""
+        return False
 
 
 class LearnedHidden(nn.Module):
@@ -56,25 +90,44 @@ class LearnedHidden(nn.Module):
         key_weight, query_weight: W_k, W_q [H, m, D], parameters.
     """
 
-    phase: Tensor
     activation = "exp"
 
     def __init__(self, num_heads: int, head_dim: int, config: AstroConfig) -> None:
         super().__init__()
-        start = RandomHidden(num_heads, head_dim, config)
-        self.key_weight = nn.Parameter(start.weight.clone())
-        self.query_weight = nn.Parameter(start.weight.clone())
-        self.register_buffer("phase", torch.zeros_like(start.phase), persistent=False)
+        start = AstroConfig(
+            hidden="learned", num_hidden=config.num_hidden, orthogonal=config.orthogonal, seed=config.seed
+        )
+        self.start = num_heads, head_dim, start  # all that the starting weights depend on
+        self.key_weight = nn.Parameter(self._draw())
+        self.query_weight = nn.Parameter(self._draw())
 
-    def inputs(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the operators take: queries and keys [B, H, N, 2 D], W [1, H, m, 2 D] and b [1, H, m].
 
         The operators have one W for both: with q' = (q, q), k' = (k, 0) and W' = (W_k, W_q - W_k) is W' k' = W_k k,
         W' q' = W_q q and q'.k' = q.k.
         """
-        weight = torch.cat([self.key_weight, self.query_weight - self.key_weight], -1)
+        key_weight, query_weight = self.key_weight.to(query.device), self.query_weight.to(query.device)
+        weight = torch.cat([key_weight, query_weight - key_weight], -1)
         query, key = torch.cat([query, query], -1), F.pad(key, (0, key.shape[-1]))
-        return query, key, weight[None], self.phase[None]
+        return query, key, weight[None], torch.zeros_like(weight[None, ..., 0])
+
+    def is_lost(self, device: torch.device) -> bool:
+        """Whether a call on a device would find no weights: they are on `meta`, and nothing knows what was learned."""
+        fetched = "_hf_hook" in vars(self)  # by accelerate, when the layer is called
+        return device.type != "meta" and not fetched and (self.key_weight.is_meta or self.query_weight.is_meta)
+
+    def _draw(self) -> Tensor:
+        return RandomHidden(*self.start).weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        lost = self.key_weight.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if lost and not self.key_weight.is_meta:  # `to_empty` has left whatever was in that memory
+            with torch.no_grad():
+                self.key_weight.copy_(self._draw())
+                self.query_weight.copy_(self._draw())
+        return self
 
 
 STATIC: dict[str, type[RandomHidden] | type[LearnedHidden]] = {"random": RandomHidden, "learned": LearnedHidden}

@@ -185,6 +185,6 @@ def test_the_default_never_costs_more_than_softmax_attention(dim: int, tiles: st
     for tokens in itertools.chain(range(1, 400, 7), range(400, 5000, 150)):
         counted = attention.cost(tokens, tokens)
         assert counted.ratio <= 1, tokens
-        assert (counted.ratio == 1) == covers(config, dim, tokens, None), tokens
+        assert (counted.ratio == 1) == covers(config, tokens, None), tokens
     for side in (8, 12, 14, 16, 24, 28, 37):
         assert attention.cost(side**2 + 1, side**2 + 1, grid=(side, side)).ratio <= 1, side

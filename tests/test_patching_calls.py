@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.patching import fallbacks, patch, unpatch
 from astroattn.patching.grid import PatchGrid
-from astroattn.patching.masks import CAUSAL, attention_mask
+from astroattn.patching.masks import attention_mask
 
 EXACT = AstroConfig(near=100_000)
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
@@ -335,10 +335,10 @@ def test_queries_are_told_in_the_words_of_any_version(
     }
     given = {"host": "sdpa", "batch_size": 1, "kv_length": keys, **both[form]}
     mask = attention_mask(**given)
-    assert (mask if mask is None else mask[0, 0, 0].tolist()) == plain
+    assert (mask if mask is None else mask.keys.int()[0].tolist()) == plain
     padded = attention_mask(**given, attention_mask=torch.arange(keys)[None] > 0)
-    assert padded.dtype == CAUSAL
-    assert padded.tolist() == [[[[0, *[1] * (keys - 1)]]]]
+    assert padded.causal
+    assert padded.keys.tolist() == [[False, *[True] * (keys - 1)]]
 
 
 # the grid of patches

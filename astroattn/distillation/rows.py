@@ -37,7 +37,7 @@ def log_rows(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | 
 def is_row_by_row(module: AstrocyteAttention, call: AttentionCall) -> bool:
     """Whether the row of a query can be had alone: without tiles, whose queries choose keys together."""
     keys, grid = call.key.shape[2], call.options.get("grid")
-    return all(not is_tiled(config) and not covers(config, module.head_dim, keys, grid) for config in module.configs)
+    return all(not is_tiled(config) and not covers(config, keys, grid) for config in module.configs)
 
 
 def take(x: Tensor, queries: Tensor | None) -> Tensor:

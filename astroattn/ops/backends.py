@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -30,6 +31,16 @@ _TRITON = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _NO_NATIVE = library.refusal(torch.float32)
 _warned = False
+
+
+def check_devices(tensors: Iterable[Any]) -> None:
+    """Raise ValueError unless the tensors among these are on one device.
+
+    PyTorch would run the fake of an operator, which computes nothing, where one of them is on meta.
+    """
+    devices = {x.device for x in tensors if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"tensors on different devices: {', '.join(sorted(map(str, devices)))}; needs one")
 
 
 def choose_backend(backend: str, operation: str, query: Tensor, value: Tensor) -> str:

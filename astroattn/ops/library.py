@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from astroattn.ops import plain
-from astroattn.ops.backends import choose_backend, run_kernel
+from astroattn.ops.backends import check_devices, choose_backend, run_kernel
 from astroattn.ops.causal import CausalState
 from astroattn.ops.layout import Budget
 from astroattn.ops.rows import dense_rows, empty_rows
@@ -46,8 +46,9 @@ def near_far_attention(
         queries that are padding.
 
     Raises:
-        ValueError: the backend cannot run here.
+        ValueError: the backend cannot run here; the tensors are on different devices.
     """
+    check_devices((query, key, value, lengths))
     backend = choose_backend(backend, "near_far", query, value)
     if backend == "torch" and not torch.compiler.is_compiling():
         return plain.near_far_attention(query, key, value, lengths, budget, scale)
@@ -72,6 +73,7 @@ def near_linear_attention(
 
     Arguments, results and errors as in `near_far_attention` and `linear_attention`.
     """
+    check_devices((query, key, value, weight, phase, lengths))
     choose_backend(backend, "near_linear", query, value)
     if not torch.compiler.is_compiling():
         return plain.near_linear_attention(query, key, value, weight, phase, lengths, budget, activation, scale)
@@ -100,6 +102,7 @@ def linear_attention(
     """
     backend = choose_backend(backend, "linear", query, value)
     inputs = (query, key, value, weight, phase, key_mask, activation, scale**0.5)
+    check_devices(inputs)
     if backend == "torch":
         return plain.linear_attention(*inputs)
     out, log_p, *_ = _call(_linear, Linear)(*inputs, backend)
@@ -125,6 +128,7 @@ def causal_attention(
     """
     backend = choose_backend(backend, "causal", query, value)
     inputs = (query, key, value, weight, phase, key_mask, activation, near, scale**0.5)
+    check_devices(inputs)
     if backend == "torch" and not torch.compiler.is_compiling():
         return plain.causal_attention(*inputs)[:2]
     out, log_p, *_ = _call(_causal, Causal)(*inputs, backend)
@@ -152,6 +156,7 @@ def decode(
     """
     backend = choose_backend(backend, "causal", query, value)
     inputs = (query, key, value, weight, phase, key_mask, activation, near, scale**0.5, state)
+    check_devices((*inputs, *(state or ())))
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, weight))
     if backend == "torch" or differentiable:
         out, _, state = plain.causal_attention(*inputs)
@@ -178,7 +183,7 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], torch._o
 
     def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
         _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _on_one_device(function), "CompositeExplicitAutograd")
         overload: torch._ops.OpOverload = getattr(torch.ops.astroattn, name).default
         return overload
 
@@ -187,9 +192,22 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], torch._o
 
 def _fake(operator: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What an operator returns, without computing it."""
-    decorator: Callable[[Callable[..., Any]], Callable[..., Any]]
-    decorator = torch.library.register_fake(operator.name(), lib=_LIBRARY)
-    return decorator
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.register_fake(operator.name(), _on_one_device(function), lib=_LIBRARY)
+        return function
+
+    return register
+
+
+def _on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, for tensors on one device only."""
+
+    def run(*args: Any) -> Any:
+        check_devices(args)
+        return function(*args)
+
+    return run
 
 
 def _new_rows(like: Tensor, columns: int) -> Tensor:
@@ -242,7 +260,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, *rest: 
     budget, tokens = _budget_of(*rest[:-2]), query.shape[2]
     layout, body = budget.at(tokens, query.shape[3]), tokens - budget.prefix
     order = query.new_empty(*query.shape[:2], body, dtype=torch.int32)
-    keys = order.new_empty(*query.shape[:2], layout.all_subtiles(body), layout.most_keys(body))
+    keys = order.new_empty(*query.shape[:2], layout.all_subtiles(body), _any_number(layout.most_keys(body)))
     mass = torch.empty_like(order, dtype=torch.float32)
     return _new_rows(query, value.shape[-1]), _new_log_p(query), order, torch.empty_like(order), mass, keys
 
@@ -267,6 +285,13 @@ def _near_far_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tens
 @_fake(_near_far_backward)
 def _(d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return _gradients(query, key, value)
+
+
+def _any_number(size: int) -> int:
+    """A size that an exported graph for many lengths may know nothing of: it cannot prove that a root is one."""
+    if torch.compiler.is_exporting() and isinstance(size, torch.SymInt):
+        return torch.library.get_ctx().new_dynamic_size()
+    return size
 
 
 class NearFar(torch.autograd.Function):

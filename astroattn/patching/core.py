@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
 from astroattn.config import AstroConfig
+from astroattn.hidden import LearnedHidden
 from astroattn.patching import probe
 from astroattn.patching.grid import PatchGrid, find_grid
 from astroattn.patching.report import PatchReport, Row
@@ -30,10 +32,12 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
 
     No parameter changes, and no `state_dict` key. A module that needs something an astrocyte does not represent stays
     exact, and the report says why. Patching again adds modules, or gives them a new config; with the same config it
-    changes nothing. If anything fails, the model is left as it was.
+    changes nothing, and a learned hidden layer stays as it is unless the new config starts from other weights
+    (num_hidden, orthogonal, seed). If anything fails, the model is left as it was.
 
-    A call that turns out to need more than an astrocyte represents (a dense mask, for example) is answered by the
-    model's own attention, with a warning the first time; `fallbacks` counts them. Attention dropout is not applied by
+    A call that turns out to need more than an astrocyte represents (a dense mask, for example, or causality that the
+    config cannot serve) is answered by the model's own attention, with a warning the first time; `fallbacks` counts
+    them, in a compiled graph once, when it is made. Attention dropout is not applied by
     an astrocyte. While a transformers model is patched, `output_attentions=True` raises.
 
     Args:
@@ -150,6 +154,7 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
     unplanned = [each for each in selected if each.name not in configs]
     reasons |= {each.name: NOT_PLANNED for each in unplanned if each.name not in reasons}
     fresh = [each for each in selected if each.name not in reasons and not _has(each.module, configs[each.name])]
+    before = {each.name: getattr(each.module, CORE, None) for each in fresh}
     for each in fresh + unplanned:
         if site_of(each.module) is not None:
             remove(each.module)
@@ -166,6 +171,7 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
                 remove(each.module)
             else:
                 _site(each).seen = None
+                _keep_learned(getattr(each.module, CORE), before[each.name])
         _settle(model)
     if all(site_of(each.module) is None for each in selected):
         report = _report(model, found, selected, reasons, note)
@@ -230,9 +236,18 @@ def _install(model: nn.Module, fresh: list[Found], configs: Configs) -> None:
 def _core(
     module: nn.Module, shape: tuple[int, int], config: AstroConfig | tuple[AstroConfig, ...]
 ) -> AstrocyteAttention:
-    core = AstrocyteAttention(*shape, config).train(module.training)
     parameter = next(module.parameters(), None)
-    return core if parameter is None else core.to(parameter.device)
+    fetched = any("_hf_hook" in vars(each) for each in module.modules())  # by accelerate; not the weights of a core
+    with torch.inference_mode(False):  # what is made in inference mode can never be trained
+        core = AstrocyteAttention(*shape, config).train(module.training)
+        return core if parameter is None or (parameter.is_meta and fetched) else core.to(parameter.device)
+
+
+def _keep_learned(core: AstrocyteAttention, before: AstrocyteAttention | None) -> None:
+    """Let a learned layer go on where it would start from the same weights: whoever trains it goes on too."""
+    old = None if before is None else before.hidden
+    if isinstance(core.hidden, LearnedHidden) and isinstance(old, LearnedHidden) and core.hidden.start == old.start:
+        core.hidden = old
 
 
 def _causal_refusal(each: Found) -> str | None:

@@ -7,19 +7,34 @@ astrocyte are answered by it; all others run exactly what they ran before, on th
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from astroattn.patching.masks import CAUSAL, attention_mask, host_mask
+from astroattn.checks import check_traceable
+from astroattn.patching.masks import KeyMask, attention_mask, dense
 from astroattn.patching.record import CONFIG_RECORD, describe
-from astroattn.patching.site import CORE, RECORD, Call, Site, attend, key_mask, site_of
+from astroattn.patching.site import (
+    CORE,
+    RECORD,
+    Call,
+    Site,
+    attend,
+    begin,
+    end,
+    for_batch,
+    key_mask,
+    methods,
+    names_in,
+    site_of,
+)
 
 HOSTS = ("sdpa", "eager")
 PREFIX = "astroattn_"
@@ -48,6 +63,9 @@ REFUSED_ARGUMENTS = {
     "cu_seq_lens_q": "packed sequences (cu_seq_lens)",
     "cu_seq_lens_k": "packed sequences (cu_seq_lens)",
     "cache": "paged cache",
+    "sinks": "attention sinks",
+    "indices": "keys chosen by the model (sparse attention)",
+    "block_indices": "keys chosen by the model (sparse attention)",
 }
 
 
@@ -55,18 +73,20 @@ REFUSED_ARGUMENTS = {
 class InterfaceSite(Site):
     """An attention module that looks its attention function up in `ALL_ATTENTION_FUNCTIONS`."""
 
-    handle: Any = None
+    handles: Any = ()
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
         model = isinstance(module, PreTrainedModel)  # it only chooses the implementation
-        return not model and _config(module) is not None and _lookup(type(module)) is not None
+        return not model and _config(module) is not None and any(map(_lookup, type(module).__mro__))
 
     @classmethod
     def refusal(cls, name: str, module: nn.Module) -> str | None:
         host = _host(_config(module))
         if host not in HOSTS:
             return f"attention implementation {host!r} (set it to 'sdpa' or 'eager' before patching)"
+        if _lookup(type(module)) is None:
+            return "a subclass that computes attention by itself"
         parameters = inspect.signature(type(module).forward).parameters
         required = {key for key, value in parameters.items() if value.default is inspect.Parameter.empty}
         if (
@@ -105,7 +125,7 @@ class InterfaceSite(Site):
             host = _host(config)
             if id(config) in used:
                 config._attn_implementation_internal = f"{PREFIX}{host}"
-                if cls.claims(module):
+                if _lookup(type(module)) is not None:
                     _host_function(type(module), str(host))  # known before a graph is compiled
             elif config._attn_implementation != host:
                 config._attn_implementation_internal = host
@@ -119,10 +139,12 @@ class InterfaceSite(Site):
         return hasattr(_config(module), "patch_size")
 
     def take(self, module: nn.Module) -> None:
-        self.handle = module.register_forward_pre_hook(check_route)
+        before = (module.register_forward_pre_hook(hook) for hook in (check_route, begin))
+        self.handles = (*before, module.register_forward_hook(end))
 
     def release(self, module: nn.Module) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
 
 def check_route(module: nn.Module, args: Any) -> None:
@@ -164,55 +186,58 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | KeyMask | None = None,
     *,
     host: str,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
+    **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that transformers calls; see its AttentionInterface. Returns `([B, N, H, D], weights)`."""
+    """The attention function that transformers calls; see its AttentionInterface. Returns `([B, N, H, D], weights)`.
+
+    Models pass every argument by its place or by its name; the host is given what they pass, and nothing else.
+    """
+    check_traceable(query)
     weights: Tensor | None = None
 
     def run_host() -> Tensor:
         nonlocal weights
         output: Tensor
-        given = kwargs if is_causal is None else {**kwargs, "is_causal": is_causal}
-        function, its_mask = _host_function(type(module), host), host_mask(mask, query, key, host)
-        output, weights = function(module, query, key, value, its_mask, dropout=dropout, scaling=scaling, **given)
+        function = _host_function(type(module), host)
+        output, weights = function(module, query, key, value, dense(attention_mask), **arguments)
         return output.transpose(1, 2)
 
     if hasattr(module, CORE):
-        causal = mask is None and host == "sdpa" and _is_causal(module, is_causal)
-        call = _read(query, key, value, mask, causal, kwargs)
-        call.scale, call.dropout = scaling, dropout
-        output = attend(module, call, run_host)
+        output = attend(module, _read(module, query, key, value, attention_mask, host, arguments), run_host)
     else:
         output = run_host()
     return output.transpose(1, 2).contiguous(), weights
 
 
 def _read(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, arguments: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | KeyMask | None,
+    host: str,
+    arguments: dict[str, Any],
 ) -> Call:
     """The call in our words, or with the reason why it cannot be."""
-    queries, keys = query.shape[2], key.shape[2]
-    if mask is not None and mask.dtype == CAUSAL:
-        mask, causal = mask.bool(), True
-        aligned = True
+    refusal = next((why for name, why in REFUSED_ARGUMENTS.items() if arguments.get(name) is not None), None)
+    causal = mask is None and host == "sdpa" and _is_causal(module, arguments.get("is_causal"))
+    aligned = query.shape[2] == key.shape[2] or (causal and query.shape[2] == 1)
+    if isinstance(mask, KeyMask):
+        real: Tensor | None = for_batch(mask.keys, query.shape[0])
+        causal, aligned = mask.causal, aligned or mask.causal
     else:
-        aligned = queries == 1 and causal
-    real, refusal = key_mask(mask, query.shape[0], keys)
-    if refusal is None and queries != keys and not aligned:
-        refusal = "keys of another length than the queries (cross attention or a static cache)"
-    for argument, reason in REFUSED_ARGUMENTS.items():
-        if arguments.get(argument) is not None:
-            refusal = reason
+        real, refused = key_mask(mask, query.shape[0], key.shape[2])
+        refusal = refusal or refused
+    if not aligned:
+        refusal = refusal or "keys of another length than the queries (cross attention or a static cache)"
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and refusal is None:
+    if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return Call(query, key, value, real, causal, refusal=refusal)
+    scale, dropout = arguments.get("scaling"), arguments.get("dropout", 0.0)
+    return Call(query, key, value, real, causal, scale, dropout, refusal=refusal)
 
 
 def _is_causal(module: nn.Module, given: bool | None) -> bool:
@@ -220,28 +245,28 @@ def _is_causal(module: nn.Module, given: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-_scopes: dict[type, dict[str, Any] | None] = {}
+_lookups: dict[type, FunctionType | None] = {}
 _host_functions: dict[tuple[type, str], Callable[..., Any]] = {}
 
 
-def _lookup(cls: type) -> dict[str, Any] | None:
-    """The globals of the method that looks the attention function up, None for a class that does not."""
-    if cls not in _scopes:
-        methods = [inspect.unwrap(each) for base in cls.__mro__ for each in vars(base).values() if callable(each)]
-        functions = [each for each in methods if inspect.isfunction(each)]
-        users = [each for each in functions if "ALL_ATTENTION_FUNCTIONS" in each.__code__.co_names]
-        _scopes[cls] = users[0].__globals__ if users else None
-    return _scopes[cls]
+def _lookup(cls: type) -> FunctionType | None:
+    """The method that looks the attention function up, None for a class that does not."""
+    if cls not in _lookups:
+        users = (each for each in methods(cls) if "ALL_ATTENTION_FUNCTIONS" in names_in(each.__code__))
+        _lookups[cls] = next(users, None)
+    return _lookups[cls]
 
 
 def _host_function(cls: type, host: str) -> Callable[..., Any]:
     """What a class runs under that attention implementation."""
     if (cls, host) not in _host_functions:
-        scope = _lookup(cls)
-        assert scope is not None
-        eager = scope.get("eager_attention_forward")
+        method = _lookup(cls)
+        assert method is not None
+        # Every file has its own eager function; those of a few have another prefix before that name.
+        eager = next((name for name in names_in(method.__code__) if name.endswith("eager_attention_forward")), "")
+        scope = method.__globals__
         # not get_interface, which transformers 5.0 does not have
-        _host_functions[cls, host] = scope["ALL_ATTENTION_FUNCTIONS"].get(host, eager)
+        _host_functions[cls, host] = scope["ALL_ATTENTION_FUNCTIONS"].get(host, scope.get(eager))
     return _host_functions[cls, host]
 
 
@@ -267,5 +292,5 @@ def _first(owners: tuple[Any, ...], *names: str) -> Any:
 
 
 for _name in HOSTS:
-    AttentionInterface.register(PREFIX + _name, functools.partial(attention, host=_name))
-    AttentionMaskInterface.register(PREFIX + _name, functools.partial(attention_mask, host=_name))
+    AttentionInterface.register(PREFIX + _name, partial(attention, host=_name))
+    AttentionMaskInterface.register(PREFIX + _name, partial(attention_mask, host=_name))

@@ -1,13 +1,9 @@
-"""transformers: what our mask function makes of a mask, and how to make of it what the host would have been given.
+"""transformers: a mask over keys that stands for the host's own, dense one until something needs that.
 
-Import this module only where transformers is installed. A plain padding mask reaches the attention modules as keys
-only, never as N x N:
-
-    None                  nothing is padded; under "sdpa" the module's own `is_causal` decides, as it does for SDPA
-    bool  [B, 1, 1, K]    the keys that are real tokens; complete, as every bool mask is for SDPA
-    uint8 [B, 1, 1, K]    the same under a causal mask aligned bottom-right, which is still to be added
-
-Everything else (sliding windows, packed sequences, static caches, masks of the user) is the host's own mask.
+Import this module only where transformers is installed. A plain padding mask travels through a patched model as a
+`KeyMask`, never as N x N, with or without the causal mask beside it. Whatever is not an astrocyte (a module that was
+put in after patching, a model's own code) gets from it what the host would have been given. Everything else (sliding
+windows, packed sequences, static caches, masks of the user) is the host's own mask from the start.
 """
 
 from __future__ import annotations
@@ -20,7 +16,68 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, causal_mask_function
 from transformers.utils import is_tracing
 
-CAUSAL = torch.uint8  # the dtype that marks a mask of keys as causal
+
+class KeyMask:
+    """The real keys [B, Nk] of `queries` tokens, the last ones; `causal`: a query sees no later key either.
+
+    PyTorch's functions and whatever is asked of it get the dense mask [B, 1, Nq, Nk] in its place: bool for SDPA
+    (`dtype` None), else 0 and the least number of `dtype`.
+    """
+
+    def __init__(self, keys: Tensor, queries: int, causal: bool, dtype: torch.dtype | None) -> None:
+        self.keys = keys
+        self.queries = queries
+        self.causal = causal
+        self.dtype_of_bias = dtype
+
+    def dense(self) -> Tensor:
+        """The host's own mask."""
+        batch, count = self.keys.shape
+        mask = self.keys[:, None, None, :].expand(batch, 1, self.queries, count)
+        if self.causal:
+            seen = torch.ones(self.queries, count, dtype=torch.bool, device=mask.device)
+            mask = mask & seen.tril(count - self.queries)
+        if self.dtype_of_bias is None:
+            return mask
+        zero = torch.zeros((), dtype=self.dtype_of_bias, device=mask.device)
+        return torch.where(mask, zero, torch.finfo(self.dtype_of_bias).min)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """To a device it goes as it is: accelerate moves what a layer is given."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None or device is None:
+            return self.dense().to(*args, **kwargs)
+        return KeyMask(self.keys.to(device), self.queries, self.causal, self.dtype_of_bias)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return function(*map(dense, args), **{key: dense(value) for key, value in (kwargs or {}).items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of Python's protocols (copies, pickles), not of a tensor
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.dense()[index]
+
+    def __invert__(self) -> Tensor:
+        return ~self.dense()
+
+    def __eq__(self, other: object) -> Any:
+        return self.dense() == dense(other)
+
+    def __ne__(self, other: object) -> Any:
+        return self.dense() != dense(other)
+
+    __hash__ = object.__hash__
+
+
+def dense(mask: Any) -> Any:
+    """What the host would have been given in place of a `KeyMask`; anything else as it is."""
+    return mask.dense() if isinstance(mask, KeyMask) else mask
 
 
 def attention_mask(
@@ -31,11 +88,15 @@ def attention_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
-) -> Tensor | None:
-    """The mask function that transformers calls in place of the host's; see its AttentionMaskInterface."""
+) -> Tensor | KeyMask | None:
+    """The mask function that transformers calls in place of the host's; see its AttentionMaskInterface.
+
+    None under "sdpa" leaves it to the module's own `is_causal`, as it does for SDPA.
+    """
     q_length, q_offset, device = _queries(kwargs, kv_length)
     causal = mask_function is causal_mask_function and allow_is_causal_skip
     plain = causal or (mask_function is bidirectional_mask_function and allow_is_bidirectional_skip)
@@ -48,6 +109,7 @@ def attention_mask(
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
+            dtype=dtype,
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             **kwargs,
@@ -59,7 +121,7 @@ def attention_mask(
         if not causal or (host == "sdpa" and q_length in (1, kv_length)):
             return None
         attention_mask = torch.ones(batch_size, kv_length, device=device)
-    return attention_mask[:, None, None, :].to(CAUSAL if causal else torch.bool)
+    return KeyMask(attention_mask.bool(), q_length, causal, None if host == "sdpa" else dtype)
 
 
 def _queries(given: dict[str, Any], kv_length: int) -> tuple[int, int | Tensor, torch.device | str]:
@@ -76,19 +138,3 @@ def _queries(given: dict[str, Any], kv_length: int) -> tuple[int, int | Tensor, 
         return q_length, 0, positions.device  # nothing is cached
     first = positions[0]
     return q_length, first if is_tracing(first) else int(first), positions.device
-
-
-def host_mask(mask: Tensor | None, query: Tensor, key: Tensor, host: str) -> Tensor | None:
-    """The mask that the host would have been given for these queries and keys, from a mask as above."""
-    if mask is None or mask.is_floating_point():
-        return mask
-    queries, keys = query.shape[2], key.shape[2]
-    if mask.dtype == CAUSAL:
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-        mask = causal & mask.bool()
-    if mask.dim() == 4:
-        mask = mask.expand(query.shape[0], -1, queries, -1)
-    if host == "eager":
-        zero = torch.zeros((), dtype=query.dtype, device=query.device)
-        return torch.where(mask, zero, torch.finfo(query.dtype).min)
-    return mask

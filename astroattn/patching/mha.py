@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from astroattn.checks import check_traceable
 from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, key_mask, replaced_forward, site_of
 
 NESTED = "astroattn_use_nested_tensor"  # a TransformerEncoder's use_nested_tensor before it was patched
@@ -85,6 +86,7 @@ class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention.forward`; what an astrocyte cannot represent is computed by that."""
+        check_traceable(query)
         mask, refusal = _key_mask(key_padding_mask)
         refusals = {
             "tensors without a batch or nested": query.dim() != 3 or query.is_nested,
@@ -135,9 +137,9 @@ def _key_mask(padding: Tensor | None) -> tuple[Tensor | None, str | None]:
 
 
 def _softmax(call: Call) -> Tensor:
-    """What the host computes, for the probe forward."""
+    """What the host computes: all of `F.multi_head_attention_forward` between its projections."""
     mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
     if call.causal:
         causal = torch.ones(call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=call.query.device).tril()
         mask = causal if mask is None else causal & mask
-    return F.scaled_dot_product_attention(call.query, call.key, call.value, attn_mask=mask)
+    return F.scaled_dot_product_attention(call.query, call.key, call.value, mask, call.dropout)

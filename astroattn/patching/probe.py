@@ -49,9 +49,14 @@ def make_inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    """The floating-point tensors a model puts out, in eval mode, with a fixed seed, changing no state."""
+    """The floating-point tensors a model puts out, in eval mode, with a fixed seed, changing no state.
+
+    Autocast is off, whose rounding the tolerances are not for.
+    """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with _eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
+    kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    full = torch.autocast(kind, enabled=False)
+    with _eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices), full:
         torch.manual_seed(0)  # some models draw a mask in eval mode
         return list(_tensors(model(**inputs)))
 

@@ -15,7 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, key_mask, replaced_forward
+from astroattn.checks import check_traceable
+from astroattn.patching.site import (
+    RECORD,
+    Call,
+    Site,
+    attend,
+    fall_back,
+    key_mask,
+    methods,
+    names_in,
+    replaced_forward,
+)
 
 # Global self-attention over all tokens without a bias, and how the module's input holds them.
 LAYOUTS = {
@@ -85,12 +96,14 @@ class SdpaSite(Site):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        name = qualified_name(type(module))
-        return name in LAYOUTS or name in REFUSALS
+        return known_class(type(module)) is not None
 
     @classmethod
     def refusal(cls, name: str, module: nn.Module) -> str | None:
-        return REFUSALS.get(qualified_name(type(module))) or replaced_forward(module)
+        if (reason := REFUSALS.get(known_class(type(module)) or "")) is not None:
+            return reason
+        own = not any("scaled_dot_product_attention" in names_in(each.__code__) for each in methods(type(module)))
+        return HAND_WRITTEN if own else replaced_forward(module)
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
@@ -102,7 +115,7 @@ class SdpaSite(Site):
 
     @classmethod
     def sees_patches(cls, module: nn.Module) -> bool:
-        return LAYOUTS.get(qualified_name(type(module))) == "tokens"
+        return LAYOUTS.get(known_class(type(module)) or "") == "tokens"
 
     def take(self, module: nn.Module) -> None:
         module.__class__ = class_with_astrocyte(type(module))
@@ -148,18 +161,13 @@ def _read(
     enable_gqa: bool = False,
 ) -> Call:
     """A call of `F.scaled_dot_product_attention`, in our words."""
-    if query.dim() != 4:
-        shape = list(query.shape)
-        return Call(query, key, value, refusal=f"queries of shape {shape}, not [batch, heads, tokens, head dimension]")
-    keys = key.shape[2]
-    mask, refusal = key_mask(attn_mask, query.shape[0], keys)
-    if refusal is None and query.shape[2] != keys:
-        refusal = "keys of another length than the queries"
-    if enable_gqa and key.shape[1] != query.shape[1]:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if refusal is None and key.shape[:2] != query.shape[:2]:
-        refusal = "keys broadcast over batch or heads"
+    check_traceable(query)
+    mask, refusal = key_mask(attn_mask, query.shape[0], key.shape[-2])
+    if query.shape[-2] != key.shape[-2]:
+        refusal = refusal or "keys of another length than the queries"
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     return Call(query, key, value, mask, is_causal, scale, dropout_p, refusal=refusal)
 
 
@@ -174,7 +182,7 @@ def class_with_astrocyte(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make_class(base: type[nn.Module]) -> type[nn.Module]:
-    layout = LAYOUTS[qualified_name(base)]
+    layout = LAYOUTS[known_class(base) or ""]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls: list[Call] = []
@@ -206,6 +214,7 @@ def _grid(layout: str, args: tuple[Any, ...]) -> tuple[int, int] | None:
     return shape[axes.index("rows")], shape[axes.index("columns")]
 
 
-def qualified_name(cls: type) -> str:
-    """Module and name of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+def known_class(cls: type) -> str | None:
+    """The name of the first class of the tables above that this one is or comes from, None for any other."""
+    names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+    return next((name for name in names if name in LAYOUTS or name in REFUSALS), None)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
+from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from astroattn.attention import AstrocyteAttention
+from astroattn.attention import AstrocyteAttention, autocast
+from astroattn.checks import DTYPES, LOST_WEIGHTS
 from astroattn.patching.grid import PatchGrid
 
 RECORD = "astroattn_site"  # the attribute of a patched module that holds its Site
 CORE = "astrocyte"  # the attribute that holds its AstrocyteAttention
 
+NOT_HANDED_OVER = "its forward ended without an attention call that could be handed over"
 DROPOUT = "attention dropout is not applied: an astrocyte forms no attention weights to drop"
 
 
@@ -91,6 +98,16 @@ class Site:
     def settle(cls, model: nn.Module) -> None:
         """Make what belongs to the whole model agree with the sites that are now in it."""
 
+    def count(self, reason: str, message: str) -> None:
+        """Count one more call of which there is something to say, and say it the first time."""
+        self.fallbacks[reason] += 1
+        if self.fallbacks[reason] == 1:
+            warnings.warn(message, stacklevel=4)
+
+    # What `torch.compiler.assume_constant_result` does without importing the compiler: a graph, which can have no such
+    # side effects, counts once, when it is made.
+    count._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def take(self, module: nn.Module) -> None:
         """Take hold of the module."""
         raise NotImplementedError
@@ -129,23 +146,44 @@ def replaced_forward(module: nn.Module) -> str | None:
     return "its forward was replaced on the instance (accelerate's hooks do so)" if "forward" in vars(module) else None
 
 
+def methods(cls: type) -> list[FunctionType]:
+    """What instances of a class run: of a method that a subclass overrides, only what the overriding one calls."""
+    found: list[FunctionType] = []
+    overridden: set[str] = set()
+    for base in cls.__mro__:
+        mine = {name: inspect.unwrap(value) for name, value in vars(base).items() if callable(value)}
+        functions = [(name, each) for name, each in mine.items() if inspect.isfunction(each) and name not in overridden]
+        found += [function for _, function in functions]
+        overridden |= {name for name, function in functions if name not in names_in(function.__code__)}
+    return found
+
+
+def names_in(code: CodeType) -> set[str]:
+    """The globals and attributes that code names, functions within it included."""
+    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
+    return set(code.co_names).union(*map(names_in, inner))
+
+
 def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
-    """Answer one call `[B, H, Nq, Dv]`: by the astrocyte, or by the host where the call cannot be represented."""
+    """Answer one call `[B, H, Nq, Dv]`: by the astrocyte, or by the host where the astrocyte may not.
+
+    Here alone it is decided who answers: whatever the host can do, a patched module can.
+    """
     site: Site = getattr(module, RECORD)
     core: AstrocyteAttention = getattr(module, CORE)
+    if not torch.compiler.is_compiling():
+        _running.handed[id(site)] = True
     if site.seen is not None:
         return _observe(site, core, call, host)
-    grid = call.grid
-    if grid is None and site.grid is not None:
-        grid = site.grid.of(call.query.shape[2])
-    refusal = call.refusal
-    if grid is not None and (call.key_mask is not None or call.causal):
-        refusal = refusal or "a mask over a grid of patches"
+    call.query, call.key, call.value = autocast(call.query, call.key, call.value)
+    if call.grid is None and site.grid is not None and call.query.dim() == 4:
+        call.grid = site.grid.of(call.query.shape[2])
+    refusal = call.refusal or _refusal(core, call)
     if refusal is not None:
         fall_back(site, refusal)
         return host()
     if call.dropout > 0:
-        _count(site, DROPOUT, DROPOUT)
+        site.count(DROPOUT, DROPOUT)
     answer: Tensor = core(
         call.query,
         call.key,
@@ -153,9 +191,62 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
         key_mask=call.key_mask,
         causal=call.causal,
         scale=call.scale,
-        grid=grid,
+        grid=call.grid,
     )
     return answer
+
+
+def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
+    """Why an astrocyte may not answer a call that its front-end could read, or None."""
+    tensors = query, key, value = call.query, call.key, call.value
+    if any(x.dim() != 4 for x in tensors):
+        return "queries, keys or values that are not [batch, heads, tokens, head dimension]"
+    if query.dtype not in DTYPES or any(x.dtype != query.dtype for x in tensors):
+        return "queries, keys and values of different dtypes, or of one that an astrocyte does not take"
+    if any(x.device != query.device for x in tensors):
+        return "queries, keys and values on different devices"
+    if any(x.shape[:2] != query.shape[:2] for x in tensors):
+        return "keys broadcast over batch or heads"
+    if query.shape[1] != core.num_heads or query.shape[3] != core.head_dim or key.shape[3] != core.head_dim:
+        return "another number of heads or head dimension than when it was patched"
+    if key.shape[2] == 0 or value.shape[2] != key.shape[2] or value.shape[3] == 0:
+        return "no keys, or another number of them than of values"
+    if call.scale is not None and not 0 < call.scale < inf:
+        return "a scale that is not positive"
+    if call.grid is not None and (call.key_mask is not None or call.causal):
+        return "a mask over a grid of patches"
+    if call.key_mask is not None and call.key_mask.shape != (query.shape[0], key.shape[2]):
+        return "a mask for another batch or for other keys"
+    if core.hidden is not None and core.hidden.is_lost(query.device):
+        return LOST_WEIGHTS
+    counts = query.shape[2], key.shape[2]
+    if call.causal and counts[0] > counts[1]:
+        return "more queries than keys in causal attention"
+    return core.refusal(causal=call.causal, num_queries=counts[0], num_keys=counts[1])
+
+
+class _Running(threading.local):
+    """By the id of its site: whether a module that is running in this thread has handed over a call."""
+
+    def __init__(self) -> None:
+        self.handed: dict[int, bool] = {}
+
+
+_running = _Running()
+
+
+def begin(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a patched module; `end` is the other half."""
+    if not torch.compiler.is_compiling():
+        _running.handed[id(getattr(module, RECORD))] = False
+
+
+def end(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a patched module: say so where its forward computed attention by itself."""
+    if not torch.compiler.is_compiling():
+        site: Site = getattr(module, RECORD)
+        if _running.handed.pop(id(site), None) is False:
+            fall_back(site, NOT_HANDED_OVER)
 
 
 def fall_back(site: Site, reason: str) -> None:
@@ -163,15 +254,7 @@ def fall_back(site: Site, reason: str) -> None:
     if site.seen is not None:
         site.seen.append(Seen(reason))
         return
-    _count(site, reason, f"{site.name}: left to the model's own attention: {reason}")
-
-
-def _count(site: Site, reason: str, message: str) -> None:
-    if torch.compiler.is_compiling():
-        return  # a graph has no such side effects
-    site.fallbacks[reason] += 1
-    if site.fallbacks[reason] == 1:
-        warnings.warn(message, stacklevel=3)
+    site.count(reason, f"{site.name}: left to the model's own attention: {reason}")
 
 
 def _observe(site: Site, core: AstrocyteAttention, call: Call, host: Callable[[], Tensor]) -> Tensor:
@@ -213,6 +296,8 @@ def key_mask(mask: Tensor | None, batch: int, keys: int) -> tuple[Tensor | None,
     """
     if mask is None:
         return None, None
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return None, "a mask of integers"
     if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[-1] != keys:
         kind = "a dense mask" if mask.dtype == torch.bool else "a dense mask or bias"
         return None, f"{kind} over queries and keys, which is more than a padding mask"
@@ -225,4 +310,9 @@ def key_mask(mask: Tensor | None, batch: int, keys: int) -> tuple[Tensor | None,
         elif not plain:
             return None, "a bias on keys, which is more than a padding mask"
         mask = real
-    return mask[:, 0, 0, :].expand(batch, keys), None
+    return for_batch(mask[:, 0, 0, :], batch), None
+
+
+def for_batch(keys: Tensor, batch: int) -> Tensor:
+    """A mask of keys `[1 or B, Nk]` as `[B, Nk]`; one for another batch as it is, which `attend` refuses."""
+    return keys.expand(batch, -1) if keys.shape[0] == 1 else keys
