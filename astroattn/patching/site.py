@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,15 @@ class Site:
     grid: PatchGrid | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls the host answered, by reason
     seen: list[Seen] | None = None  # a list during the probe forward
+
+    def __post_init__(self) -> None:
+        from astroattn.patching.record import keep_records  # which reads sites
+
+        keep_records()  # what it is on may be saved by transformers
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
