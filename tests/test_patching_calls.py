@@ -405,9 +405,9 @@ def test_only_the_vision_tower_has_a_grid() -> None:
 
 def test_grid_fits_the_tokens_or_there_is_none() -> None:
     conv = nn.Conv2d(3, 4, 8, stride=8)
-    grid = PatchGrid(conv, prefix=1)
+    grid = PatchGrid(prefix=1)
     assert grid.of(17) is None  # no image yet
-    grid.watch()
+    conv.register_forward_hook(grid.note)
     conv(image((32, 32)))
     assert [grid.of(tokens) for tokens in (16, 17, 18)] == [None, (4, 4), None]
 

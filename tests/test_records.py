@@ -1,4 +1,4 @@
-"""What `save_pretrained` writes of the astrocytes is what the model is when it is saved, whoever patched it and where."""
+"""What `save_pretrained` writes of the astrocytes is what the model is then, whoever patched it."""
 
 from __future__ import annotations
 

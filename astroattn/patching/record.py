@@ -1,7 +1,7 @@
 """What is needed to patch another copy of a model in the same way, as plain values, and how transformers saves it.
 
-The record of a model of transformers lies in the header of its files of weights. It is made from the model as it is when
-it is saved, nothing in memory holds it, and a file of weights that is written again without it has none.
+The record of a model of transformers lies in the header of its files of weights. It is made from the model as it is
+when it is saved, nothing in memory holds it, and a file of weights that is written again without it has none.
 """
 
 from __future__ import annotations

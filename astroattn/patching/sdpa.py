@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, key_mask, replaced_forward
+from astroattn.patching.grid import plain
+from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, key_mask, replaced_forward, site_of
 
 # Global self-attention over all tokens without a bias, and how the module's input holds them.
 LAYOUTS = {
@@ -85,12 +86,12 @@ class SdpaSite(Site):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        name = qualified_name(type(module))
+        name = host_name(type(module))
         return name in LAYOUTS or name in REFUSALS
 
     @classmethod
     def refusal(cls, name: str, module: nn.Module) -> str | None:
-        return REFUSALS.get(qualified_name(type(module))) or replaced_forward(module)
+        return REFUSALS.get(host_name(type(module))) or replaced_forward(module)
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
@@ -102,16 +103,19 @@ class SdpaSite(Site):
 
     @classmethod
     def sees_patches(cls, module: nn.Module) -> bool:
-        return LAYOUTS.get(qualified_name(type(module))) == "tokens"
+        return LAYOUTS.get(host_name(type(module))) == "tokens"
 
     def take(self, module: nn.Module) -> None:
-        module.__class__ = class_with_astrocyte(type(module))
+        if _ours(type(module)) is None:
+            module.__class__ = class_with_astrocyte(type(module))
         self.fused = getattr(module, FUSED, None)
         if self.fused is not None:
             setattr(module, FUSED, True)  # the other branch writes the softmax out by hand
 
     def release(self, module: nn.Module) -> None:
-        module.__class__ = type(module).__bases__[0]
+        if _ours(type(module)) is type(module):
+            module.__class__ = type(module).__bases__[0]
+        # else something has put a class over ours since, or taken ours away; without a site ours does as its base does
         if self.fused is not None:
             setattr(module, FUSED, self.fused)
 
@@ -177,6 +181,8 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     layout = LAYOUTS[qualified_name(base)]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if site_of(self) is None:  # unpatched under a hook or a class that still leads here
+            return base.forward(self, *args, **kwargs)
         calls: list[Call] = []
         with Reroute(self, _grid(layout, args), calls):
             output = base.forward(self, *args, **kwargs)
@@ -203,7 +209,18 @@ def _grid(layout: str, args: tuple[Any, ...]) -> tuple[int, int] | None:
         return None
     axes = layout.split(", ")
     shape = args[0].shape[1:]
-    return shape[axes.index("rows")], shape[axes.index("columns")]
+    return plain(shape[axes.index("rows")]), plain(shape[axes.index("columns")])
+
+
+def _ours(cls: type) -> type | None:
+    """The class of `class_with_astrocyte` that a class is or is made from, None for any other."""
+    return next((each for each in cls.__mro__ if each in _classes.values()), None)
+
+
+def host_name(cls: type) -> str:
+    """The qualified name of the class of a module before it was patched."""
+    ours = _ours(cls)
+    return qualified_name(cls if ours is None else ours.__bases__[0])
 
 
 def qualified_name(cls: type) -> str:

@@ -6,17 +6,20 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.patching.grid import PatchGrid
+
+if TYPE_CHECKING:
+    from astroattn.patching.grid import PatchGrid
 
 RECORD = "astroattn_site"  # the attribute of a patched module that holds its Site
 CORE = "astrocyte"  # the attribute that holds its AstrocyteAttention
 
+NO_GRID = "patch grid not found: tokens are treated as a sequence"
 DROPOUT = "attention dropout is not applied: an astrocyte forms no attention weights to drop"
 
 
@@ -115,16 +118,12 @@ def install(site: Site, module: nn.Module, core: AstrocyteAttention) -> None:
     setattr(module, RECORD, site)
     setattr(module, CORE, core)
     site.take(module)
-    if site.grid is not None:
-        site.grid.watch()
 
 
 def remove(module: nn.Module) -> None:
     """Undo `install`."""
     site: Site = getattr(module, RECORD)
     site.release(module)
-    if site.grid is not None:
-        site.grid.unwatch()
     delattr(module, CORE)
     delattr(module, RECORD)
 
@@ -148,6 +147,8 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
     grid = call.grid
     if grid is None and site.grid is not None:
         grid = site.grid.of(call.query.shape[2])
+        if grid is None:
+            _count(site, NO_GRID, f"{site.name}: {NO_GRID}")
     refusal = call.refusal
     if grid is not None and (call.key_mask is not None or call.causal):
         refusal = refusal or "a mask over a grid of patches"
