@@ -68,16 +68,17 @@ class PatchGrid:
                 self._inputs.pop(each, None)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of every module between tower and attention: what it is given belongs to that size."""
+        """Forward pre-hook of the modules on the way to an attention: what one is given belongs to that size."""
         if torch.compiler.is_compiling():
             return
-        inputs = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.is_floating_point())
-        key, now = _storage(next(inputs, None)), _pass()
-        if key is None:
+        given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+        if given is None or given.dim() != 3 or (key := _storage(given)) is None:
             return
-        if now != FORWARD and (size := self._inputs.get(key)) is not None:
+        now, tokens = _pass(), plain(given.shape[1])
+        size = None if now == FORWARD else self._inputs.get(key)
+        if size is not None and self._fits(size, tokens):
             self._thread.layer = size, now
-        elif (size := self._current(now)) is not None:
+        elif (size := self._current(now, tokens)) is not None:
             self._inputs[key] = size
 
     def of(self, tokens: int) -> Size | None:
@@ -95,9 +96,9 @@ class PatchGrid:
             raise RuntimeError(AMBIGUOUS.format(" and ".join(f"{rows} x {columns}" for rows, columns in fitting)))
         return fitting[0] if fitting else None
 
-    def _current(self, now: int, tokens: int | None = None) -> Size | None:
+    def _current(self, now: int, tokens: int) -> Size | None:
         for seen in (getattr(self._thread, "layer", None), getattr(self._thread, "image", None)):
-            if seen is not None and seen[1] == now and (tokens is None or self._fits(seen[0], tokens)):
+            if seen is not None and seen[1] == now and self._fits(seen[0], tokens):
                 size: Size = seen[0]
                 return size
         return None
@@ -132,9 +133,12 @@ def place_grids(model: nn.Module) -> None:
         _hang(tower, "forward_pre_hook", grid.look)
         _hang(embeddings, "forward_pre_hook", grid.watch)
         _hang(projection, "forward_hook", grid.note)
-        while name != above:
-            _hang(modules[name], "forward_pre_hook", grid.enter, with_kwargs=True)
-            name = name.rpartition(".")[0]
+        way = [modules[name]]
+        while (name := name.rpartition(".")[0]) != above:
+            # what runs again may be a module's forward without its hooks, as in transformers: then a child comes first
+            way += [modules[name], *modules[name].children()]
+        for module in way:
+            _hang(module, "forward_pre_hook", grid.enter, with_kwargs=True)
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
