@@ -525,3 +525,17 @@ def test_timm_wrapper() -> None:
     assert not torch.allclose(model(image()).last_hidden_state, before)
     unpatch(model)
     assert torch.equal(model(image()).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("name", ["bert", "timm vit"])
+def test_vmap_is_refused_in_words(name: str) -> None:
+    model, inputs = build(ALL[name]), next(iter(ALL[name].inputs().values()))
+    patch(model, SHORT)
+    weights = {key: each.detach() for key, each in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        result = torch.func.functional_call(model, weights, (x[None],))
+        return (result if isinstance(result, Tensor) else result[0]).square().sum()
+
+    with pytest.raises(RuntimeError, match="vmap does not reach into this astrocyte"):
+        torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, inputs)

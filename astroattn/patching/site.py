@@ -157,15 +157,22 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
         return host()
     if call.dropout > 0:
         _count(site, DROPOUT, DROPOUT)
-    answer: Tensor = core(
-        call.query,
-        call.key,
-        call.value,
-        key_mask=call.key_mask,
-        causal=call.causal,
-        scale=call.scale,
-        grid=grid,
-    )
+    try:
+        answer: Tensor = core(
+            call.query,
+            call.key,
+            call.value,
+            key_mask=call.key_mask,
+            causal=call.causal,
+            scale=call.scale,
+            grid=grid,
+        )
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{site.name}: torch.vmap does not reach into this astrocyte; loop over the samples"
+        ) from error
     return answer
 
 
