@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from astroattn.ops.layout import plain
 from astroattn.patching.site import Site, site_of
 
 Size = tuple[int, int]  # rows, columns
@@ -203,8 +204,3 @@ def _storage(tensor: Tensor | None) -> StorageWeakRef | None:
         return None if tensor is None else StorageWeakRef(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):  # inside torch.func
         return None
-
-
-def plain(size: Any) -> int:
-    """A size as an int; while torch.jit.trace records, sizes are tensors."""
-    return int(size) if isinstance(size, Tensor) else size

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from astroattn.patching.grid import plain
+from astroattn.ops.layout import plain
 from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, key_mask, replaced_forward, site_of
 
 # Global self-attention over all tokens without a bias, and how the module's input holds them.
