@@ -20,6 +20,7 @@ from astroattn.config import AstroConfig, check_heads, is_tiled
 from astroattn.cost import Cost, budget_of, count_cost, covers, prefix_length
 from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
+from astroattn.ops.layout import plain
 from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
 
 
@@ -286,7 +287,7 @@ class AstrocyteAttention(nn.Module):
         with_normaliser: bool,
     ) -> tuple[Tensor, Tensor]:
         """Attend with heads of one config."""
-        if covers(config, key.shape[2], grid):
+        if covers(config, plain(key.shape[2]), grid):
             return _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
         if not causal:
             return self._bidirectional(config, query, key, value, key_mask, scale, grid)
@@ -336,7 +337,7 @@ class AstrocyteAttention(nn.Module):
         scale: float,
         grid: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
-        num_keys, backend = key.shape[2], config.backend
+        num_keys, backend = plain(key.shape[2]), config.backend
         if self.hidden is not None and not is_tiled(config) and not prefix_length(config, num_keys, grid):
             query, key, weight, phase = self.hidden(query, key)
             out, normaliser = linear_attention(

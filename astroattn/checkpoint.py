@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from astroattn.config import AstroConfig
 from astroattn.patching import PatchReport, patch, restored_on_error, unpatch
-from astroattn.patching.record import CONFIG_RECORD, RECORD_VERSION, describe
+from astroattn.patching.record import RECORD_KEY, RECORD_VERSION, class_name, describe
 from astroattn.patching.site import CORE
 from astroattn.plan import Plan, pick_configs, read_configs
 from astroattn.version import __version__
@@ -85,8 +85,8 @@ def load(model: nn.Module, folder: str | Path) -> PatchReport:
 def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """The patched model of transformers that `model.save_pretrained` wrote, in evaluation mode.
 
-    While a model of transformers is patched, its config holds a record of its astrocytes, and its state_dict what they
-    have learned; both travel with `save_pretrained` and `push_to_hub`.
+    `save_pretrained` and `push_to_hub` of a patched model of transformers, or of one that holds patched modules, write
+    a record of its astrocytes into the header of each file of weights, and what they have learned among the weights.
 
     Args:
         source: a folder, or an id on the Hugging Face hub. revision: of the hub's repository.
@@ -101,10 +101,12 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
     source = str(source)
     options = {"revision": revision, "trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        record = vars(config).pop(CONFIG_RECORD, None)
-        if record is None:
-            raise ValueError("it was not saved from a patched model (its config holds no astroattn)")
+        shards = _shards(source, revision)
+        with safe_open(shards[0], framework="pt") as file:
+            text = (file.metadata() or {}).get(RECORD_KEY)
+        if text is None:
+            raise ValueError("it was not saved from a patched model (its weights hold no record of astrocytes)")
+        record = json.loads(text)
         rows = _check_record(record, source)
         cls: Any = getattr(transformers, record["model"], None)
         known = inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)
@@ -113,9 +115,9 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
         dtype_of = {"dtype": "auto" if dtype is None else dtype}
         wanted = {f"{row['name']}.{CORE}.{tensor}" for row, _ in rows for tensor in row["tensors"]}
         with _expecting(cls, wanted):
-            model = cls.from_pretrained(source, config=config, use_safetensors=True, **options, **dtype_of).eval()
+            model = cls.from_pretrained(source, use_safetensors=True, **options, **dtype_of).eval()
         tensors: dict[str, Tensor] = {}
-        for path in _shards(source, revision) if wanted else []:
+        for path in shards if wanted else []:
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in wanted & set(file.keys())}
     except (OSError, ValueError, SafetensorError) as error:
@@ -209,10 +211,8 @@ def _check_fit(
     tensors: Mapping[str, Tensor],
     source: str,
 ) -> None:
-    if record["model"] != type(model).__name__:
-        raise ValueError(
-            f"{source}: holds the astrocytes of a {record['model']}; this model is a {type(model).__name__}"
-        )
+    if record["model"] != (name := class_name(model)):
+        raise ValueError(f"{source}: holds the astrocytes of a {record['model']}; this model is a {name}")
     missing = [row["name"] for row, _ in rows if not _has_module(model, row["name"])]
     if missing:
         raise ValueError(

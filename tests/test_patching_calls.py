@@ -405,9 +405,9 @@ def test_only_the_vision_tower_has_a_grid() -> None:
 
 def test_grid_fits_the_tokens_or_there_is_none() -> None:
     conv = nn.Conv2d(3, 4, 8, stride=8)
-    grid = PatchGrid(conv, prefix=1)
+    grid = PatchGrid(prefix=1)
     assert grid.of(17) is None  # no image yet
-    grid.watch()
+    conv.register_forward_hook(grid.note)
     conv(image((32, 32)))
     assert [grid.of(tokens) for tokens in (16, 17, 18)] == [None, (4, 4), None]
 
@@ -525,3 +525,17 @@ def test_timm_wrapper() -> None:
     assert not torch.allclose(model(image()).last_hidden_state, before)
     unpatch(model)
     assert torch.equal(model(image()).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("name", ["bert", "timm vit"])
+def test_vmap_is_refused_in_words(name: str) -> None:
+    model, inputs = build(ALL[name]), next(iter(ALL[name].inputs().values()))
+    patch(model, SHORT)
+    weights = {key: each.detach() for key, each in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        result = torch.func.functional_call(model, weights, (x[None],))
+        return (result if isinstance(result, Tensor) else result[0]).square().sum()
+
+    with pytest.raises(RuntimeError, match="vmap does not reach into this astrocyte"):
+        torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, inputs)

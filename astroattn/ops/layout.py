@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 SUBTILE = 4  # queries that attend to the same keys
 CANDIDATES = 3  # keys that a tile proposes, for each that one of its sub-tiles takes
@@ -178,3 +180,8 @@ def cuts(body: int, tile: int) -> tuple[tuple[int, ...], ...]:
             middles = [begin + (count + 1) // 2 * unit for begin, count in zip(begins, units, strict=True) if count > 1]
             levels.append(sorted([*begins, *middles]))
     return tuple(map(tuple, levels))
+
+
+def plain(size: Any) -> Any:
+    """A size as a number; while `torch.jit.trace` records, those of shapes are tensors."""
+    return int(size) if isinstance(size, Tensor) else size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,9 @@ from astroattn.attention import AstrocyteAttention
 from astroattn.config import AstroConfig
 from astroattn.hidden import LearnedHidden
 from astroattn.patching import probe
-from astroattn.patching.grid import PatchGrid, find_grid
+from astroattn.patching.grid import PatchGrid, place_grids
 from astroattn.patching.report import PatchReport, Row
-from astroattn.patching.site import CORE, Site, install, remove, site_of
+from astroattn.patching.site import CORE, NO_GRID, Site, install, remove, site_of
 from astroattn.patching.survey import Found, Where, front_ends, select, survey
 from astroattn.plan import Plan
 
@@ -72,7 +73,12 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
         reasons, note = _patch(model, configs, found, selected)
         if isinstance(config, Plan):
             _require(config, selected, reasons)
-    return _report(model, found, selected, reasons, note)
+    report = _report(model, found, selected, reasons, note)
+    if lost := [row.name for row in report.patched if row.reason == NO_GRID]:
+        warnings.warn(
+            f"{type(model).__name__}: {NO_GRID} ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)})", stacklevel=2
+        )
+    return report
 
 
 def unpatch(model: nn.Module) -> None:
@@ -155,14 +161,16 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
     reasons |= {each.name: NOT_PLANNED for each in unplanned if each.name not in reasons}
     fresh = [each for each in selected if each.name not in reasons and not _has(each.module, configs[each.name])]
     before = {each.name: getattr(each.module, CORE, None) for each in fresh}
+    grids: dict[str, PatchGrid | None] = {}  # of towers that may be around the model
     for each in fresh + unplanned:
-        if site_of(each.module) is not None:
+        if (site := site_of(each.module)) is not None:
+            grids[each.name] = site.grid
             remove(each.module)
     _settle(model)
     note = "not needed"
     if fresh:
         inputs, expected, note = _run_original(model)
-        _install(model, fresh, configs)
+        _install(model, fresh, configs, grids)
         if inputs is not None:
             reasons |= _probe(model, fresh, configs, inputs, expected)
         reasons |= {each.name: reason for each in fresh if (reason := _causal_refusal(each))}
@@ -215,20 +223,14 @@ def _probe(
     return reasons
 
 
-def _install(model: nn.Module, fresh: list[Found], configs: Configs) -> None:
-    modules = dict(model.named_modules())
-    sites = [site for module in modules.values() if (site := site_of(module)) is not None]
-    grids = {id(site.grid.conv): site.grid for site in sites if site.grid is not None}
+def _install(model: nn.Module, fresh: list[Found], configs: Configs, grids: dict[str, PatchGrid | None]) -> None:
     for each in fresh:
         assert each.front_end is not None
-        grid = None
-        if each.front_end.sees_patches(each.module) and (source := find_grid(modules, each.name)) is not None:
-            grid = grids.setdefault(id(source[0]), PatchGrid(*source))
         config = configs[each.name]
         shape = each.front_end.shape(each.module)
         if shape is None:  # the probe corrects it
             shape = (len(config) if isinstance(config, tuple) else 1, 1)
-        site = each.front_end(each.name, type(each.module).__name__, grid)
+        site = each.front_end(each.name, type(each.module).__name__, grids.get(each.name))
         install(site, each.module, _core(each.module, shape, config))
     _settle(model)
 
@@ -282,6 +284,7 @@ def _line(error: Exception) -> str:
 def _settle(model: nn.Module) -> None:
     for front_end in front_ends():
         front_end.settle(model)
+    place_grids(model)
 
 
 def _capture(model: nn.Module) -> State:
@@ -295,6 +298,8 @@ def _restore(model: nn.Module, state: State) -> None:
     for module, _, _ in _capture(model):
         remove(module)
     for module, site, core in state:
+        if site_of(module) is not None:  # it was taken out of the model meanwhile
+            remove(module)
         site.seen = None
         install(site, module, core)
     _settle(model)
@@ -312,7 +317,8 @@ def _report(
         kinds = 1
         if site is not None:
             core = getattr(each.module, CORE)
-            shape, reason, kinds = (core.num_heads, core.head_dim), "", len(set(core.configs))
+            shape, kinds = (core.num_heads, core.head_dim), len(set(core.configs))
+            reason = NO_GRID if site.grid is None and site.sees_patches(each.module) else ""
         else:
             reason = reasons.get(each.name) or each.refusal or ("" if each.name in chosen else NOT_SELECTED)
             if each.front_end is not None:

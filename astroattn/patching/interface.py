@@ -20,7 +20,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from astroattn.checks import check_traceable
 from astroattn.patching.masks import KeyMask, attention_mask, dense
-from astroattn.patching.record import CONFIG_RECORD, describe
 from astroattn.patching.site import (
     CORE,
     RECORD,
@@ -131,8 +130,6 @@ class InterfaceSite(Site):
                 config._attn_implementation_internal = host
             if isinstance(module, PreTrainedModel):
                 _refuse_weights_of(module)
-        if isinstance(model, PreTrainedModel):
-            _note_in_config(model)
 
     @classmethod
     def sees_patches(cls, module: nn.Module) -> bool:
@@ -155,14 +152,6 @@ def check_route(module: nn.Module, args: Any) -> None:
             f"{getattr(module, RECORD).name}: the attention implementation of this patched model was changed to "
             f"{name!r}, which would pass its astrocytes by; call astroattn.unpatch(model) and patch it again"
         )
-
-
-def _note_in_config(model: nn.Module) -> None:
-    """Keep the record of a patched model in its config, so that `save_pretrained` writes it."""
-    record = describe(model)
-    vars(model.config).pop(CONFIG_RECORD, None)
-    if record["modules"]:
-        setattr(model.config, CONFIG_RECORD, record)
 
 
 def _refuse_weights_of(model: nn.Module) -> None:

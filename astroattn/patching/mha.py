@@ -34,7 +34,8 @@ class MhaSite(Site):
     def refusal(cls, name: str, module: nn.Module) -> str | None:
         assert isinstance(module, nn.MultiheadAttention)
         reasons = {
-            "a subclass of torch.nn.MultiheadAttention": type(module) is not nn.MultiheadAttention,
+            "a subclass of torch.nn.MultiheadAttention": type(module) is not nn.MultiheadAttention
+            and not isinstance(module, MultiheadAttentionWithAstrocyte),
             "cross attention": name.rpartition(".")[2] == "multihead_attn",
             "keys and values of other widths (kdim, vdim)": not module._qkv_same_embed_dim,
             "extra key and value (add_bias_kv)": module.bias_k is not None,
@@ -59,12 +60,16 @@ class MhaSite(Site):
                 encoder.use_nested_tensor = False
 
     def take(self, module: nn.Module) -> None:
-        module.__class__ = MultiheadAttentionWithAstrocyte
+        if not isinstance(module, MultiheadAttentionWithAstrocyte):
+            module.__class__ = MultiheadAttentionWithAstrocyte
         self.handle = module.register_forward_pre_hook(keep_off_fast_path)
 
     def release(self, module: nn.Module) -> None:
         self.handle.remove()
-        module.__class__ = nn.MultiheadAttention
+        cls: type = type(module)
+        if cls is MultiheadAttentionWithAstrocyte:
+            module.__class__ = nn.MultiheadAttention
+        # else something has put a class over ours since, or taken ours away; without a site ours does as its base does
 
 
 def keep_off_fast_path(module: nn.Module, args: Any) -> None:
@@ -86,6 +91,22 @@ class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention.forward`; what an astrocyte cannot represent is computed by that."""
+
+        def host() -> tuple[Tensor, Tensor | None]:
+            return nn.MultiheadAttention.forward(
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
+
+        if site_of(self) is None:  # unpatched under a hook or a class that still leads here
+            return host()
         check_traceable(query)
         mask, refusal = _key_mask(key_padding_mask)
         refusals = {
@@ -98,16 +119,7 @@ class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
         refusal = [*(reason for reason, holds in refusals.items() if holds), refusal][0]
         if refusal is not None:
             fall_back(getattr(self, RECORD), refusal)
-            return super().forward(
-                query,
-                key,
-                value,
-                key_padding_mask=key_padding_mask,
-                need_weights=need_weights,
-                attn_mask=attn_mask,
-                average_attn_weights=average_attn_weights,
-                is_causal=is_causal,
-            )
+            return host()
         q, k, v = self._project(query, key, value)
         call = Call(q, k, v, mask, is_causal, dropout=self.dropout if self.training else 0.0)
         output = attend(self, call, lambda: _softmax(call))

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One attention module: what it is now ("astrocyte" or "exact"), and if exact, why."""
+    """One attention module: what it is now ("astrocyte" or "exact"), and why it is not all it could be."""
 
     name: str
     class_name: str
@@ -51,7 +51,7 @@ def _table(rows: tuple[Row, ...]) -> list[str]:
     cells = [("#", "module", "class", "heads", "now", "why")]
     for row in rows:
         heads = f"{row.heads} x {row.head_dim}" if row.heads else "-"
-        why = f"its heads have {row.kinds} configs" if row.kinds > 1 else row.reason
+        why = "; ".join(filter(None, (f"its heads have {row.kinds} configs" if row.kinds > 1 else "", row.reason)))
         index = "-" if row.index is None else str(row.index)
         cells.append((index, row.name or "(the model itself)", row.class_name, heads, row.status, why))
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from astroattn.checks import check_traceable
+from astroattn.ops.layout import plain
 from astroattn.patching.site import (
     RECORD,
     Call,
@@ -26,6 +27,7 @@ from astroattn.patching.site import (
     methods,
     names_in,
     replaced_forward,
+    site_of,
 )
 
 # Global self-attention over all tokens without a bias, and how the module's input holds them.
@@ -118,13 +120,16 @@ class SdpaSite(Site):
         return LAYOUTS.get(known_class(type(module)) or "") == "tokens"
 
     def take(self, module: nn.Module) -> None:
-        module.__class__ = class_with_astrocyte(type(module))
+        if _ours(type(module)) is None:
+            module.__class__ = class_with_astrocyte(type(module))
         self.fused = getattr(module, FUSED, None)
         if self.fused is not None:
             setattr(module, FUSED, True)  # the other branch writes the softmax out by hand
 
     def release(self, module: nn.Module) -> None:
-        module.__class__ = type(module).__bases__[0]
+        if _ours(type(module)) is type(module):
+            module.__class__ = type(module).__bases__[0]
+        # else something has put a class over ours since, or taken ours away; without a site ours does as its base does
         if self.fused is not None:
             setattr(module, FUSED, self.fused)
 
@@ -185,6 +190,8 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     layout = LAYOUTS[known_class(base) or ""]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if site_of(self) is None:  # unpatched under a hook or a class that still leads here
+            return base.forward(self, *args, **kwargs)
         calls: list[Call] = []
         with Reroute(self, _grid(layout, args), calls):
             output = base.forward(self, *args, **kwargs)
@@ -211,7 +218,12 @@ def _grid(layout: str, args: tuple[Any, ...]) -> tuple[int, int] | None:
         return None
     axes = layout.split(", ")
     shape = args[0].shape[1:]
-    return shape[axes.index("rows")], shape[axes.index("columns")]
+    return plain(shape[axes.index("rows")]), plain(shape[axes.index("columns")])
+
+
+def _ours(cls: type) -> type | None:
+    """The class of `class_with_astrocyte` that a class is or is made from, None for any other."""
+    return next((each for each in cls.__mro__ if each in _classes.values()), None)
 
 
 def known_class(cls: type) -> str | None:

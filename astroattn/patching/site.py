@@ -10,19 +10,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention, autocast
 from astroattn.checks import DTYPES, LOST_WEIGHTS
-from astroattn.patching.grid import PatchGrid
+
+if TYPE_CHECKING:
+    from astroattn.patching.grid import PatchGrid
 
 RECORD = "astroattn_site"  # the attribute of a patched module that holds its Site
 CORE = "astrocyte"  # the attribute that holds its AstrocyteAttention
 
 NOT_HANDED_OVER = "its forward ended without an attention call that could be handed over"
+NO_GRID = "patch grid not found: tokens are treated as a sequence"
 DROPOUT = "attention dropout is not applied: an astrocyte forms no attention weights to drop"
 
 
@@ -68,6 +71,15 @@ class Site:
     grid: PatchGrid | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls the host answered, by reason
     seen: list[Seen] | None = None  # a list during the probe forward
+
+    def __post_init__(self) -> None:
+        from astroattn.patching.record import keep_records  # which reads sites
+
+        keep_records()  # what it is on may be saved by transformers
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
@@ -122,16 +134,12 @@ def install(site: Site, module: nn.Module, core: AstrocyteAttention) -> None:
     setattr(module, RECORD, site)
     setattr(module, CORE, core)
     site.take(module)
-    if site.grid is not None:
-        site.grid.watch()
 
 
 def remove(module: nn.Module) -> None:
     """Undo `install`."""
     site: Site = getattr(module, RECORD)
     site.release(module)
-    if site.grid is not None:
-        site.grid.unwatch()
     delattr(module, CORE)
     delattr(module, RECORD)
 
@@ -178,21 +186,30 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
     call.query, call.key, call.value = autocast(call.query, call.key, call.value)
     if call.grid is None and site.grid is not None and call.query.dim() == 4:
         call.grid = site.grid.of(call.query.shape[2])
+        if call.grid is None:
+            site.count(NO_GRID, f"{site.name}: {NO_GRID}")
     refusal = call.refusal or _refusal(core, call)
     if refusal is not None:
         fall_back(site, refusal)
         return host()
     if call.dropout > 0:
         site.count(DROPOUT, DROPOUT)
-    answer: Tensor = core(
-        call.query,
-        call.key,
-        call.value,
-        key_mask=call.key_mask,
-        causal=call.causal,
-        scale=call.scale,
-        grid=call.grid,
-    )
+    try:
+        answer: Tensor = core(
+            call.query,
+            call.key,
+            call.value,
+            key_mask=call.key_mask,
+            causal=call.causal,
+            scale=call.scale,
+            grid=call.grid,
+        )
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{site.name}: torch.vmap does not reach into this astrocyte; loop over the samples"
+        ) from error
     return answer
 
 
