@@ -50,7 +50,7 @@ def near_far_attention(
     """
     check_devices((query, key, value, lengths))
     backend = choose_backend(backend, "near_far", query, value)
-    if backend == "torch" and not torch.compiler.is_compiling():
+    if backend == "torch" and not _in_graph():
         return plain.near_far_attention(query, key, value, lengths, budget, scale)
     out, log_p, *_ = _call(_near_far, NearFar)(query, key, value, lengths, *budget, scale, backend)
     return out, log_p
@@ -75,7 +75,7 @@ def near_linear_attention(
     """
     check_devices((query, key, value, weight, phase, lengths))
     choose_backend(backend, "near_linear", query, value)
-    if not torch.compiler.is_compiling():
+    if not _in_graph():
         return plain.near_linear_attention(query, key, value, weight, phase, lengths, budget, activation, scale)
     out: tuple[Tensor, Tensor] = _near_linear(query, key, value, weight, phase, lengths, *budget, activation, scale)
     return out
@@ -129,7 +129,7 @@ def causal_attention(
     backend = choose_backend(backend, "causal", query, value)
     inputs = (query, key, value, weight, phase, key_mask, activation, near, scale**0.5)
     check_devices(inputs)
-    if backend == "torch" and not torch.compiler.is_compiling():
+    if backend == "torch" and not _in_graph():
         return plain.causal_attention(*inputs)[:2]
     out, log_p, *_ = _call(_causal, Causal)(*inputs, backend)
     return out, log_p
@@ -169,9 +169,14 @@ def decode(
 
 def _call(operator: Callable[..., Any], function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """How to call an operator: in eager mode with gradients, by a function that costs less and knows `torch.func`."""
-    graph = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    graph = _in_graph() or not torch.is_grad_enabled()
     apply: Callable[..., Any] = operator if graph else function.apply
     return apply
+
+
+def _in_graph() -> bool:
+    """Whether a graph is being made, of which an attention is one node: its steps depend on the numbers it is given."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 # `torch.library.custom_op` would bring the compiler, seconds of imports, into the first call of every process.
