@@ -10,7 +10,7 @@ of 512 there are fewer than such a promise needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,9 +54,8 @@ def read(case: Case, batches: Sequence[Any]) -> Tensor:
     return torch.cat([case.kind.read(case.model, inputs) for inputs in batches])
 
 
-def measure(seeds: int, limit: int | None, tolerance: float) -> list[dict[str, Any]]:
+def measure(seeds: int, limit: int | None, tolerance: float) -> Iterator[dict[str, Any]]:
     """One row per model and seed: what was promised and for which cost, what the odd half shows, and the seconds."""
-    rows = []
     for name in ("vit224" if data_folder() else "digits", "minilm512"):
         case = load(name, limit)
         even, odd = (list(case.batches(half)) for half in ("even", "odd"))
@@ -69,8 +68,7 @@ def measure(seeds: int, limit: int | None, tolerance: float) -> list[dict[str, A
                 agreement = case.kind.compare(read(case, odd), truth)[1]
             assert agreement is not None  # of either kind there is one
             row = {"model": case.title, "items": len(truth), "seed": seed, "cost": plan.cost, "agreement": agreement}
-            rows.append(rounded(row | {"tolerance": tolerance, "held": agreement >= tolerance, "seconds": seconds}))
-    return rows
+            yield rounded(row | {"tolerance": tolerance, "held": agreement >= tolerance, "seconds": seconds})
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
@@ -96,13 +94,15 @@ def main(
     tolerance: Annotated[float, typer.Option(help="The least share that must stay.", min=0.0, max=1.0)] = 0.99,
 ) -> None:
     """Calibrate with several seeds on one half of the data, and measure on the other."""
-    rows = measure(seeds, limit, tolerance)
+    rows = []
+    for row in measure(seeds, limit, tolerance):
+        rows.append(row)
+        if json:  # at once, so that a run that breaks off is not lost
+            write_json(json, rows, seed=0)
     print_rows(rows, title=f"A tolerance of {tolerance:.0%}")
     for model in dict.fromkeys(row["model"] for row in rows):
         held = [row["held"] for row in rows if row["model"] == model]
         Console().print(f"{model}: held with {sum(held)} of {len(held)} seeds")
-    if json:
-        write_json(json, rows, seed=0)
     if figure:
         write_figure(figure, plot(rows))
 
