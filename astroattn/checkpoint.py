@@ -116,10 +116,11 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
         wanted = {f"{row['name']}.{CORE}.{tensor}" for row, _ in rows for tensor in row["tensors"]}
         with _expecting(cls, wanted):
             model = cls.from_pretrained(source, use_safetensors=True, **options, **dtype_of).eval()
+        names = _saved_names(model, wanted)
         tensors: dict[str, Tensor] = {}
         for path in shards if wanted else []:
             with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in wanted & set(file.keys())}
+                tensors |= {names[name]: file.get_tensor(name) for name in names.keys() & set(file.keys())}
     except (OSError, ValueError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"source: cannot load {source!r}: {lines[0]}") from None
@@ -127,6 +128,19 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
     if dtype is not None:
         model.to(dtype)
     return model  # type: ignore[no-any-return]
+
+
+def _saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """What tensors of a model may be called in its files, each with its name: some families keep old names there."""
+    from transformers import core_model_loading
+
+    revert = getattr(core_model_loading, "revert_weight_conversion", None)  # not in transformers 5.0
+    found = {}
+    for name in names:
+        found[name] = name
+        if revert is not None:
+            found |= dict.fromkeys(revert(model, {name: torch.zeros(1)}), name)
+    return found
 
 
 @contextmanager

@@ -18,11 +18,20 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    ModernBertConfig,
+    ModernBertModel,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTModel,
+    WhisperConfig,
+    WhisperModel,
 )
 
 import astroattn
@@ -215,3 +224,36 @@ def test_timm_below_transformers(pickled: bool, tmp_path: Path) -> None:
     again = astroattn.from_pretrained(tmp_path)
     assert isinstance(again, PreTrainedModel)
     assert len(find_astrocytes(again)) == 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ViTForImageClassification(ViTConfig(**TEXT, image_size=32, patch_size=8)),
+        lambda: ViTModel(ViTConfig(**TEXT, image_size=32, patch_size=8)),
+        lambda: CLIPVisionModel(CLIPVisionConfig(**TEXT, image_size=32, patch_size=8)),
+        lambda: Dinov2Model(Dinov2Config(**TEXT, image_size=32, patch_size=8)),
+        lambda: BertForSequenceClassification(BertConfig(**TEXT)),
+        lambda: ModernBertModel(ModernBertConfig(**TEXT, pad_token_id=0, global_attn_every_n_layers=1)),
+        lambda: WhisperModel(
+            WhisperConfig(d_model=32, num_mel_bins=8, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4,
+                          decoder_attention_heads=4, vocab_size=99, pad_token_id=0, max_source_positions=60)
+        ),
+    ],
+    ids=["ViT with a head", "ViT", "CLIP vision", "DINOv2", "BERT", "ModernBERT", "Whisper"],
+)  # fmt: skip
+def test_what_was_learned_comes_back(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """Also where transformers renames the tensors of a family when it saves them."""
+    model = make().eval()
+    where = "*encoder*self_attn*" if isinstance(model, WhisperModel) else None
+    patch(model, LEARNED, where=where)
+    with torch.no_grad():
+        for core in find_astrocytes(model).values():
+            core.hidden.key_weight.normal_()
+            core.hidden.query_weight.normal_()
+    model.save_pretrained(tmp_path)
+    again = astroattn.from_pretrained(tmp_path)
+    assert find_astrocytes(again).keys() == find_astrocytes(model).keys() != set()
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
