@@ -176,7 +176,7 @@ def _call(operator: Callable[..., Any], function: type[torch.autograd.Function])
 
 def _in_graph() -> bool:
     """Whether a graph is being made, of which an attention is one node: its steps depend on the numbers it is given."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 # `torch.library.custom_op` would bring the compiler, seconds of imports, into the first call of every process.
