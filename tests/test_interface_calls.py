@@ -259,3 +259,41 @@ def test_a_key_mask_is_the_hosts_own_mask_for_everything_else(host: str, causal:
     assert torch.equal(copy.deepcopy(mask).dense(), theirs)
     if host == "sdpa":
         assert torch.equal(~mask, ~theirs)
+
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "intermediate_size": 64, "vocab_size": 99}  # fmt: skip
+
+
+@pytest.mark.parametrize("host", ["sdpa", "eager"])
+def test_a_mask_that_a_model_hands_to_the_one_inside_it(host: str) -> None:
+    """PaliGemma makes the masks of its language model, which makes masks of what it is given; a dense one it takes."""
+    vision = PHOTO | {"model_type": "siglip_vision_model", "projection_dim": 32}
+    text = TEXT | {"model_type": "gemma"}
+    config = t.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=98, projection_dim=32)
+    config._attn_implementation = host
+    torch.manual_seed(0)
+    model = t.PaliGemmaModel(config).eval()
+    ids = torch.randint(5, 90, (2, 150), generator=torch.Generator().manual_seed(1))
+    ids[:, :64] = 98  # as many image tokens as patches
+    mask = torch.ones_like(ids)
+    mask[1, 140:] = 0
+    given = photos() | {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        expected = model(**given).last_hidden_state
+        report = patch(model, FULL)
+        output = model(**given).last_hidden_state
+    assert sum(row.name.startswith("language_model") for row in report.patched) == 2
+    real = mask.bool()
+    torch.testing.assert_close(output[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_puts_out_its_attention_weights_is_refused() -> None:
+    """BridgeTower does, asked or not; patched it would put out fewer tensors."""
+    vision = {"hidden_size": 64, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    config = t.BridgeTowerConfig(
+        hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64,
+        text_config=TEXT | {"hidden_size": 64}, vision_config=vision,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="attention weights, which no astrocyte forms"):
+        patch(t.BridgeTowerModel(config).eval(), FULL)

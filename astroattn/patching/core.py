@@ -206,7 +206,10 @@ def _probe(
     for each in fresh:
         _site(each).seen = []
     try:
-        changed = "changes" if probe.differ(expected, probe.run(model, inputs)) else None
+        outputs = probe.run(model, inputs)
+        changed = "changes" if probe.differ(expected, outputs) else None
+        if len(outputs) < len(expected):
+            changed = "lacks outputs (attention weights, which no astrocyte forms)"
     except Exception as error:
         changed = f"fails ({_line(error)})"
     if changed:

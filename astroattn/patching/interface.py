@@ -195,7 +195,10 @@ def attention(
         return output.transpose(1, 2)
 
     if hasattr(module, CORE):
-        output = attend(module, _read(module, query, key, value, attention_mask, host, arguments), run_host)
+        call = _read(module, query, key, value, attention_mask, host, arguments)
+        output = attend(module, call, run_host)
+        if getattr(module, RECORD).seen is not None and call.refusal is None:
+            weights = None  # the probe is to see what a model makes of having none
     else:
         output = run_host()
     return output.transpose(1, 2).contiguous(), weights

@@ -87,7 +87,7 @@ def attention_mask(
     kv_length: int,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | KeyMask | None = None,
     dtype: torch.dtype = torch.float32,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
@@ -97,6 +97,8 @@ def attention_mask(
 
     None under "sdpa" leaves it to the module's own `is_causal`, as it does for SDPA.
     """
+    if isinstance(attention_mask, KeyMask):
+        return attention_mask  # made by a model around this one; transformers takes a mask that is dense as it is
     q_length, q_offset, device = _queries(kwargs, kv_length)
     causal = mask_function is causal_mask_function and allow_is_causal_skip
     plain = causal or (mask_function is bidirectional_mask_function and allow_is_bidirectional_skip)
