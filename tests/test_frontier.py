@@ -106,7 +106,7 @@ def test_a_peer_answers_in_every_layer_and_leaves_the_model_as_it_was(monkeypatc
 
 
 def test_a_peer_refuses_padding_and_causal_masks() -> None:
-    stand = measuring.Stand(Peer(uniform, lambda n: []), {})
+    stand = measuring.Stand(Peer(uniform, lambda n: []), {}, 2, 4)
     inputs = torch.randn(3, 2, 2, 5, 4)
     mask = torch.ones(2, 5, dtype=torch.bool)
     assert stand(*inputs, key_mask=mask).shape == (2, 2, 5, 4)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention, autocast
 from astroattn.checks import DTYPES, LOST_WEIGHTS
+from astroattn.cost import covers
+from astroattn.ops.layout import plain
 
 if TYPE_CHECKING:
     from astroattn.patching.grid import PatchGrid
@@ -186,7 +188,7 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
     call.query, call.key, call.value = autocast(call.query, call.key, call.value)
     if call.grid is None and site.grid is not None and call.query.dim() == 4:
         call.grid = site.grid.of(call.query.shape[2])
-        if call.grid is None:
+        if call.grid is None and not all(covers(each, plain(call.key.shape[2]), None) for each in core.configs):
             site.count(NO_GRID, f"{site.name}: {NO_GRID}")
     refusal = call.refusal or _refusal(core, call)
     if refusal is not None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from astroattn import AstroConfig, patched
+from astroattn import AstroConfig, AstrocyteAttention, patched
 from astroattn.fidelity.calls import AttentionCall, CostMeter, find_astrocytes, read_call
 from astroattn.fidelity.passes import call as run_model
 from astroattn.patching import PatchReport
@@ -106,9 +106,9 @@ def _run_peer(
     """The same with a peer in the place of every astrocyte."""
     with patched(case.model, AstroConfig()):
         stands = []
-        for name in find_astrocytes(case.model):
+        for name, core in find_astrocytes(case.model).items():
             parent, _, attribute = name.rpartition(".")
-            stands.append(Stand(peer, budget))
+            stands.append(Stand(peer, budget, core.num_heads, core.head_dim))
             setattr(case.model.get_submodule(parent), attribute, stands[-1])
         found = _read(case, batches)
         for stand in stands:
@@ -116,15 +116,15 @@ def _run_peer(
         return found, mean(cost for stand in stands for cost in stand.costs), _time(case.model, calls)
 
 
-class Stand(nn.Module):
+class Stand(AstrocyteAttention):
     """Stands where an `AstrocyteAttention` stood, is called as that is, and lets a peer answer.
 
     Attributes:
         counting: while True, what every call costs over softmax's 2N is added to `costs`.
     """
 
-    def __init__(self, peer: Peer, budget: dict[str, int]) -> None:
-        super().__init__()
+    def __init__(self, peer: Peer, budget: dict[str, int], num_heads: int, head_dim: int) -> None:
+        super().__init__(num_heads, head_dim)
         self._peer, self._budget = peer, budget
         self.counting = True
         self.costs: list[float] = []
