@@ -20,6 +20,7 @@ from astroattn.plan import Plan
 LONGEST = ("max_target_positions", "max_position_embeddings")  # settings that bound the length of a causal sequence
 NOT_SELECTED = "not selected by where"
 NOT_PLANNED = "not in the plan"
+UNKNOWN_HEADS = "its heads cannot be counted without a forward on made-up input, and there was none"
 
 State = list[tuple[nn.Module, Site, AstrocyteAttention]]
 Configs = Mapping[str, AstroConfig | tuple[AstroConfig, ...]]  # of all heads, or of each, by the name of the module
@@ -160,6 +161,8 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
         _install(model, fresh, configs)
         if inputs is not None:
             reasons |= _probe(model, fresh, configs, inputs, expected)
+        else:
+            reasons |= {each.name: UNKNOWN_HEADS for each in fresh if _shape(each) is None}
         reasons |= {each.name: reason for each in fresh if (reason := _causal_refusal(each))}
         for each in fresh:
             if each.name in reasons:
@@ -219,7 +222,7 @@ def _install(model: nn.Module, fresh: list[Found], configs: Configs) -> None:
         if each.front_end.sees_patches(each.module) and (source := find_grid(modules, each.name)) is not None:
             grid = grids.setdefault(id(source[0]), PatchGrid(*source))
         config = configs[each.name]
-        shape = each.front_end.shape(each.module)
+        shape = _shape(each)
         if shape is None:  # the probe corrects it
             shape = (len(config) if isinstance(config, tuple) else 1, 1)
         site = each.front_end(each.name, type(each.module).__name__, grid)
@@ -252,6 +255,11 @@ def _has(module: nn.Module, config: AstroConfig | tuple[AstroConfig, ...]) -> bo
         return False
     core: AstrocyteAttention = getattr(module, CORE)
     return core.configs == (config if isinstance(config, tuple) else (config,) * core.num_heads)
+
+
+def _shape(each: Found) -> tuple[int, int] | None:
+    assert each.front_end is not None
+    return each.front_end.shape(each.module)
 
 
 def _site(each: Found) -> Site:
