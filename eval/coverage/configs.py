@@ -19,8 +19,19 @@ DEPTHS: Sizes = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers"), 2),
     **dict.fromkeys(("decoder_layers", "num_decoder_layers", "num_encoder_layers", "decoder_num_hidden_layers"), 2),
     **dict.fromkeys(("speech_encoder_layers", "t2u_encoder_layers", "t2u_decoder_layers", "num_attention_layers"), 2),
-    **dict.fromkeys(("vocab_size", "text_vocab_size", "src_vocab_size", "tgt_vocab_size"), VOCABULARY),
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "text_vocab_size",
+            "src_vocab_size",
+            "tgt_vocab_size",
+            "vocab_size_per_layer_input",
+            "entity_vocab_size",
+        ),
+        VOCABULARY,
+    ),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_source_positions"), 256),
+    "num_kv_shared_layers": 0,
     **dict.fromkeys(("max_target_positions", "context_length"), 256),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
@@ -39,13 +50,26 @@ WIDTHS: Sizes = {
     **dict.fromkeys(("ffn_dim", "d_ff", "shared_expert_intermediate_size", "decoder_intermediate_size"), 64),
     **dict.fromkeys(("n_inner", "hidden_dim", "dim_feedforward", "encoder_feedforward_dim"), 64),
     "embed_dim": 96,
+    "num_queries": 10,
+    "output_channels": 64,
+    "hidden_size_per_layer_input": 16,
     "rotary_dim": 8,
     **dict.fromkeys(("mamba_d_state", "mamba_chunk_size"), 16),
 }
 IMAGES: Sizes = {"image_size": 52, "patch_size": 4}  # an odd number of patches
 # None by default, which builds no model
-NEEDED = ("vocab_size", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "n_group", "topk_group")
+NEEDED = (
+    "vocab_size",
+    "num_experts_per_tok",
+    "n_routed_experts",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
+    "head_dim",
+    "num_key_value_heads",
+)
 TOKEN = re.compile(r"token_(id|index)$")
+IMAGE_TOKEN = ("image_token_id", "image_token_index")
 FULL_LAYER = "full_attention"
 SECTIONS = re.compile("vl|glm|omni|qwen|ernie|cosmos|ocr")  # in the names of types that may have them
 
@@ -63,10 +87,17 @@ SPECIAL: dict[str, Sizes] = {
         **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank", "swa_head_dim"), 32),
         **dict.fromkeys(("swa_qk_nope_head_dim", "swa_v_head_dim"), 16),
     },
-    "glm5_next_text": {"qk_rope_head_dim": 0},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "num_hidden_layers": 4},
+    "sam2_hiera_det_model": {"hidden_size": 96, "image_size": [128, 128]},
+    "sam_vision_model": {"num_pos_feats": 32},
+    "sam_hq_vision_model": {"num_pos_feats": 32},
+    "sam2_prompt_encoder": {"image_size": 128, "patch_size": 16},
+    "sam2_vision_model": {"fpn_hidden_size": 64, "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
     "cosmos3_edge_text": {"head_dim": 128},
     "hy_v4_vl_text": {"qk_rope_head_dim": 64},
-    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "alpha": 1.0}},
+    "beit": {"use_relative_position_bias": True},  # as the pretrained ones
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "autoformer": SERIES,
@@ -78,6 +109,7 @@ SPECIAL: dict[str, Sizes] = {
     },
     "esm": {"pad_token_id": 1},
     "chameleon": {"vocabulary_map": {"<image>": 150}},
+    "emu3": {"vocabulary_map": {"<image>": 150}},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
 }
 
@@ -114,9 +146,11 @@ def _shrink(cls: type[PreTrainedConfig], sizes: Sizes) -> PreTrainedConfig:
             given[name] = sizes[name]
         elif name == "depths" and isinstance(default, (list, tuple)):
             given[name] = [1] * len(default)
+        elif name == "image_size" and name in sizes and isinstance(default, (list, tuple)):
+            given[name] = [sizes[name]] * len(default)
         elif name == "conv_dim" and isinstance(default, (list, tuple)) and "hidden_size" in sizes:
             given[name] = [32] * len(default)
-        elif TOKEN.search(name) and type(default) is int and default >= VOCABULARY - 40:
+        elif name in IMAGE_TOKEN or (TOKEN.search(name) and type(default) is int and default >= VOCABULARY - 40):
             token -= 1
             given[name] = token
     if "kv_lora_rank" in given:  # latent attention has keys for every head

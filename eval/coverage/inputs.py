@@ -127,7 +127,8 @@ def _settings(config: Any) -> Iterator[tuple[str, Any]]:
 
 def _text(config: Any, names: set[str]) -> Inputs:
     longest = find(config, "max_position_embeddings")
-    ids = _ids(config, min(TOKENS, longest - 3) if isinstance(longest, int) else TOKENS)
+    bounded = isinstance(longest, int) and longest > 3  # -1 means that there is no bound
+    ids = _ids(config, min(TOKENS, longest - 3) if bounded else TOKENS)
     if "attention_mask" not in names:
         return Inputs({"input_ids": ids})
     real = torch.ones_like(ids, dtype=torch.bool)
@@ -164,16 +165,14 @@ def _images(config: Any, names: set[str]) -> Iterator[Arguments]:
     extra: Arguments = {}
     if "image_sizes" in names:
         extra["image_sizes"] = torch.tensor([[height, width]] * 2)
-    grid = torch.tensor([[1, SIDE, SIDE]] * 2)
-    if "image_grid_thw" in names:
+    for name in [each for each in ("image_grid_thw", "grid_thw") if each in names]:
+        more: Arguments = {name: torch.tensor([[1, SIDE, SIDE]] * 2)}
+        if "merge_sizes" in names:
+            more["merge_sizes"] = torch.ones(2, dtype=torch.long)
         temporal = find(config, "temporal_patch_size") or 1
-        for size in dict.fromkeys((flat * temporal, flat)):
-            yield {"pixel_values": noise(2 * SIDE**2, size), "image_grid_thw": grid}
-    if "grid_thw" in names:
-        temporal = find(config, "temporal_patch_size") or 1
-        for size in dict.fromkeys((flat * temporal, flat)):
-            more = {"merge_sizes": torch.ones(2, dtype=torch.long)} if "merge_sizes" in names else {}
-            yield {"pixel_values": noise(2 * SIDE**2, size), "grid_thw": grid} | more
+        for size in dict.fromkeys((flat * temporal, flat, 2 * flat)):
+            yield {"pixel_values": noise(2 * SIDE**2, size)} | more
+        yield {"pixel_values": noise(2 * SIDE**2, channels, patch, patch)} | more
     if frames:
         yield {"pixel_values": noise(2, frames, channels, height, width)} | extra
     if {"pixel_attention_mask", "spatial_shapes"} <= names:
@@ -200,7 +199,7 @@ def _patches(config: Any, names: set[str]) -> Iterator[Arguments]:
 
 
 def _videos(config: Any, names: set[str]) -> Iterator[Arguments]:
-    if "input_ids" in names:
+    if "pixel_values" in names:
         return
     height, width = _side(config)
     for frames in dict.fromkeys((find(config, "num_frames", "frames_per_clip") or 4, 4)):
@@ -211,7 +210,7 @@ def _features(config: Any, names: set[str]) -> Iterator[Arguments]:
     bins = find(config, "num_mel_bins", "feature_projection_input_dim", "input_feat_size", "feature_size", "input_dim")
     frames = find(config, "max_source_positions")
     length = 2 * frames if isinstance(frames, int) else 4 * TOKENS
-    for size in dict.fromkeys(each for each in (bins, find(config, "hidden_size"), 80, 128, 160) if each):
+    for size in dict.fromkeys(each for each in (bins, find(config, "hidden_size"), 80, 128, 160, 320) if each):
         yield {"input_features": noise(2, size, length)}
         yield {"input_features": noise(2, length, size)}
         yield {"input_features": noise(2, 1, length, size)}
@@ -263,6 +262,7 @@ WELCOME: dict[str, Callable[[Any], Tensor]] = {  # given where the model takes t
     "bbox": lambda config: torch.zeros(2, TOKENS, 4, dtype=torch.long),
 }
 OTHERS: dict[str, Callable[[Any], Tensor]] = {  # given where the model needs them
+    "qformer_input_ids": lambda config: _ids(config, DECODER_TOKENS),
     "query_embeds": lambda config: noise(2, 8, find(config, "hidden_size")),
     "inputs_embeds": lambda config: noise(2, TOKENS, find(config, "hidden_size", "d_model")),
 }
