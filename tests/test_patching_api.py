@@ -20,6 +20,7 @@ from torch import nn
 import astroattn.patching.core as core_module
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
+from astroattn.patching.sdpa import SdpaSite
 
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
 STATIC = replace(SHORT, hidden="random")
@@ -336,15 +337,18 @@ def test_the_probe_changes_no_state() -> None:
     assert [module.training for module in model.modules()] == flags
 
 
+class Wrapper(nn.Module):
+    """A ViT that no input can be made up for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = build(ALL["timm vit"])
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return self.body(first + second)
+
+
 def test_a_model_without_made_up_input_is_patched_unprobed() -> None:
-    class Wrapper(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = build(ALL["timm vit"])
-
-        def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-            return self.body(first + second)
-
     model = Wrapper()
     before = model(image(), image())
     report = patch(model, replace(SHORT, near=100_000))
@@ -354,6 +358,16 @@ def test_a_model_without_made_up_input_is_patched_unprobed() -> None:
     patch(model, SHORT)
     assert not torch.allclose(model(image(), image()), before)
     assert fallbacks(model) == {}
+
+
+def test_heads_that_nobody_can_count_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SdpaSite, "shape", classmethod(lambda cls, module: None))
+    model = Wrapper()
+    before = model(image(), image())
+    with pytest.raises(ValueError, match="its heads cannot be counted without a forward on made-up input"):
+        patch(model, SHORT)
+    assert torch.equal(model(image(), image()), before)
+    assert [row.heads for row in patch(model.body, SHORT).patched] == [4, 4]  # the probe has seen them
 
 
 def test_import_needs_neither_transformers_nor_timm() -> None:

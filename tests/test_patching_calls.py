@@ -226,6 +226,20 @@ def test_t5_position_bias_stays_exact() -> None:
         patch(t.T5Model(config).eval(), STATIC)
 
 
+@pytest.mark.skipif(
+    not hasattr(t, "Dots3NoteTextConfig"), reason="this transformers has no config that varies by layer"
+)
+def test_a_config_that_varies_by_layer_can_be_read() -> None:
+    every = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
+    every |= {"qk_nope_head_dim": 8, "v_head_dim": 8}
+    windows = {f"swa_{name}": value for name, value in every.items()} | {"swa_head_dim": 24}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "vocab_size": 99}
+    shape |= {"num_hidden_layers": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    config = t.Dots3NoteTextConfig(**shape, **every, **windows, qk_rope_head_dim=8, head_dim=8, pad_token_id=0)
+    with pytest.raises(ValueError, match="sliding window"):
+        patch(t.Dots3NoteTextModel(config).eval(), STATIC)
+
+
 def test_attention_weights_are_refused() -> None:
     for name in ("bert", "gpt2"):
         model = build(ALL[name])

@@ -23,6 +23,7 @@ from astroattn.plan import Plan
 LONGEST = ("max_target_positions", "max_position_embeddings")  # settings that bound the length of a causal sequence
 NOT_SELECTED = "not selected by where"
 NOT_PLANNED = "not in the plan"
+UNKNOWN_HEADS = "its heads cannot be counted without a forward on made-up input, and there was none"
 
 State = list[tuple[nn.Module, Site, AstrocyteAttention]]
 Configs = Mapping[str, AstroConfig | tuple[AstroConfig, ...]]  # of all heads, or of each, by the name of the module
@@ -173,6 +174,8 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
         _install(model, fresh, configs, grids)
         if inputs is not None:
             reasons |= _probe(model, fresh, configs, inputs, expected)
+        else:
+            reasons |= {each.name: UNKNOWN_HEADS for each in fresh if _shape(each) is None}
         reasons |= {each.name: reason for each in fresh if (reason := _causal_refusal(each))}
         for each in fresh:
             if each.name in reasons:
@@ -230,7 +233,7 @@ def _install(model: nn.Module, fresh: list[Found], configs: Configs, grids: dict
     for each in fresh:
         assert each.front_end is not None
         config = configs[each.name]
-        shape = each.front_end.shape(each.module)
+        shape = _shape(each)
         if shape is None:  # the probe corrects it
             shape = (len(config) if isinstance(config, tuple) else 1, 1)
         site = each.front_end(each.name, type(each.module).__name__, grids.get(each.name))
@@ -272,6 +275,11 @@ def _has(module: nn.Module, config: AstroConfig | tuple[AstroConfig, ...]) -> bo
         return False
     core: AstrocyteAttention = getattr(module, CORE)
     return core.configs == (config if isinstance(config, tuple) else (config,) * core.num_heads)
+
+
+def _shape(each: Found) -> tuple[int, int] | None:
+    assert each.front_end is not None
+    return each.front_end.shape(each.module)
 
 
 def _site(each: Found) -> Site:

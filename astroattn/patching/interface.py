@@ -278,7 +278,11 @@ def _first(owners: tuple[Any, ...], *names: str) -> Any:
     """The first attribute of that kind that is an integer."""
     for owner in owners:
         for name in names:
-            if isinstance(value := getattr(owner, name, None), int):
+            try:
+                value = getattr(owner, name, None)
+            except RuntimeError:  # a config that has another value for every layer
+                continue
+            if isinstance(value, int):
                 return value
     return None
 

@@ -1,0 +1,246 @@
+"""What patching does to one model, and whether that is what its report says."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from astroattn import AstroConfig
+from astroattn.attention import AstrocyteAttention
+from astroattn.cost import covers
+from astroattn.patching import PatchReport, fallbacks, patch, probe, unpatch
+from astroattn.patching.survey import survey
+from eval.coverage.inputs import Inputs
+from eval.coverage.subjects import CannotRun, Subject, describe, subjects
+
+Row = dict[str, Any]
+
+FULL = AstroConfig(hidden="random", near=4096, exact_keys=0)  # softmax attention, by construction
+STATIC = AstroConfig(hidden="random", near=0, exact_keys=0, num_hidden=8)
+DEFAULT = AstroConfig()
+
+ROUNDING = 1e-4  # of the largest output
+OTHER_ATTENTION = ("cross attention", "one query", "keys of another length")  # no self-attention of a sequence
+
+
+class Status(StrEnum):
+    """What became of a model, the worst last but one."""
+
+    EQUAL = "equal"
+    IN_PART = "in part"
+    REFUSED = "refused"
+    CRASHED = "crashed"
+    DIFFERENT = "silently different"
+    NO_ATTENTION = "no attention"
+    NOT_RUN = "could not be built or run"
+
+
+class Different(Exception):
+    """The model does not do what the report of the patch says; the message says how.
+
+    Attributes:
+        difference: with the full near field, where that is what is wrong.
+    """
+
+    def __init__(self, message: str, difference: float | None = None) -> None:
+        super().__init__(message)
+        self.difference = difference
+
+
+def examine(subject: Subject) -> Row:
+    """Patch and unpatch the model with three configs.
+
+    Returns a row of "library", "type", "class", "status" and "reasons" (why modules stay exact or calls were left to
+    the model's own attention, each once; what went wrong), "patched" and "total" (self-attention modules), and
+    "difference", the largest with the full near field over the largest output (None where it was not measured).
+    """
+    row = make_row(subject)
+    try:
+        model, inputs = subject.build()
+    except CannotRun as error:
+        return row | {"reasons": [str(error)]}
+    except Exception as error:  # whatever a class raises on a config that does not suit it
+        return row | {"reasons": [f"not built: {describe(error)}"]}
+    row["class"] = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return row | examine_model(model, inputs)
+
+
+def examine_at(index: int) -> Row:
+    """The row of one subject, in a process of its own."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    return examine(subjects()[index])
+
+
+def make_row(subject: Subject) -> Row:
+    """The row of a subject of which nothing is known yet."""
+    row: Row = {"library": subject.library, "type": subject.type, "class": "", "status": Status.NOT_RUN}
+    return row | {"reasons": [], "patched": 0, "total": 0, "difference": None}
+
+
+def examine_model(model: nn.Module, inputs: Inputs) -> Row:
+    """The part of a row that depends on the model alone."""
+    found = survey(model)
+    if not found:
+        return {"status": Status.NO_ATTENTION, "reasons": ["no attention module is recognised"]}
+    before = _Answers(model, inputs)
+    if not before.repeats:
+        return {"status": Status.NOT_RUN, "reasons": ["two runs of the original differ"]}
+    row: Row = {}
+    step = "full near field"
+    try:
+        try:
+            report = patch(model, FULL)
+        except ValueError as error:
+            if "none of the selected" not in str(error):
+                raise
+            before.require_same(model)
+            reasons = _reasons_in(str(error))
+            mine = [each for each in reasons if not each.startswith(OTHER_ATTENTION)]
+            return {"status": Status.REFUSED, "reasons": _once(mine or reasons), "total": len(mine) or len(reasons)}
+        row = _summarise(report)
+        row["difference"] = _check_full(model, before)
+        row["reasons"] = _once([*row["reasons"], *_left(model)])
+        for name, config in (("static layer", STATIC), ("default config", DEFAULT)):
+            step = name
+            _check_changed(model, before, config)
+        step = "unpatch"
+        before.require_same(model)
+    except Different as error:
+        row |= {"difference": error.difference} if error.difference is not None else {}
+        return row | {"status": Status.DIFFERENT, "reasons": [f"{step}: {error}"]}
+    except Exception as error:
+        return row | {"status": Status.CRASHED, "reasons": [f"{step}: {describe(error)}"]}
+    return row | {"status": Status.IN_PART if row["reasons"] else Status.EQUAL}
+
+
+class _Answers:
+    """What the original puts out, and whether it keeps real tokens apart from padding."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.outputs = probe.run(model, inputs.arguments)
+        self.keys = list(model.state_dict())
+        self.repeats = _same(self.outputs, probe.run(model, inputs.arguments))
+        self.other = inputs.with_other_padding() if inputs.real is not None and inputs.padded else None
+        self.keeps_padding_apart = self.other is not None and self.spread(model, self.outputs) < ROUNDING
+
+    def difference(self, outputs: list[Tensor]) -> float:
+        """Largest difference at real tokens, over the largest value of that output."""
+        return self._largest(outputs, self.outputs, 1.0)
+
+    def spread(self, model: nn.Module, outputs: list[Tensor]) -> float:
+        """How far other tokens in the place of the padding change the outputs at real tokens."""
+        assert self.other is not None
+        return self._largest(probe.run(model, self.other.arguments), outputs, 0.4)
+
+    def _largest(self, outputs: list[Tensor], expected: list[Tensor], share: float) -> float:
+        pairs = zip(outputs, expected, strict=True)
+        return max(_difference(*(self._real(each, share) for each in pair)) for pair in pairs)
+
+    def _real(self, output: Tensor, share: float) -> Tensor:
+        """An output at real tokens: by the mask, or the first share where it has another length (frames of a sound)."""
+        real = self.inputs.real
+        if real is None or output.dim() < 2 or output.shape[0] != real.shape[0]:
+            return output
+        if output.shape[1] == real.shape[1]:
+            return output[real]
+        return output[:, : math.ceil(share * output.shape[1])] if output.dim() > 2 else output
+
+    def require_same(self, model: nn.Module) -> None:
+        """Raise Different unless the model, without astrocytes, is bit for bit what it was."""
+        unpatch(model)
+        if list(model.state_dict()) != self.keys:
+            raise Different("the keys of the state dict are not what they were")
+        if not _same(self.outputs, probe.run(model, self.inputs.arguments)):
+            raise Different("the outputs are not bit for bit what they were")
+
+
+def _check_full(model: nn.Module, before: _Answers) -> float:
+    """Return the largest difference of a model with softmax attention throughout; raise Different where it is none."""
+    outputs = probe.run(model, before.inputs.arguments)
+    if len(outputs) != len(before.outputs):
+        raise Different(f"{len(outputs)} tensors come out, and {len(before.outputs)} of the original")
+    difference = before.difference(outputs)
+    if not difference < ROUNDING:
+        raise Different(f"the outputs differ by {difference:.1e}", difference)
+    return difference
+
+
+def _check_changed(model: nn.Module, before: _Answers, config: AstroConfig) -> None:
+    """Patch with a config that is not softmax; raise Different unless the outputs are finite, changed where astrocytes
+    answered, and the same whatever the padding holds."""
+    unpatch(model)
+    try:
+        patch(model, config)
+    except ValueError as error:
+        if "none of the selected" in str(error):
+            return  # said, and why: a causal model needs a static layer
+        raise
+    approximate: list[int] = []
+
+    def watch(core: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(core, AstrocyteAttention)
+        tokens = (args[1] if len(args) > 1 else kwargs["key"]).shape[2]
+        if not all(covers(each, tokens, kwargs.get("grid")) for each in core.configs):
+            approximate.append(tokens)
+
+    cores = [each for each in model.modules() if isinstance(each, AstrocyteAttention)]
+    handles = [core.register_forward_pre_hook(watch, with_kwargs=True) for core in cores]
+    try:
+        outputs = probe.run(model, before.inputs.arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not all(each.isfinite().all() for each in outputs):
+        raise Different("NaN or infinity comes out")
+    if approximate and before.difference(outputs) == 0:
+        raise Different("the astrocytes answer, and nothing changes")
+    if before.keeps_padding_apart and (spread := before.spread(model, outputs)) > ROUNDING:
+        raise Different(f"padding changes the outputs at real tokens by {spread:.1e}")
+
+
+def _summarise(report: PatchReport) -> Row:
+    own = [each for each in report.rows if not each.reason.startswith(OTHER_ATTENTION)]
+    reasons = [each.reason for each in own if each.status == "exact"]
+    return {"patched": len(report.patched), "total": len(own), "reasons": _once(reasons)}
+
+
+def _left(model: nn.Module) -> list[str]:
+    """What calls were left to the model's own attention for."""
+    reasons = [reason for counts in fallbacks(model).values() for reason in counts]
+    return [f"{reason} (in some calls)" for reason in reasons]
+
+
+def _reasons_in(text: str) -> list[str]:
+    """The column of reasons in the table of a report."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("#"))
+    column = lines[start].index("why")
+    return [line[column:] for line in lines[start + 2 :] if not line.startswith("probe:")]
+
+
+def _once(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    if one.numel() == 0:
+        return 0.0
+    error = (one - other).double().abs().max() / other.double().abs().max().clamp_min(1e-12)
+    return float(error) if error.isfinite() else float("inf")
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
