@@ -23,7 +23,7 @@ from transformers import (
 
 import astroattn
 from astroattn import AstroConfig, AstrocyteAttention, Plan
-from astroattn.calibration import calibrate, default_menu, effects, verifying
+from astroattn.calibration import calibrate, default_menu, effects, planning, verifying
 from astroattn.calibration.choice import Choice
 from astroattn.calibration.items import split
 from astroattn.config import MIXABLE
@@ -215,6 +215,23 @@ def test_recordings_are_compared_frame_by_frame() -> None:
     assert plan.promise is not None
     assert plan.promise.metric == "cosine"
     assert 0.5 < plan.promise.value < 1
+
+
+def test_the_plan_for_a_tolerance_is_one_whose_cheaper_neighbour_keeps_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cheapest of all that keep it was picked by its luck on the items it was tried on."""
+    kept = {}
+
+    def verify(self: planning._Maker, chosen: Any, title: str) -> Any:
+        promise = original(self, chosen, title)
+        kept[round(self._choice.cost(chosen), 9)] = promise.kept
+        return promise
+
+    original = planning._Maker._verify
+    monkeypatch.setattr(planning._Maker, "_verify", verify)
+    plan = plan_for(make_bert(), make_batches(64), tolerance=0.8)
+    assert plan.cost is not None
+    assert plan.cost < 1
+    assert sorted(cost for cost, keeps in kept.items() if keeps).index(round(plan.cost, 9)) == 1
 
 
 def test_a_promise_that_only_the_original_keeps_is_said_to_be_one() -> None:

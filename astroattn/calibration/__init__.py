@@ -39,9 +39,9 @@ def calibrate(
     logits, else the unit embedding, else the last hidden states). The plan has the least sum of these effects plus
     lambda times cost. All other items verify: the model as a whole, patched by the plan, beside the original.
 
-    With `tolerance` plans of several costs are verified, and the cheapest is kept whose bound, of 90 % confidence, is
-    within it; as they are tried on the same items, the bound is a little less sure than one of a single trial. Exact
-    attention everywhere always is within. With `cost` there is one plan, and the promise says what was
+    With `tolerance` plans of several costs are verified, and that is taken whose bound, of 90 % confidence, is within
+    it, and whose next cheaper neighbour's is: the cheapest of all that are within it owes that to luck on these items.
+    Exact attention everywhere always is within. With `cost` there is one plan, and the promise says what was
     measured. On the same machine a seed gives the same plan.
 
     Args:

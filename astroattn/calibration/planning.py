@@ -169,21 +169,32 @@ class _Maker:
         return self._plan(chosen, self._verify(chosen, "verifying"))
 
     def for_tolerance(self) -> Plan:
-        """The cheapest plan that keeps the tolerance, of `BUDGETS` costs."""
+        """The cheapest plan that keeps the tolerance together with the next cheaper one, of `BUDGETS` costs.
+
+        The cheapest that keeps it was picked on the verifying items as the luckiest of all that were tried.
+        """
         least = min(self._choice.least, 1.0)
         budgets = [least ** (1 - step / BUDGETS) for step in range(BUDGETS)]
-        broken, kept = -1, BUDGETS  # indices: the dearest that does not keep it, the cheapest that does
-        best = self._exact()
         tried: dict[bytes, tuple[Array, Promise]] = {}
+
+        def keeps(step: int) -> bool:
+            chosen = self._choice.within(budgets[step])
+            if chosen.tobytes() not in tried:
+                tried[chosen.tobytes()] = chosen, self._verify(chosen, f"verifying a cost of {budgets[step]:.0%}")
+            return bool(tried[chosen.tobytes()][1].kept)
+
+        broken, kept = -1, BUDGETS  # indices: the dearest that does not keep it, the cheapest that does
         while kept - broken > 1:
             middle = (broken + kept) // 2
-            chosen = self._choice.within(budgets[middle])
-            if chosen.tobytes() not in tried:
-                tried[chosen.tobytes()] = chosen, self._verify(chosen, f"verifying a cost of {budgets[middle]:.0%}")
-            if tried[chosen.tobytes()][1].kept:
-                kept, best = middle, chosen
+            if keeps(middle):
+                kept = middle
             else:
                 broken = middle
+        # another plan, for several costs may give the same
+        cheapest = None if kept == BUDGETS else self._choice.within(budgets[kept]).tobytes()
+        dearer = (s for s in range(kept + 1, BUDGETS) if self._choice.within(budgets[s]).tobytes() != cheapest)
+        taken = next((step for step in dearer if keeps(step)), BUDGETS)
+        best = self._exact() if taken == BUDGETS else self._choice.within(budgets[taken])
         _, promise = tried.get(best.tobytes(), (best, self._verifier.certain()))
         failed = [each for each in tried.values() if not each[1].kept]
         notes = [
@@ -191,7 +202,7 @@ class _Maker:
             f"{'at most' if self._falling else 'at least'} {self._bound(promise):.4f}"
             for chosen, promise in failed[-1:]
         ]
-        if kept == BUDGETS:
+        if taken == BUDGETS:
             notes.insert(0, "only exact attention keeps this tolerance, so the plan saves nothing")
         return self._plan(best, promise, notes)
 
