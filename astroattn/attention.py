@@ -12,6 +12,7 @@ from astroattn.checks import (
     NEEDS_SELF_ATTENTION,
     check_call,
     check_grid,
+    check_memory,
     check_size,
     check_state,
     reads_any_queries,
@@ -22,6 +23,7 @@ from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
 from astroattn.ops.layout import plain
 from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
+from astroattn.ops.streaming import Memory, empty_memory, stream
 
 
 class AstrocyteAttention(nn.Module):
@@ -119,6 +121,11 @@ class AstrocyteAttention(nn.Module):
         """
         return self._attend(query, key, value, key_mask, causal, scale, grid, False)[0]
 
+    @property
+    def shares_keys(self) -> bool:
+        """Whether several query heads may read the same key head: a streaming memory belongs to a key head."""
+        return self.configs[0].hidden == "streaming"
+
     def with_normaliser(
         self,
         query: Tensor,
@@ -141,18 +148,20 @@ class AstrocyteAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        state: CausalState | None = None,
+        state: CausalState | Memory | None = None,
         *,
         key_mask: Tensor | None = None,
         scale: float | None = None,
-    ) -> tuple[Tensor, CausalState]:
+    ) -> tuple[Tensor, CausalState | Memory]:
         """Causal attention of the next tokens: to themselves, and to all earlier ones through a state of fixed size.
 
         Whatever the tokens are cut into, the outputs are those of `forward(causal=True)` over all of them; but where
-        padding comes between real tokens of different calls, it takes places in the near field.
+        padding comes between real tokens of different calls, it takes places in the near field of a static layer. A
+        streaming memory knows no padding.
 
         Args:
-            query, key, value: the new tokens [B, H, N, D], [B, H, N, D], [B, H, N, Dv], one or more.
+            query, key, value: the new tokens [B, H, N, D], [B, H, N, D], [B, H, N, Dv], one or more; to a streaming
+                memory keys and values may have fewer heads, each read by as many query heads in turn.
             state: what the call before has returned, which is used up by that; None: these are the first tokens.
             key_mask, scale: as in `forward`.
 
@@ -164,17 +173,21 @@ class AstrocyteAttention(nn.Module):
         """
         query, key, value = autocast(query, key, value)
         reason = "it is set to exact" if self.exact else self.refusal(causal=True)
-        if reason is None and self.hidden is None:
+        if reason is None and self.hidden is None and not self.shares_keys:
             reason = "it is softmax attention"
         if reason is not None:
             raise ValueError(f"decode: this module has no causal state; {reason}")
         check_call(self, query, key, value, key_mask, True, scale, None)
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"query: {query.shape[2]} tokens; key has {key.shape[2]}")
-        assert self.hidden is not None
         scale = self.head_dim**-0.5 if scale is None else float(scale)
+        if self.shares_keys:
+            memory = check_memory(self, state, query, key, value)
+            out, _, memory = self._stream(query, key, value, key_mask, scale, memory)
+            return out, memory
+        assert self.hidden is not None
         query, key, weight, phase = self.hidden(query, key)
-        check_state(self, state, query, value)
+        before = check_state(self, state, query, value)
         order = None
         if key_mask is not None:
             order, key_mask = _sort(key_mask)
@@ -185,7 +198,7 @@ class AstrocyteAttention(nn.Module):
             near=self.configs[0].near,
             scale=scale,
             key_mask=key_mask,
-            state=state,
+            state=before,
             backend=self.configs[0].backend,
         )
         if order is not None and key_mask is not None:
@@ -196,6 +209,11 @@ class AstrocyteAttention(nn.Module):
         """Why this module cannot serve such attention, at every length or at that one, or None."""
         if num_keys is not None and self.exact:
             return None
+        if self.shares_keys:
+            if not causal:
+                return "a streaming memory (hidden='streaming') is for causal attention"
+            fits = num_queries == num_keys or covers(self.configs[0], num_keys or 0, None)
+            return None if fits else "a streaming memory reads each token when it comes: as many queries as keys"
         if not causal:
             if num_queries == num_keys or all(reads_any_queries(config) for config, _ in self._groups):
                 return None
@@ -293,9 +311,36 @@ class AstrocyteAttention(nn.Module):
             return self._bidirectional(config, query, key, value, key_mask, scale, grid)
         return self._causal(config, query, key, value, key_mask, scale)
 
+    def _stream(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        memory: Memory | None,
+    ) -> tuple[Tensor, Tensor, Memory]:
+        config, heads, dtype = self.configs[0], key.shape[1], query.dtype
+        work = torch.promote_types(dtype, torch.float32)
+        query, key, value = query.to(work) * scale, key.to(work), value.to(work)
+        order = lengths = None
+        if key_mask is not None and not bool(key_mask.all()):
+            order, lengths = _sort(~key_mask)[0], key_mask.sum(1).cpu()
+            query, key, value = (_in_order(x, order) for x in (query, key, value))
+        query = query.unflatten(1, (heads, -1))
+        memory = empty_memory(query, key, value) if memory is None else memory
+        out, log_p, memory = stream(query, key, value, memory, config.entries, config.near, lengths)
+        out, log_p = out.flatten(1, 2).to(dtype), log_p.flatten(1, 2)
+        if order is not None:
+            back = order.argsort(dim=1)
+            out, log_p = _in_order(out, back), _in_order(log_p, back)
+        return out, log_p, memory
+
     def _causal(
         self, config: AstroConfig, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
+        if self.shares_keys:
+            return self._stream(query, key, value, key_mask, scale, None)[:2]
         assert self.hidden is not None
         query, key, weight, phase = self.hidden(query, key)
         num_queries, num_keys = query.shape[2], key.shape[2]
@@ -394,7 +439,7 @@ def _causal_refusal(config: AstroConfig) -> str | None:
     if config.hidden == "exact":
         return None
     if config.hidden not in STATIC:
-        return "causal attention needs a static hidden layer (hidden='random' or 'learned')"
+        return "causal attention needs a streaming memory or a static layer (hidden='streaming', 'random' or 'learned')"
     if config.exact_keys:
         return "causal attention cannot choose exact keys by content (exact_keys=0)"
     if config.exact_queries:
@@ -413,6 +458,8 @@ def _softmax_attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention by SDPA; the log of the normaliser only where it is asked for (else empty)."""
     num_queries, num_keys = query.shape[2], key.shape[2]
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     mask = None if key_mask is None else key_mask[:, None, None]
     if causal and (mask is not None or num_queries != num_keys):
         seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril(num_keys - num_queries)

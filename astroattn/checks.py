@@ -10,6 +10,7 @@ from torch import Tensor
 
 from astroattn.config import is_tiled
 from astroattn.ops.causal import CausalState
+from astroattn.ops.streaming import Memory
 
 if TYPE_CHECKING:
     from astroattn.attention import AstrocyteAttention
@@ -45,7 +46,9 @@ def check_call(
     """Raise TypeError or ValueError with the argument's name, what came and what is allowed."""
     check_traceable(query)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, tensor, query, module.num_heads)
+        _check_tensor(name, tensor, query, module.num_heads, module.shares_keys and name != "query")
+    if key.shape[1] != value.shape[1]:
+        raise ValueError(f"value: {value.shape[1]} heads; key has {key.shape[1]}")
     for name, tensor in (("query", query), ("key", key)):
         if tensor.shape[3] != module.head_dim:
             raise ValueError(f"{name}: head dimension {tensor.shape[3]}; this module has head_dim={module.head_dim}")
@@ -82,10 +85,34 @@ def check_call(
         raise ValueError(f"query: on {query.device}; {LOST_WEIGHTS}")
 
 
-def check_state(module: AstrocyteAttention, state: CausalState | None, query: Tensor, value: Tensor) -> None:
-    """Raise TypeError or ValueError for a state that is none, or of another module, batch or value dimension."""
+def check_memory(module: AstrocyteAttention, state: object, query: Tensor, key: Tensor, value: Tensor) -> Memory | None:
+    """The state; TypeError or ValueError for one that is none, or of another module, batch, dimension or device."""
     if state is None:
-        return
+        return None
+    if not isinstance(state, Memory):
+        raise TypeError(f"state: {type(state).__name__}; expected what decode has returned, or None")
+    batch, heads, most = key.shape[0], key.shape[1], module.configs[0].entries
+    width, groups = state.key.shape[2], query.shape[1] // heads
+    expected = {
+        "key": (batch, heads, width, key.shape[3]),
+        "value": (batch, heads, width, value.shape[3]),
+        "log_weight": (batch, heads, width, groups),
+        "counts": (batch, 3),
+    }
+    for name, shape in expected.items():
+        if (came := tuple(getattr(state, name).shape)) != shape:
+            raise ValueError(f"state: {name} of shape {came}; these tokens and this module need {shape}")
+    if width > most:
+        raise ValueError(f"state: {width} entries; this module has entries={most}")
+    if state.key.device != key.device:
+        raise ValueError(f"state: on {state.key.device}; key is on {key.device}")
+    return state
+
+
+def check_state(module: AstrocyteAttention, state: object, query: Tensor, value: Tensor) -> CausalState | None:
+    """The state; TypeError or ValueError for one that is none, or of another module, batch or value dimension."""
+    if state is None:
+        return None
     if not isinstance(state, CausalState):
         raise TypeError(f"state: {type(state).__name__}; expected what decode has returned, or None")
     config, shape = module.configs[0], tuple(query.shape[:2])  # heads with a hidden layer share one config
@@ -97,9 +124,10 @@ def check_state(module: AstrocyteAttention, state: CausalState | None, query: Te
         came = tuple(getattr(state, name).shape)
         if came != shape:
             raise ValueError(f"state: {name} of shape {came}; these tokens and this module need {shape}")
+    return state
 
 
-def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int) -> None:
+def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int, shared: bool) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {type(tensor).__name__}; expected a tensor [B, H, N, D]")
     if tensor.dtype not in DTYPES:
@@ -108,7 +136,9 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int) -> N
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}; expected [B, H, N, D]")
     if tensor.dtype != query.dtype or tensor.device != query.device:
         raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}; query is {query.dtype} on {query.device}")
-    if tensor.shape[1] != num_heads:
+    if shared and (tensor.shape[1] == 0 or num_heads % tensor.shape[1]):
+        raise ValueError(f"{name}: {tensor.shape[1]} heads; the module's num_heads={num_heads} must be a multiple")
+    if not shared and tensor.shape[1] != num_heads:
         raise ValueError(f"{name}: {tensor.shape[1]} heads; this module has num_heads={num_heads}")
     if tensor.shape[0] != query.shape[0]:
         raise ValueError(f"{name}: batch {tensor.shape[0]}; query has {query.shape[0]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-HIDDEN = ("hebbian", "random", "learned", "none", "exact")
+HIDDEN = ("hebbian", "random", "learned", "streaming", "none", "exact")
 MIXABLE = ("hebbian", "none", "exact")  # without weights of their own, so that the heads of a module may differ
 BACKENDS = ("auto", "torch", "triton", "native")
 ACTIVATIONS = (
@@ -23,6 +23,7 @@ TILES = ("content", "position")
 STATIC = ("random", "learned")  # with weights that no sequence changes
 BY_LENGTH = -1  # of a number that the length of the sequence decides
 STATIC_HIDDEN = 16  # neurons of a static layer that is not told how many
+ENTRIES_STEP, LEAST_ENTRIES = 8, 32  # of a streaming memory
 _LEAST = {
     "num_hidden": 1,
     "near": 0,
@@ -30,6 +31,7 @@ _LEAST = {
     "exact_queries": 0,
     "tile": 1,
     "steps": 0,
+    "entries": LEAST_ENTRIES,
     "seed": 0,
 }
 _BY_LENGTH = ("num_hidden", "near", "exact_keys", "tile")
@@ -46,13 +48,15 @@ class AstroConfig:
 
     Args:
         hidden: the hidden layer. "hebbian" learns its weights from the keys being read; "random" draws them once,
-            the paper's network; "learned" has weights to be trained, with phi = exp(W x); "none" has no far field (a
-            control: the exact keys alone); "exact" is softmax attention itself, whatever else is set.
+            the paper's network; "learned" has weights to be trained, with phi = exp(W x); "streaming" is for causal
+            attention, a memory of `entries` keys and values into which older tokens are merged as new ones come, and
+            takes `entries` and `near` alone; "none" has no far field (a control: the exact keys alone); "exact" is
+            softmax attention itself, whatever else is set.
         num_hidden: m, the number of hidden neurons per head. By length: about 1.45 sqrt(n), in eights, at most 64; for
             a static layer ("random" or "learned") 16.
         near: the near field, in tokens around each query: a run of tokens in a sequence, a rectangle in a patch grid.
             A sub-tile attends exactly to those of its four queries. For causal attention the latest tokens. By length:
-            about 0.15 sqrt(n), 3 to 4; none for a static layer.
+            about 0.15 sqrt(n), 3 to 4; none for a static layer; half the entries for a streaming one.
         exact_keys: keys beyond the near field that each sub-tile attends exactly, chosen by content. By length: about
             2.4 sqrt(n), at most 128; none for a static layer.
         exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to
@@ -62,6 +66,8 @@ class AstroConfig:
             input's neighbours ask for the same more nearly. "position" always puts neighbours.
         tile: queries per tile, in fours. By length: about sqrt(n), and more where there would be more than 128 tiles.
         steps: Hebbian learning steps of the "hebbian" layer (k-means iterations).
+        entries: of a "streaming" memory, for each key head: a multiple of 8. Up to so many tokens it is softmax
+            attention.
         activation: phi of the "random" layer, one of `ACTIVATIONS`; "constant" gives uniform attention.
         orthogonal: draw the weights of the "random" layer, and those that the "learned" layer starts with, orthogonal
             in blocks of head_dim, not independent.
@@ -82,6 +88,7 @@ class AstroConfig:
     tiles: str = "content"
     tile: int = BY_LENGTH
     steps: int = 2
+    entries: int = 128
     activation: str = "positive_exp"
     orthogonal: bool = True
     seed: int = 0
@@ -104,6 +111,13 @@ class AstroConfig:
             raise ValueError(f"seed: {self.seed}; must be less than 2**64")
         if self.hidden == "none" and self.near == 0 and self.exact_keys == 0:
             raise ValueError("near: 0 with exact_keys=0 and hidden='none' leaves a query no key at all; needs one")
+        if self.hidden == "streaming":
+            if self.entries % ENTRIES_STEP:
+                raise ValueError(f"entries: {self.entries}; must be a multiple of {ENTRIES_STEP}")
+            if self.near == BY_LENGTH:
+                object.__setattr__(self, "near", self.entries // 2)
+            if self.near > (most := self.entries - 2 * ENTRIES_STEP):
+                raise ValueError(f"near: {self.near}; entries={self.entries} has room for at most {most} newest tokens")
         if self.hidden in STATIC:  # its weights are there before any sequence
             for name, value in (("num_hidden", STATIC_HIDDEN), ("near", 0), ("exact_keys", 0)):
                 if getattr(self, name) == BY_LENGTH:

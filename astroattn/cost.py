@@ -8,6 +8,7 @@ from astroattn.config import STATIC, AstroConfig, is_tiled
 from astroattn.ops.causal import CHUNK
 from astroattn.ops.layout import LEAST_BODY, LEAST_NEAR, ROOT, SUBTILE, Budget, Layout, cuts
 from astroattn.ops.order import DIRECTIONS, SAMPLES, TRIALS
+from astroattn.ops.streaming import BLOCK
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ def count_cost(
     """Count the products of one head of one sequence."""
     if covers(config, num_keys, grid):
         return Cost(num_keys, 2 * num_keys, 2 * num_keys)
+    if config.hidden == "streaming":
+        return _count_streaming(config, num_keys)
     if causal:
         return _count_causal(config, head_dim, num_keys)
     prefix = prefix_length(config, num_keys, grid)
@@ -94,6 +97,12 @@ def _count_causal(config: AstroConfig, head_dim: int, num_keys: int) -> Cost:
     return Cost(near + m, products, 2 * num_keys)
 
 
+def _count_streaming(config: AstroConfig, num_keys: int) -> Cost:
+    """Reading, and the distances between all that may join, once a block; keys that several heads share count once."""
+    candidates = config.entries - config.near + BLOCK
+    return Cost(config.entries, 2 * config.entries + 2 * candidates**2 / BLOCK, 2 * num_keys)
+
+
 def _drive(config: AstroConfig) -> int:
     """Products of length D in one W x: queries and keys of a learned layer are twice as long (`LearnedHidden`)."""
     return 2 if config.hidden == "learned" else 1
@@ -103,6 +112,8 @@ def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> 
     """Whether every key is attended exactly, by near field and exact keys together: attention is softmax attention."""
     if config.hidden == "exact":
         return True
+    if config.hidden == "streaming":
+        return num_keys <= config.entries
     prefix = prefix_length(config, num_keys, grid)
     body = num_keys - prefix
     if body <= 0 or not is_tiled(config):

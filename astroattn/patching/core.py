@@ -266,6 +266,8 @@ def _causal_refusal(each: Found) -> str | None:
     longest = next((value for name in LONGEST if isinstance(value := getattr(settings, name, None), int)), None)
     if longest is not None and all(c.hidden == "exact" or c.near >= longest for c in core.configs):
         return None
+    if core.shares_keys and getattr(settings, "num_kv_shared_layers", None):
+        return "layers that read the keys of others, whose streaming memory is not theirs"
     reason: str | None = core.refusal(causal=causal)
     return reason
 

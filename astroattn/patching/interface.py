@@ -34,6 +34,7 @@ from astroattn.patching.site import (
     names_in,
     site_of,
 )
+from astroattn.patching.streaming import find_layer, layer_of, release_layer
 
 HOSTS = ("sdpa", "eager")
 PREFIX = "astroattn_"
@@ -138,6 +139,9 @@ class InterfaceSite(Site):
     def take(self, module: nn.Module) -> None:
         before = (module.register_forward_pre_hook(hook) for hook in (check_route, begin))
         self.handles = (*before, module.register_forward_hook(end))
+        if getattr(module, CORE).shares_keys:
+            find = module.register_forward_pre_hook(find_layer, with_kwargs=True)
+            self.handles += (find, module.register_forward_hook(release_layer, always_call=True))
 
     def release(self, module: nn.Module) -> None:
         for handle in self.handles:
@@ -225,11 +229,15 @@ def _read(
         refusal = refusal or refused
     if not aligned:
         refusal = refusal or "keys of another length than the queries (cross attention or a static cache)"
+    site, core = getattr(module, RECORD), getattr(module, CORE)
+    memory = layer_of(module) if core.shares_keys else None
+    if memory is not None and real is not None:
+        real = real[:, -key.shape[2] :]  # of the new tokens
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    if groups > 1 and not (core.shares_keys and site.seen is None):
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale, dropout = arguments.get("scaling"), arguments.get("dropout", 0.0)
-    return Call(query, key, value, real, causal, scale, dropout, refusal=refusal)
+    return Call(query, key, value, real, causal, scale, dropout, refusal=refusal, memory=memory)
 
 
 def _is_causal(module: nn.Module, given: bool | None) -> bool:

@@ -22,6 +22,7 @@ from astroattn.ops.layout import plain
 
 if TYPE_CHECKING:
     from astroattn.patching.grid import PatchGrid
+    from astroattn.patching.streaming import StreamingLayer
 
 RECORD = "astroattn_site"  # the attribute of a patched module that holds its Site
 CORE = "astrocyte"  # the attribute that holds its AstrocyteAttention
@@ -35,7 +36,8 @@ DROPOUT = "attention dropout is not applied: an astrocyte forms no attention wei
 class Call:
     """One attention call as the host made it; `[B, H, N, D]` throughout, grouped key heads already repeated.
 
-    `refusal` says what of it an astrocyte cannot represent, so that the host's own attention must answer.
+    Only a streaming memory takes grouped key heads as they are. `refusal` says what of the call an astrocyte cannot
+    represent, so that the host's own attention must answer.
     """
 
     query: Tensor
@@ -47,6 +49,7 @@ class Call:
     dropout: float = 0.0
     grid: tuple[int, int] | None = None
     refusal: str | None = None
+    memory: StreamingLayer | None = None  # of the tokens before these
 
 
 @dataclass
@@ -191,11 +194,18 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
         if call.grid is None and not all(covers(each, plain(call.key.shape[2]), None) for each in core.configs):
             site.count(NO_GRID, f"{site.name}: {NO_GRID}")
     refusal = call.refusal or _refusal(core, call)
+    if refusal is not None and call.memory is not None:
+        raise ValueError(
+            f"{site.name}: {refusal}; a streaming memory cannot serve this call, and keeps no tokens that the model's "
+            "own attention could read"
+        )
     if refusal is not None:
         fall_back(site, refusal)
         return host()
     if call.dropout > 0:
         site.count(DROPOUT, DROPOUT)
+    if call.memory is not None:
+        return call.memory.attend(core, call.query, call.key, call.value, key_mask=call.key_mask, scale=call.scale)
     try:
         answer: Tensor = core(
             call.query,
@@ -224,7 +234,8 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "queries, keys and values of different dtypes, or of one that an astrocyte does not take"
     if any(x.device != query.device for x in tensors):
         return "queries, keys and values on different devices"
-    if any(x.shape[:2] != query.shape[:2] for x in tensors):
+    grouped = core.shares_keys and key.shape[1] > 0 and query.shape[1] % key.shape[1] == 0
+    if any(x.shape[:2] != (query.shape[0], (key if grouped else query).shape[1]) for x in (key, value)):
         return "keys broadcast over batch or heads"
     if query.shape[1] != core.num_heads or query.shape[3] != core.head_dim or key.shape[3] != core.head_dim:
         return "another number of heads or head dimension than when it was patched"
