@@ -8,7 +8,7 @@ from astroattn.config import STATIC, AstroConfig, is_tiled
 from astroattn.ops.causal import CHUNK
 from astroattn.ops.layout import LEAST_BODY, LEAST_NEAR, ROOT, SUBTILE, Budget, Layout, cuts
 from astroattn.ops.order import DIRECTIONS, SAMPLES, TRIALS
-from astroattn.ops.streaming import BLOCK
+from astroattn.ops.streaming import block_of
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,9 @@ def _count_causal(config: AstroConfig, head_dim: int, num_keys: int) -> Cost:
 
 def _count_streaming(config: AstroConfig, num_keys: int) -> Cost:
     """Reading, and the distances between all that may join, once a block; keys that several heads share count once."""
-    candidates = config.entries - config.near + BLOCK
-    return Cost(config.entries, 2 * config.entries + 2 * candidates**2 / BLOCK, 2 * num_keys)
+    block = block_of(config.entries)
+    candidates = config.entries - config.near + block
+    return Cost(config.entries, 2 * config.entries + 2 * candidates**2 / block, 2 * num_keys)
 
 
 def _drive(config: AstroConfig) -> int:

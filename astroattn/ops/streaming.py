@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 SINKS = 4  # first tokens, which never join others: much attention goes there for want of anything better
-BLOCK = 8  # tokens between two mergers
-DECAY = 0.7  # of the attention an entry has had, per block
-QUERY_DECAY = 0.97  # of the statistics of queries and outputs, per block
+BLOCK, SMALL_BLOCK, SMALL = 8, 4, 64  # tokens between two mergers; in a memory of less than so many entries
+DECAY = 0.95  # of the attention an entry has had, per token
+QUERY_DECAY = 0.996  # of the statistics of queries and outputs, per token
 SECOND_ORDER = 0.25
 LEAST_MASS = 1e-6  # of an entry: what nobody has attended to yet may be wanted
 
@@ -64,6 +64,11 @@ class Memory(NamedTuple):
 ENTRIES = ("key", "value", "log_weight", "attention", "age", "block_attention")  # fields with W at dimension 2
 
 
+def block_of(entries: int) -> int:
+    """Tokens that are written before the memory makes room: the fewer the truer and the dearer."""
+    return BLOCK if entries >= SMALL else SMALL_BLOCK
+
+
 def empty_memory(query: Tensor, key: Tensor, value: Tensor) -> Memory:
     """The memory before the first token, for tokens like these."""
     batch, heads, groups, _, dim = query.shape
@@ -85,18 +90,18 @@ def stream(
 
     Args:
         query, key, value: as above. memory: what the tokens before these left behind; it is not changed.
-        entries: most entries to store, a multiple of `BLOCK`. newest: tokens that are not merged yet, at least.
+        entries: most entries to store, a multiple of the block. newest: tokens that are not merged yet, at least.
         lengths: real tokens of each sequence [B], on the CPU, which come first; None: all are.
 
     Returns:
         The output [B, H, G, N, Dv] and log p [B, H, G, N], zeros and -inf for padding; and the new memory.
     """
-    batch, count = len(key), key.shape[2]
+    batch, count, block = len(key), key.shape[2], block_of(entries)
     lengths = torch.full((batch,), count) if lengths is None else lengths
     out = query.new_zeros(*query.shape[:-1], value.shape[-1])
     log_p = query.new_full(query.shape[:-1], -torch.inf)
     done = torch.zeros_like(lengths)
-    while int((take := torch.minimum(BLOCK - memory.counts[:, 1], lengths - done)).max()) > 0:
+    while int((take := torch.minimum(block - memory.counts[:, 1], lengths - done)).max()) > 0:
         n, first = int(take.max()), int(done[0])
         alike = bool((take == n).all() and (done == first).all() and (memory.counts[:, 0] == memory.counts[0, 0]).all())
         if alike:
@@ -111,7 +116,7 @@ def stream(
             places = tokens[rows, steps]
             out[rows, :, :, places], log_p[rows, :, :, places] = part[rows, :, :, steps], log[rows, :, :, steps]
         done = done + take
-        full = (memory.counts[:, 1] == BLOCK).nonzero()[:, 0]
+        full = (memory.counts[:, 1] == block).nonzero()[:, 0]
         if len(full) == batch:
             memory = _end_block(memory, entries, newest)
         elif len(full):
@@ -199,22 +204,24 @@ def _put_rows(memory: Memory, rows: Tensor, part: Memory) -> Memory:
 def _end_block(memory: Memory, entries: int, newest: int) -> Memory:
     """Take a block into the statistics, and make room for the next one."""
     with torch.no_grad():
-        rates = {"attention": DECAY, "query": QUERY_DECAY, "square": QUERY_DECAY, "output": QUERY_DECAY}
-        means = {name: _blend(getattr(memory, name), getattr(memory, f"block_{name}") / BLOCK, rate)
+        block = block_of(entries)
+        fast, slow = DECAY**block, QUERY_DECAY**block
+        rates = {"attention": fast, "query": slow, "square": slow, "output": slow}
+        means = {name: _blend(getattr(memory, name), getattr(memory, f"block_{name}") / block, rate)
                  for name, rate in rates.items()}  # fmt: skip
         one = torch.ones((), dtype=memory.age.dtype, device=memory.age.device)
         memory = memory._replace(
             **means,
             **{f"block_{name}": torch.zeros_like(getattr(memory, f"block_{name}")) for name in rates},
-            age=_blend(memory.age, one, DECAY),
-            weight=_blend(memory.weight, one, QUERY_DECAY),
+            age=_blend(memory.age, one, fast),
+            weight=_blend(memory.weight, one, slow),
             counts=memory.counts * torch.tensor([1, 0, 1]),
         )
     full = (memory.counts[:, 0] == entries).nonzero()[:, 0]
     if len(full) == len(memory.counts):
-        return _merge(memory, newest)
+        return _merge(memory, block, newest)
     if len(full):
-        return _put_rows(memory, full, _merge(select_rows(memory, full), newest))
+        return _put_rows(memory, full, _merge(select_rows(memory, full), block, newest))
     return memory
 
 
@@ -222,9 +229,9 @@ def _blend(mean: Tensor, new: Tensor, rate: float) -> Tensor:
     return rate * mean + (1 - rate) * new
 
 
-def _merge(memory: Memory, newest: int) -> Memory:
-    """Let `BLOCK` entries of all but the newest join others: stars, as only such take others in as stay themselves."""
-    count = memory.key.shape[2] - max(newest - BLOCK, 0)  # at the end of the next block these are the newest
+def _merge(memory: Memory, block: int, newest: int) -> Memory:
+    """Let as many entries as a block has join others, of all but the newest: only such take others in as stay."""
+    count = memory.key.shape[2] - max(newest - block, 0)  # at the end of the next block these are the newest
     old = [getattr(memory, name)[:, :, :count] for name in ENTRIES]
     key, value, log_weight, attention, age, block_attention = old
     mean = memory.query / memory.weight[:, None, None, None]
@@ -234,13 +241,13 @@ def _merge(memory: Memory, newest: int) -> Memory:
         later[:, :SINKS] = False
         worst = cost.masked_fill(~later, torch.inf).amin(-1)
         gone = torch.zeros_like(worst, dtype=torch.bool)
-        gone.scatter_(-1, worst.topk(BLOCK, largest=False).indices, True)
+        gone.scatter_(-1, worst.topk(block, largest=False).indices, True)
         closed = gone.clone()
         closed[..., :SINKS] = True
         into = cost.masked_fill(closed[..., None, :], torch.inf).argmin(-1)
         into = torch.where(gone, into, torch.arange(count, device=key.device))
         alone = torch.ones_like(worst).scatter_add_(-1, into, torch.ones_like(worst)) == 2
-        stay = gone.to(torch.uint8).argsort(dim=-1, stable=True)[..., : count - BLOCK]
+        stay = gone.to(torch.uint8).argsort(dim=-1, stable=True)[..., : count - block]
 
     def join(x: Tensor) -> Tensor:
         index = into.view(*into.shape, *[1] * (x.dim() - 3)).expand_as(x)
@@ -269,7 +276,7 @@ def _merge(memory: Memory, newest: int) -> Memory:
     for name, x in zip(ENTRIES, merged, strict=True):
         index = stay.view(*stay.shape, *[1] * (x.dim() - 3)).expand(*stay.shape, *x.shape[3:])
         fields[name] = torch.cat([x.gather(2, index), getattr(memory, name)[:, :, count:]], 2)
-    return memory._replace(**fields, counts=memory.counts - torch.tensor([BLOCK, 0, 0]))
+    return memory._replace(**fields, counts=memory.counts - torch.tensor([block, 0, 0]))
 
 
 def _cost(memory: Memory, key: Tensor, value: Tensor, mass: Tensor) -> Tensor:
