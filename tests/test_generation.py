@@ -146,8 +146,8 @@ def test_a_memory_goes_on_from_a_file(tmp_path: Path) -> None:
         load_memory(tmp_path / "missing.safetensors")
     with pytest.raises(TypeError, match="cache: dict"):
         save_memory({}, tmp_path / "other.safetensors")  # type: ignore[arg-type]
+    plain = make()(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="layer 0 is a DynamicLayer"):
-        plain = make()(ids, use_cache=True).past_key_values
         save_memory(plain, tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
 
@@ -183,7 +183,7 @@ def test_caches_that_do_not_fit_are_one_clear_error_and_unharmed() -> None:
         astroattn.patch(model, stream(64))
         model(ids, past_key_values=(wide := t.DynamicCache()))
         astroattn.patch(model, stream(32))
-        with pytest.raises(ValueError, match="60 entries|64 entries|56 entries"):
+        with pytest.raises(ValueError, match="64 entries; this module has entries=32"):
             model(token, past_key_values=wide)
         assert torch.equal(model(token, past_key_values=cache).logits, expected)
 
@@ -191,7 +191,7 @@ def test_caches_that_do_not_fit_are_one_clear_error_and_unharmed() -> None:
 def test_assisted_decoding_is_refused_with_a_reason() -> None:
     model, assistant = make(), make()
     astroattn.patch(model, stream(128))
-    with pytest.raises((RuntimeError, ValueError), match="cannot forget|croppable|crop|roll"):
+    with pytest.raises((RuntimeError, ValueError), match="roll"):
         model.generate(prompt(), assistant_model=assistant, max_new_tokens=10, **OPTIONS)
 
 

@@ -155,7 +155,7 @@ def test_gradients_flow_through_what_is_merged() -> None:
     direction = torch.randn_like(tokens[2])
     with torch.no_grad():
         moved = core(tokens[0], tokens[1], tokens[2] + 1e-7 * direction, causal=True)
-    slope = float((moved - out)[:, :, -1].sum() / 1e-7)
+    slope = float((moved - out.detach())[:, :, -1].sum() / 1e-7)
     assert tokens[2].grad is not None
     assert slope == pytest.approx(float((tokens[2].grad * direction).sum()), rel=1e-3)
 
@@ -206,7 +206,7 @@ def test_bad_input_is_one_clear_error() -> None:
         core.decode(query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1))
     with pytest.raises(ValueError, match="value: 1 heads; key has 2"):
         core.decode(query, key, value[:, :1])
-    with pytest.raises(ValueError, match="streaming memory .* is for causal attention"):
+    with pytest.raises(ValueError, match="is for causal attention"):
         core(query, key, value)
     with pytest.raises(ValueError, match="as many queries as keys"):
         core(query[:, :, :3], key, value, causal=True)

