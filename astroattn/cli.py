@@ -55,6 +55,7 @@ Near = Annotated[int | None, typer.Option(help="Near field of a query in tokens;
 ExactKeys = Annotated[int | None, typer.Option(help="Keys attended exactly, beyond the near field; -1: by the length.")]
 Tiles = Annotated[str | None, typer.Option(help=f"What a tile of queries shares: {' or '.join(TILES)}.")]
 Tile = Annotated[int | None, typer.Option(help="Queries per tile; -1: by the length.")]
+Entries = Annotated[int | None, typer.Option(help="Keys and values that a streaming memory keeps, per key head.")]
 DataSource = Annotated[
     str | None,
     typer.Option(
@@ -106,10 +107,11 @@ def patch_model(
     exact_keys: ExactKeys = None,
     tiles: Tiles = None,
     tile: Tile = None,
+    entries: Entries = None,
     seed: Seed = None,
 ) -> None:
     """Patch a model and show what became of every attention module."""
-    settings = _settings(hidden, num_hidden, near, exact_keys, tiles, tile, seed)
+    settings = _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed)
     recipe = override(open_recipe(model), settings, {"size": size}, layers, plan)
     report = recipe.patch(recipe.load(weights, device, dtype))
     print(report)
@@ -144,12 +146,13 @@ def compare_model(
     exact_keys: ExactKeys = None,
     tiles: Tiles = None,
     tile: Tile = None,
+    entries: Entries = None,
     seed: Seed = None,
 ) -> None:
     """Run a model and its patched copy on the same inputs and show what changed, beside three controls."""
     recipe = override(
         open_recipe(model),
-        _settings(hidden, num_hidden, near, exact_keys, tiles, tile, seed),
+        _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed),
         _data(data, limit, half, batch_size, tokens, classes, pooling, size),
         layers,
         plan,
@@ -230,6 +233,7 @@ def _settings(
     exact_keys: int | None,
     tiles: str | None,
     tile: int | None,
+    entries: int | None,
     seed: int | None,
 ) -> dict[str, str | int | None]:
     return {
@@ -239,6 +243,7 @@ def _settings(
         "exact_keys": exact_keys,
         "tiles": tiles,
         "tile": tile,
+        "entries": entries,
         "seed": seed,
     }
 

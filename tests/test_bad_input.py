@@ -66,7 +66,7 @@ BAD = [
     ("key_mask", torch.ones(2, 1, 50, 50, dtype=torch.bool), ValueError, r"^key_mask: shape \(2, 1, 50, 50\)"),
     ("causal", "no", TypeError, "^causal: str; expected bool"),
     ("causal", None, TypeError, "^causal: NoneType"),
-    ("causal", True, ValueError, r"^causal: True with this config; .*hidden='random'"),
+    ("causal", True, ValueError, r"^causal: True with this config; .*hidden='streaming', 'random'"),
     ("scale", 0, ValueError, "^scale: 0; must be positive and finite"),
     ("scale", -1.0, ValueError, "^scale: -1.0"),
     ("scale", math.nan, ValueError, "^scale: nan"),

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from astroattn import AstroConfig
 from astroattn.config import ACTIVATIONS, BACKENDS, BY_LENGTH, HIDDEN, STATIC, TILES
 
-LEAST = {"num_hidden": 1, "near": 0, "exact_keys": 0, "exact_queries": 0, "tile": 1, "steps": 0, "seed": 0}
+LEAST = {
+    "num_hidden": 1,
+    "near": 0,
+    "exact_keys": 0,
+    "exact_queries": 0,
+    "tile": 1,
+    "steps": 0,
+    "entries": 32,
+    "seed": 0,
+}
 FREE = ("num_hidden", "near", "exact_keys", "tile")  # may be left to the length
 STATIC_LEAST = {"num_hidden": 16, "near": 0, "exact_keys": 0}
 TYPES = {field.name: {"int": int, "str": str, "bool": bool}[field.type] for field in dataclasses.fields(AstroConfig)}
@@ -37,7 +46,12 @@ def test_every_number_has_a_range() -> None:
 def test_json_gives_the_same_configuration(values: dict) -> None:
     if values["hidden"] == "none" and values["near"] == values["exact_keys"] == 0:
         values["near"] = 1
+    if values["hidden"] == "streaming":
+        values["entries"] -= values["entries"] % 8
+        values["near"] = min(values["near"], values["entries"] - 16)
     config = AstroConfig(**values)
+    if config.hidden == "streaming" and values["near"] == BY_LENGTH:
+        values["near"] = config.entries // 2
     if config.hidden in STATIC:  # nothing is left to the length but tiles
         values |= {name: least for name, least in STATIC_LEAST.items() if values[name] == BY_LENGTH}
     assert dataclasses.asdict(config) == values

@@ -4,6 +4,7 @@ from astroattn.simulation.block import NeuronAstrocyteBlock
 from astroattn.simulation.dynamics import Motion, TimeConstants, integrate
 from astroattn.simulation.hidden import CompetitiveNeurons, HiddenNeurons, StaticNeurons
 from astroattn.simulation.network import NeuronAstrocyteNetwork, Trace
+from astroattn.simulation.streaming import StreamingNetwork
 
 __all__ = [
     "CompetitiveNeurons",
@@ -12,6 +13,7 @@ __all__ = [
     "NeuronAstrocyteBlock",
     "NeuronAstrocyteNetwork",
     "StaticNeurons",
+    "StreamingNetwork",
     "TimeConstants",
     "Trace",
     "integrate",
