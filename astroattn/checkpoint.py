@@ -78,10 +78,14 @@ def load(model: nn.Module, folder: str | Path, *, revision: str | None = None) -
             that encoder, or several of its kind; it is wrapped (DDP, torch.compile) or sharded (FSDP). It is then left
             as it was.
     """
+    from safetensors import SafetensorError
+
     _require_model(model)
-    found = [
-        each for each in (_read_files(str(folder), revision), _read_weights(str(folder), revision)) if each is not None
-    ]
+    try:
+        both = _read_files(str(folder), revision), _read_weights(str(folder), revision)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"folder: cannot read {str(folder)!r}: {_line(error)}") from None
+    found = [each for each in both if each is not None]
     if not found:
         raise ValueError(
             f"folder: {str(folder)!r} has no record of astrocytes, neither {SETTINGS} nor in the header of "
@@ -115,7 +119,7 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
     source = str(source)
     options = {"revision": revision, "trust_remote_code": False}
     try:
-        saved = _read_weights(source, revision, missing_ok=False)
+        saved = _read_weights(source, revision)
         if saved is None:
             raise ValueError(
                 "it was not saved from a patched model (its weights hold no record of astrocytes)" + _hint(source)
@@ -130,8 +134,7 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
         with _expecting(cls, tensor_names(record)):
             model = cls.from_pretrained(source, use_safetensors=True, **options, **dtype_of).eval()
     except (OSError, ValueError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"source: cannot load {source!r}: {lines[0]}") from None
+        raise ValueError(f"source: cannot load {source!r}: {_line(error)}") from None
     vars(model.config).pop(RECORD_KEY, None)  # the words are for who opens it without us
     restore(model, record, saved[1], source)
     if dtype is not None:
@@ -163,10 +166,10 @@ def restore(model: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, T
         ValueError: the record or the tensors do not fit the model; `source` names where they come from.
     """
     rows = _check_record(record, source)
+    part, names = find_place(model, record, source)
     expected = tensor_names(record)
     if lost := sorted(set(expected) - tensors.keys()):
         raise ValueError(f"{source}: the tensor {lost[0]!r} is missing ({len(lost)} of {len(expected)})")
-    part, names = find_place(model, record, source)
     with restored_on_error(model):
         unpatch(model.get_submodule(part))
         try:
@@ -265,42 +268,35 @@ def _read_tensors(path: Path, checksum: str | None) -> dict[str, Tensor]:
         raise ValueError(f"folder: {str(path)!r} is not a safetensors file: {error}") from None
 
 
-def _read_weights(source: str, revision: str | None, missing_ok: bool = True) -> Saved | None:
+def _read_weights(source: str, revision: str | None) -> Saved | None:
     """What transformers wrote with the weights of a model; None where they hold no record."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    path = _find(source, "model.safetensors", revision)  # in the order in which transformers looks for them
-    index = None if path is not None else _find(source, "model.safetensors.index.json", revision)
-    if path is None and index is None:
-        if missing_ok:
-            return None
-        raise ValueError("there is no model.safetensors")
-    try:
-        if index is not None:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            found = [_find(source, name, revision) for name in names]
-            if lost := [name for name, each in zip(names, found, strict=True) if each is None]:
-                raise ValueError(f"{lost[0]} is missing")
-            paths = [each for each in found if each is not None]
-        else:
-            assert path is not None
-            paths = [path]
-        with safe_open(paths[0], framework="pt") as file:
-            text = (file.metadata() or {}).get(RECORD_KEY)
-        if text is None:
-            return None
-        record = json.loads(text)
-        _check_record(record, source)
-        saved_as = {record["saved_as"].get(name, name): name for name in tensor_names(record)}
-        saved_as |= {name: name for name in tensor_names(record)}
-        tensors: dict[str, Tensor] = {}
-        for each in paths if saved_as else []:
-            with safe_open(each, framework="pt") as file:
-                tensors |= {saved_as[name]: file.get_tensor(name) for name in saved_as.keys() & set(file.keys())}
-    except (OSError, KeyError, SafetensorError) as error:
-        if not missing_ok:
-            raise
-        raise ValueError(f"folder: cannot read the weights in {source!r}: {error}") from None
+    paths = [_find(source, "model.safetensors", revision)]  # in the order in which transformers looks for them
+    if paths == [None]:
+        index = _find(source, "model.safetensors.index.json", revision)
+        shards = () if index is None else set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        paths = [_find(source, name, revision) for name in sorted(shards)]
+    if not paths:  # another variant, which only a folder tells
+        paths = list(Path(source).glob("model.*.safetensors"))
+    headers = set()
+    for path in paths:
+        if path is None:
+            raise OSError("a file that its index names is missing")
+        with safe_open(path, framework="pt") as file:
+            headers.add((file.metadata() or {}).get(RECORD_KEY))
+    if len(headers) > 1:
+        raise OSError("its files of weights have records that differ, or some have none; they are of several saves")
+    if (text := next(iter(headers), None)) is None:
+        return None
+    record = json.loads(text)
+    _check_record(record, source)
+    names = {name: name for name in tensor_names(record)}
+    names |= {saved: name for name, saved in record.get("saved_as", {}).items()}
+    tensors: dict[str, Tensor] = {}
+    for path in paths if names else []:
+        with safe_open(path, framework="pt") as file:
+            tensors |= {names[name]: file.get_tensor(name) for name in names.keys() & set(file.keys())}
     return record, tensors, source
 
 
@@ -311,12 +307,12 @@ def _find(source: str, name: str, revision: str | None) -> Path | None:
         return path if path.exists() else None
     from transformers.utils import cached_file
 
-    try:
-        found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"cannot find {source!r}: {lines[0]}") from None
+    found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _base_model(model: nn.Module) -> str | None:

@@ -12,17 +12,19 @@ from astroattn.config import AstroConfig
 from astroattn.version import __version__
 
 CARD = "README.md"
-BEGIN, END = "<!-- astroattn: begin -->", "<!-- astroattn: end -->"
-SECTION = re.compile(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", re.DOTALL)
+BEGIN, END = "<!-- astroattn: begin (written anew with every save) -->", "<!-- astroattn: end -->"
+SECTION = re.compile(rf"[\r\n]*{re.escape(BEGIN)}.*?{re.escape(END)}[\r\n]*", re.DOTALL)
 URL = "https://doi.org/10.1073/pnas.2219150120"
 
 # how a folder is opened, by the library that wrote it
+LOAD = 'astroattn.load(model, "FOLDER")'
 OPENING = {
-    "transformers": 'model = astroattn.from_pretrained("FOLDER")\n# or, with options of your own, as always and then\n',
-    "peft": "model = ...  # the base model with this adapter, as always\n",
-    "sentence_transformers": 'model = SentenceTransformer("FOLDER")  # as always\n',
-    "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # as always\n',
+    "transformers": 'model = astroattn.from_pretrained("FOLDER")',
+    "peft": f"model = ...  # the base model with this adapter, as always\n{LOAD}",
+    "sentence_transformers": f'model = SentenceTransformer("FOLDER")  # as always\n{LOAD}',
+    "timm": f'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # as always\n{LOAD}',
 }
+OPTIONS = f"To open it with options of your own, open it with transformers as always, then call `{LOAD}`. "
 
 
 def line(record: Mapping[str, Any], library: str) -> str:
@@ -38,6 +40,7 @@ def line(record: Mapping[str, Any], library: str) -> str:
 
 def add_section(folder: Path, record: Mapping[str, Any], library: str) -> None:
     """Say so in the model card of a folder; what else stands there stays."""
+    options = OPTIONS if library == "transformers" else ""
     section = f"""{BEGIN}
 ## Neuron-astrocyte attention
 
@@ -47,34 +50,39 @@ The self-attention of this model was replaced by a neuron-astrocyte network
 ```python
 import astroattn
 
-{OPENING[library]}astroattn.load(model, "FOLDER")
+{OPENING[library]}
 ```
 
-where FOLDER is this folder, or the name of this repository. Without that call it opens with softmax attention and the same weights:
-another model, whose outputs differ{_lost(record)}. If its files were written again since by a model that was not patched,
-they hold no record of it, and the call says so.
+FOLDER is this folder, or the name of this repository. {options}Without that it opens with softmax attention and the
+same weights: another model, whose outputs differ{_lost(record)}. If its files were written again since by a model that
+was not patched, they hold no record of it, and the call says so.
 {END}
 """
-    path = folder / CARD
-    text = path.read_text("utf-8") if path.exists() else ""
-    rest = SECTION.sub("\n\n", text).rstrip("\n")
-    _write(path, text, f"{rest}\n\n{section}" if rest else section)
+    rest = _without(text := _read(folder / CARD))
+    _write(folder / CARD, text, f"{rest}\n\n{section}" if rest else section)
 
 
 def remove_section(folder: Path) -> None:
     """Take the section out of the model card of a folder, whose model is not patched any more."""
-    path = folder / CARD
-    if path.exists() and BEGIN in (text := path.read_text("utf-8")):
-        rest = SECTION.sub("\n\n", text).strip("\n")
-        if rest:
-            _write(path, text, f"{rest}\n")
+    text = _read(folder / CARD)
+    if BEGIN in text:
+        if rest := _without(text):
+            _write(folder / CARD, text, f"{rest}\n")
         else:
-            path.unlink()  # it was ours alone
+            (folder / CARD).unlink()  # it was ours alone
+
+
+def _without(text: str) -> str:
+    return SECTION.sub("\n\n", text).strip("\r\n")
+
+
+def _read(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else ""
 
 
 def _write(path: Path, before: str, after: str) -> None:
     if after != before:  # what is not written again is not uploaded again
-        path.write_text(after, "utf-8")
+        path.write_bytes(after.encode("utf-8", "surrogateescape"))
 
 
 def _what(record: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from math import inf
-from os.path import commonprefix
 from typing import Any
 
 from torch import nn
@@ -84,7 +84,7 @@ def _stems(patched: Sequence[str], every: Sequence[str]) -> list[str]:
     A name that goes on with a number is a list of layers: it is cut only where nothing else is in the list.
     """
     parts = [name.split(".") for name in patched]
-    shared: list[str] = commonprefix(parts)  # type: ignore[type-var]
+    shared = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False))]
     numbers = [place for place, part in enumerate(parts[0]) if part.isdigit()]
     most = numbers[-1] - 1 if numbers else len(parts[0]) - 1
     stems = [""]

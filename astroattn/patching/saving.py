@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
@@ -85,11 +86,17 @@ def _saving_the_record(save_pretrained: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         record = describe(self)
         patched, writes = bool(record["modules"]), given.get("is_main_process", True)
-        is_adapter = getattr(self, "_hf_peft_config_loaded", False)  # whose file has the adapter's tensors alone
+        is_adapter = _has_adapters(self)
         if patched and not is_adapter:
             if writes:
                 _require_learned(record, given.get("state_dict"))
             record["saved_as"] = _saved_names(self, record)
+        if patched and given.get("distributed_checkpoint"):
+            warnings.warn(
+                "distributed_checkpoint=True: it holds no record of the astrocytes; the model that it is loaded into "
+                "must be patched in the same way before",
+                stacklevel=2,
+            )
         vars(self.config).pop(RECORD_KEY, None)  # of the folder it was opened from
         token = _header.set({RECORD_KEY: json.dumps(record)} if patched and not is_adapter else {})
         try:
@@ -121,11 +128,12 @@ def _uploading_the_card(upload: Any) -> Any:
 
     def with_card(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         record, folder = describe(_whole(self)), Path(working_dir)
+        library = "peft" if _has_adapters(self) else "transformers"
         if record["modules"] and not (folder / CARD).exists():
             from transformers.utils.hub import create_and_tag_model_card
 
             create_and_tag_model_card(repo_id, token=kwargs.get("token")).save(folder / CARD)
-        _keep_card(folder, record, "transformers" if _whole(self) is self else "peft")
+        _keep_card(folder, record, library)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
     return with_card
@@ -148,7 +156,9 @@ def _saved_names(model: Any, record: Mapping[str, Any]) -> dict[str, str]:
 
     revert = getattr(core_model_loading, "revert_weight_conversion", None)  # not in transformers 5.0
     found: dict[str, str] = {}
-    for name in learned_by(model, record) if revert is not None else ():
+    if revert is None:
+        return found
+    for name in tensor_names(record):
         (saved,) = revert(model, {name: torch.zeros(1)})
         if saved != name:
             found[name] = saved
@@ -182,6 +192,11 @@ def _saving_with_adapters(save_pretrained: Any) -> Any:
     return save
 
 
+def _has_adapters(model: Any) -> bool:
+    """Whether it is saved as adapters alone, by peft or by what transformers has of it."""
+    return getattr(model, "_hf_peft_config_loaded", False) or _whole(model) is not model
+
+
 def _whole(model: Any) -> Any:
     """The model that peft has put its adapters into; any other itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -212,6 +227,26 @@ def _saving_sentences(save: Any) -> Any:
         return answer
 
     return save_all
+
+
+# the trainer of transformers
+
+
+def _over_trainer(library: Any) -> None:
+    trainer = getattr(library, "Trainer", None)
+    if trainer is not None:
+        _put_over(trainer, "create_model_card", _adding_to_the_card)  # which it writes over that of the model
+
+
+def _adding_to_the_card(create_model_card: Any) -> Any:
+    def create(self: Any, *args: Any, **kwargs: Any) -> None:
+        create_model_card(self, *args, **kwargs)
+        if self.is_world_process_zero():
+            model = self.accelerator.unwrap_model(self.model)
+            library = "peft" if _has_adapters(model) else "transformers"
+            _keep_card(Path(self.args.output_dir), describe(_whole(model)), library, create=False)
+
+    return create
 
 
 # timm
@@ -275,6 +310,7 @@ def _keep_card(folder: Path, record: Mapping[str, Any], library: str, create: bo
 
 LIBRARIES: dict[str, Callable[[Any], None]] = {
     "transformers.modeling_utils": _over_transformers,
+    "transformers.trainer": _over_trainer,
     "peft.peft_model": _over_peft,
     "sentence_transformers": _over_sentences,
     "timm.models._hub": _over_timm,
