@@ -617,6 +617,19 @@ def test_sentence_transformers_without_a_card_of_theirs(sentences: Any, hub: Any
     assert "astroattn" in json.loads(there.files["config.json"])
 
 
+def test_load_model_says_that_a_folder_was_patched(sentences: Any) -> None:
+    from astroattn.models import load_model
+
+    _, folder = sentences
+    model = bert(t.BertModel)
+    patch(model, SHORT)
+    model.save_pretrained(folder)
+    with pytest.warns(UserWarning, match=r"was saved from a patched model and is opened with softmax attention"):
+        opened = load_model(str(folder)).model
+    assert not hasattr(opened.config, "astroattn")
+    assert not find_astrocytes(opened)
+
+
 def test_a_cross_encoder(sentences: Any, tmp_path: Path) -> None:
     from sentence_transformers import CrossEncoder
 
