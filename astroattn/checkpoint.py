@@ -89,7 +89,7 @@ def load(model: nn.Module, folder: str | Path, *, revision: str | None = None) -
     if not found:
         raise ValueError(
             f"folder: {str(folder)!r} has no record of astrocytes, neither {SETTINGS} nor in the header of "
-            "model.safetensors: it was not saved from a patched model"
+            "model.safetensors: it was not saved from a patched model" + _hint(str(folder))
         )
     if len(found) > 1 and not _same(*found):
         raise ValueError(
@@ -143,6 +143,9 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
 
 
 def _hint(source: str) -> str:
+    """What else may be the matter where there is no record."""
+    if not Path(source).is_dir():
+        return ", or it is out of reach"  # of an id that is nowhere, and without a network, transformers says no more
     if (Path(source) / SETTINGS).exists():
         return f"; it has {SETTINGS}: open the model with its library, then call astroattn.load(model, folder)"
     return ""
@@ -305,6 +308,8 @@ def _find(source: str, name: str, revision: str | None) -> Path | None:
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.exists() else None
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise OSError("there is no such folder")
     from transformers.utils import cached_file
 
     found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)

@@ -17,7 +17,8 @@ import transformers as t
 from patching_models import TEXT, TIMM_VIT, VISION, image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 
 import astroattn
 from astroattn import AstroConfig, patch, unpatch
@@ -191,6 +192,23 @@ def test_saving_again_in_other_shards(sizes: tuple[str, str], tmp_path: Path) ->
         model.save_pretrained(tmp_path, max_shard_size=size)
         assert_same(astroattn.from_pretrained(tmp_path), model)
         assert_same(loaded(bert(), tmp_path), model)
+
+
+def test_where_nothing_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"folder: 'nobody/nothing' has no record .*, or it is out of reach"):
+        astroattn.load(bert(), "nobody/nothing")
+    with pytest.raises(ValueError, match=r"source: cannot load 'nobody/nothing': .*, or it is out of reach"):
+        astroattn.from_pretrained("nobody/nothing")
+
+
+@pytest.mark.parametrize("where", ["nothing", "file"])
+def test_a_path_that_is_no_folder(where: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", "utf-8")
+    source = tmp_path / where
+    with pytest.raises(ValueError, match=rf"folder: cannot read '{source}': "):
+        astroattn.load(bert(), source)
+    with pytest.raises(ValueError, match=rf"source: cannot load '{source}': "):
+        astroattn.from_pretrained(source)
 
 
 def loaded(model: Any, folder: Path) -> Any:
@@ -485,6 +503,30 @@ def assert_same_learned(one: nn.Module, other: nn.Module) -> None:
     mine, theirs = find_astrocytes(one).values(), find_astrocytes(other).values()
     for a, b in zip(mine, theirs, strict=True):
         assert torch.equal(a.hidden.key_weight, b.hidden.key_weight)
+
+
+def test_pushing_an_adapter(hub: Any, tmp_path: Path) -> None:
+    there = hub(README_md="# Mine\n")
+    model = adapted(bert())
+    patch(model, LEARNED)
+    model.push_to_hub("me/mine")
+    assert re.match(rf".*# Mine\n\n{BEGIN}", there.files["README.md"].decode(), re.DOTALL)
+    assert_same(loaded(opened(bert(), there.open(tmp_path / "pulled")), tmp_path / "pulled"), model)
+
+
+def test_an_adapter_of_a_sharded_model_says_that_it_has_no_record(tmp_path: Path) -> None:
+    model = adapted(bert())
+    patch(model, LEARNED)
+    model.save_pretrained(tmp_path)
+    state_dict = model.state_dict()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        with pytest.warns(UserWarning, match=r"learned weights that are divided among processes .* are not saved"):
+            model.save_pretrained(tmp_path, state_dict=state_dict)
+    finally:
+        distributed.destroy_process_group()
+    assert_no_record(tmp_path)
 
 
 def test_what_was_saved_beside_an_adapter_by_hand_stays(tmp_path: Path) -> None:

@@ -183,13 +183,26 @@ def _saving_with_adapters(save_pretrained: Any) -> Any:
         answer = save_pretrained(self, *args, **kwargs)
         if given.get("is_main_process", True):
             folder, model = Path(given["save_directory"]), _whole(self)
+            whole = _warn_of_shares(model)
             for adapter in given.get("selected_adapters") or self.peft_config:
                 place = folder if adapter == "default" else folder / adapter
-                _keep_files(model, describe(model, adapter), place, "peft", adapter)
-            _keep_card(folder, describe(model), "peft")
+                _keep_files(model, describe(model, adapter) | whole, place, "peft", adapter)
+            _keep_card(folder, describe(model) | whole, "peft")
         return answer
 
     return save
+
+
+def _warn_of_shares(model: Any) -> dict[str, list[Any]]:
+    """What to put into a record of which this process has a share of the tensors alone: that there is nothing."""
+    if not any(hasattr(tensor, "full_tensor") for tensor in learned_by(model, describe(model)).values()):
+        return {}
+    warnings.warn(
+        "the astrocytes have learned weights that are divided among processes (FSDP), and are not saved with this "
+        "adapter: gather the model, and call astroattn.save(model, folder)",
+        stacklevel=3,
+    )
+    return {"modules": []}
 
 
 def _has_adapters(model: Any) -> bool:
