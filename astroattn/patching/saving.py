@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -276,28 +276,21 @@ def _saving_with_settings(save_config: Any) -> Any:
         if record["modules"]:
             settings = json.loads(path.read_text("utf-8"))
             path.write_text(json.dumps(settings | {RECORD_KEY: line(record, "timm")}, indent=2), "utf-8")
-            _take_out(path.parent, learned_by(model, record).keys())
+            _take_out(model, tensor_names(record), path.parent)
         _keep_files(model, record, path.parent, "timm")
         _keep_card(path.parent, record, "timm", create=False)  # it may be pushed over a card that is there
 
     return save
 
 
-def _take_out(folder: Path, names: Any) -> None:
-    """Leave tensors out of the weights in a folder, which timm would refuse to open with them."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+def _take_out(model: nn.Module, names: Collection[str], folder: Path) -> None:
+    """Write the weights again without tensors that timm would refuse; of whichever save, they are of these settings."""
+    from safetensors.torch import save_file
 
-    safe, other = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if safe.exists():
-        with safe_open(safe, framework="pt") as file:
-            metadata, found = file.metadata(), names & set(file.keys())
-        if found:
-            tensors = load_file(safe)
-            save_file({name: tensors[name] for name in tensors.keys() - names}, safe, metadata)
-    if names and other.exists():
-        tensors = torch.load(other, map_location="cpu", weights_only=True)
-        torch.save({name: tensor for name, tensor in tensors.items() if name not in names}, other)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+    for path, write in ((folder / "model.safetensors", save_file), (folder / "pytorch_model.bin", torch.save)):
+        if names and path.exists():
+            write(weights, path)
 
 
 # all of them
