@@ -69,7 +69,7 @@ def remove_section(folder: Path) -> None:
         if rest := _without(text):
             _write(folder / CARD, text, f"{rest}\n")
         else:
-            (folder / CARD).unlink()  # it was ours alone
+            (folder / CARD).unlink(missing_ok=True)  # it was ours alone
 
 
 def _without(text: str) -> str:

@@ -303,7 +303,7 @@ def _keep_files(model: Any, record: dict[str, Any], folder: Path, library: str, 
         return
     path = folder / SETTINGS
     if path.exists() and json.loads(path.read_text("utf-8")).get(WRITTEN_WITH) == library:
-        path.unlink()
+        path.unlink(missing_ok=True)
         (folder / TENSORS).unlink(missing_ok=True)
 
 
