@@ -353,7 +353,7 @@ def test_pushing(through: str, text: str | None, hub: Any, tmp_path: Path) -> No
         if through == "push_to_hub":
             model.push_to_hub("me/mine")
         else:
-            model.save_pretrained(tmp_path / "local", push_to_hub=True, repo_id="me/mine")
+            model.save_pretrained(str(tmp_path / "local"), push_to_hub=True, repo_id="me/mine")
 
     patch(model, LEARNED)
     push()
