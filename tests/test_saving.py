@@ -625,6 +625,7 @@ def test_sentence_transformers(sentences: Any, config: AstroConfig, tmp_path: Pa
     model.save(str(tmp_path / "saved"))
     assert card(tmp_path / "saved").count(BEGIN) == 1
     assert "Pooling" in card(tmp_path / "saved")  # their card
+    assert 'model = SentenceTransformer("FOLDER")' in card(tmp_path / "saved")
     assert "astroattn.load(" in settings(tmp_path / "saved")["astroattn"]
     again = type(model)(str(tmp_path / "saved"), device="cpu")
     torch.testing.assert_close(encode(again), before)
@@ -681,6 +682,7 @@ def test_a_cross_encoder(sentences: Any, tmp_path: Path) -> None:
     train(model)
     model.save_pretrained(str(tmp_path / "saved"))
     assert card(tmp_path / "saved").count(BEGIN) == 1
+    assert 'model = CrossEncoder("FOLDER")' in card(tmp_path / "saved")
     again = CrossEncoder(str(tmp_path / "saved"), device="cpu")
     astroattn.load(again, tmp_path / "saved")
     pair = [("a b c" * 9, "d e f" * 9)]

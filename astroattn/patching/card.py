@@ -21,7 +21,7 @@ LOAD = 'astroattn.load(model, "FOLDER")'
 OPENING = {
     "transformers": 'model = astroattn.from_pretrained("FOLDER")',
     "peft": f"model = ...  # the base model with this adapter, as always\n{LOAD}",
-    "sentence_transformers": f'model = SentenceTransformer("FOLDER")  # as always\n{LOAD}',
+    "sentence_transformers": f'model = MODEL("FOLDER")  # as always\n{LOAD}',
     "timm": f'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # as always\n{LOAD}',
 }
 OPTIONS = f"To open it with options of your own, open it with transformers as always, then call `{LOAD}`. "
@@ -50,7 +50,7 @@ The self-attention of this model was replaced by a neuron-astrocyte network
 ```python
 import astroattn
 
-{OPENING[library]}
+{OPENING[library].replace("MODEL", record["model"])}
 ```
 
 FOLDER is this folder, or the name of this repository. {options}Without that it opens with softmax attention and the
