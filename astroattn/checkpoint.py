@@ -1,6 +1,7 @@
-"""The astrocytes of a patched model in files of their own: JSON for what they are, safetensors for what they learned.
+"""The astrocytes of a patched model in files: JSON for what they are, safetensors for what they learned.
 
-No code is ever loaded from a file. The weights of the model itself are its library's to save.
+No code is ever loaded from a file. The weights of the model itself are its library's to save, which writes our record
+with them (`patching.saving`).
 """
 
 from __future__ import annotations
@@ -19,16 +20,26 @@ from torch import Tensor, nn
 
 from astroattn.config import AstroConfig
 from astroattn.patching import PatchReport, patch, restored_on_error, unpatch
-from astroattn.patching.record import RECORD_KEY, RECORD_VERSION, class_name, describe
+from astroattn.patching.place import find_place
+from astroattn.patching.record import (
+    RECORD_VERSION,
+    SETTINGS,
+    TENSORS,
+    describe,
+    join,
+    learned,
+    tensor_names,
+    write_record,
+)
+from astroattn.patching.saving import RECORD_KEY
 from astroattn.patching.site import CORE
 from astroattn.plan import Plan, pick_configs, read_configs
-from astroattn.version import __version__
 
-SETTINGS, TENSORS = "astroattn.json", "astroattn.safetensors"
-FIELDS = {"format": int, "model": str, "configs": list, "modules": list}
+FIELDS = {"format": int, "model": str, "configs": list, "modules": list, "exact": dict}
 MODULE_FIELDS = {"name": str, "class": str, "heads": list, "head_dim": int, "tensors": list}
 
 Rows = list[tuple[dict[str, Any], tuple[AstroConfig, ...]]]  # the modules of a record, each with its heads' configs
+Saved = tuple[dict[str, Any], dict[str, Tensor], str]  # a record, what was learned by name, and where they are from
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -42,44 +53,50 @@ def save(model: nn.Module, folder: str | Path) -> None:
         TypeError: `model` is not a module.
         ValueError: the model is not patched; it is wrapped (DDP, torch.compile) or sharded (FSDP).
     """
-    from safetensors.torch import save as to_bytes
-
     _require_model(model)
     record = describe(model)
     if not record["modules"]:
         raise ValueError(f"model: {type(model).__name__} is not patched; there is nothing to save")
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for row in record["modules"]
-        for name, tensor in _state(model, row["name"]).items()
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    record |= {"astroattn": __version__, "base_model": _base_model(model)}
-    if tensors:
-        content = to_bytes(tensors)
-        (folder / TENSORS).write_bytes(content)
-        record["sha256"] = hashlib.sha256(content).hexdigest()
-    (folder / SETTINGS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(model, record | {"base_model": _base_model(model)}, Path(folder))
 
 
-def load(model: nn.Module, folder: str | Path) -> PatchReport:
-    """Patch a model as the one that `save` wrote was patched, and give its astrocytes what they had learned.
+def load(model: nn.Module, folder: str | Path, *, revision: str | None = None) -> PatchReport:
+    """Patch a model as a saved one was patched, and give its astrocytes what they had learned.
+
+    The model may be any that holds the encoder that was patched, such as a task model or a SentenceTransformer around
+    it, or the encoder alone: its attention modules are found by what they are, whatever stands before their names.
 
     Args:
-        model: of the same class, patched or not; what it was patched with before is replaced.
-        folder: what `save` wrote.
+        model: patched or not; what that encoder in it was patched with before is replaced.
+        folder: what `save` wrote, or what transformers, sentence-transformers, peft or timm wrote of a patched model;
+            or an id on the Hugging Face hub.
+        revision: of the hub's repository.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: a file is missing, damaged or not ours; the model is of another architecture, wrapped (DDP,
-            torch.compile) or sharded (FSDP). It is then left as it was.
+        ValueError: nothing is there; a file is damaged or not ours; two records there differ; the model does not hold
+            that encoder, or several of its kind; it is wrapped (DDP, torch.compile) or sharded (FSDP). It is then left
+            as it was.
     """
+    from safetensors import SafetensorError
+
     _require_model(model)
-    folder = Path(folder)
-    record = _read_record(folder / SETTINGS)
-    tensors = _read_tensors(folder / TENSORS, record.get("sha256"))
-    return restore(model, record, tensors, str(folder / SETTINGS))
+    try:
+        both = _read_files(str(folder), revision), _read_weights(str(folder), revision)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"folder: cannot read {str(folder)!r}: {_line(error)}") from None
+    found = [each for each in both if each is not None]
+    if not found:
+        raise ValueError(
+            f"folder: {str(folder)!r} has no record of astrocytes, neither {SETTINGS} nor in the header of "
+            "model.safetensors: it was not saved from a patched model" + _hint(str(folder))
+        )
+    if len(found) > 1 and not _same(*found):
+        raise ValueError(
+            f"folder: {str(folder)!r} has two records that differ, {SETTINGS} and that in the header of its weights; "
+            "take the older one away, or save again"
+        )
+    return restore(model, *found[0])
 
 
 def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -87,6 +104,7 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
 
     `save_pretrained` and `push_to_hub` of a patched model of transformers, or of one that holds patched modules, write
     a record of its astrocytes into the header of each file of weights, and what they have learned among the weights.
+    To open it with other options (num_labels, device_map ...), open it with transformers and call `load` on that.
 
     Args:
         source: a folder, or an id on the Hugging Face hub. revision: of the hub's repository.
@@ -96,51 +114,41 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
         ValueError: nothing is there; it was not saved from a patched model; a file is damaged.
     """
     import transformers
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     source = str(source)
     options = {"revision": revision, "trust_remote_code": False}
     try:
-        shards = _shards(source, revision)
-        with safe_open(shards[0], framework="pt") as file:
-            text = (file.metadata() or {}).get(RECORD_KEY)
-        if text is None:
-            raise ValueError("it was not saved from a patched model (its weights hold no record of astrocytes)")
-        record = json.loads(text)
-        rows = _check_record(record, source)
+        saved = _read_weights(source, revision)
+        if saved is None:
+            raise ValueError(
+                "it was not saved from a patched model (its weights hold no record of astrocytes)" + _hint(source)
+            )
+        record = saved[0]
+        _check_record(record, source)
         cls: Any = getattr(transformers, record["model"], None)
         known = inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)
         if not known:
             raise ValueError(f"transformers {transformers.__version__} has no model {record['model']!r}")
         dtype_of = {"dtype": "auto" if dtype is None else dtype}
-        wanted = {f"{row['name']}.{CORE}.{tensor}" for row, _ in rows for tensor in row["tensors"]}
-        with _expecting(cls, wanted):
+        with _expecting(cls, tensor_names(record)):
             model = cls.from_pretrained(source, use_safetensors=True, **options, **dtype_of).eval()
-        names = _saved_names(model, wanted)
-        tensors: dict[str, Tensor] = {}
-        for path in shards if wanted else []:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {names[name]: file.get_tensor(name) for name in names.keys() & set(file.keys())}
     except (OSError, ValueError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"source: cannot load {source!r}: {lines[0]}") from None
-    restore(model, record, tensors, source)
+        raise ValueError(f"source: cannot load {source!r}: {_line(error)}") from None
+    vars(model.config).pop(RECORD_KEY, None)  # the words are for who opens it without us
+    restore(model, record, saved[1], source)
     if dtype is not None:
         model.to(dtype)
     return model  # type: ignore[no-any-return]
 
 
-def _saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """What tensors of a model may be called in its files, each with its name: some families keep old names there."""
-    from transformers import core_model_loading
-
-    revert = getattr(core_model_loading, "revert_weight_conversion", None)  # not in transformers 5.0
-    found = {}
-    for name in names:
-        found[name] = name
-        if revert is not None:
-            found |= dict.fromkeys(revert(model, {name: torch.zeros(1)}), name)
-    return found
+def _hint(source: str) -> str:
+    """What else may be the matter where there is no record."""
+    if not Path(source).is_dir():
+        return ", or it is out of reach"  # of an id that is nowhere, and without a network, transformers says no more
+    if (Path(source) / SETTINGS).exists():
+        return f"; it has {SETTINGS}: open the model with its library, then call astroattn.load(model, folder)"
+    return ""
 
 
 @contextmanager
@@ -154,19 +162,6 @@ def _expecting(cls: Any, names: Iterable[str]) -> Iterator[None]:
         cls._keys_to_ignore_on_load_unexpected = before
 
 
-def _shards(source: str, revision: str | None) -> list[str]:
-    """The safetensors files of a model of transformers."""
-    from transformers.utils import cached_file
-
-    index = cached_file(
-        source, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
-    )
-    names = ["model.safetensors"]
-    if index is not None:
-        names = sorted(set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values()))
-    return [cached_file(source, name, revision=revision) for name in names]
-
-
 def restore(model: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> PatchReport:
     """Patch a model by a record (`describe`) and load its tensors; all of it, or nothing.
 
@@ -174,28 +169,32 @@ def restore(model: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, T
         ValueError: the record or the tensors do not fit the model; `source` names where they come from.
     """
     rows = _check_record(record, source)
-    _check_fit(model, record, rows, tensors, source)
+    part, names = find_place(model, record, source)
+    expected = tensor_names(record)
+    if lost := sorted(set(expected) - tensors.keys()):
+        raise ValueError(f"{source}: the tensor {lost[0]!r} is missing ({len(lost)} of {len(expected)})")
     with restored_on_error(model):
-        unpatch(model)
+        unpatch(model.get_submodule(part))
         try:
-            plan = Plan(model=record["model"], modules={row["name"]: heads for row, heads in rows})
-            report = patch(model, plan)
+            plan = Plan(model=record["model"], modules={names[row["name"]]: heads for row, heads in rows})
+            report = patch(model, plan, where=lambda name, module: name in plan.modules)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
-        mine = {row["name"]: row for row in describe(model)["modules"]}
         for row, _ in rows:
-            was, now = (f"a {each['class']} of head dimension {each['head_dim']}" for each in (row, mine[row["name"]]))
-            if was != now:
+            core = getattr(model.get_submodule(names[row["name"]]), CORE)
+            if core.head_dim != row["head_dim"]:
+                was, now = (f"a {row['class']} of head dimension {size}" for size in (row["head_dim"], core.head_dim))
                 raise ValueError(f"{source}: {row['name']} was {was}; here it is {now}")
-            _load_tensors(model, row, tensors, source)
+            _load_tensors(core, row, tensors, source)
     return report
 
 
 def _check_record(record: Mapping[str, Any], source: str) -> Rows:
     """The modules of a record with the configs of their heads."""
-    _check_fields(record, FIELDS, source)
+    _check_fields(record, {"format": int}, source)
     if record["format"] != RECORD_VERSION:
         raise ValueError(f"{source}: format {record['format']}; this version of astroattn reads {RECORD_VERSION}")
+    _check_fields(record, FIELDS, source)
     for row in record["modules"]:
         _check_fields(row, MODULE_FIELDS, source)
     try:
@@ -218,41 +217,9 @@ def _check_fields(record: Any, kinds: Mapping[str, type], source: str) -> None:
         raise ValueError(f"{source}: is not a record of astrocytes ({', '.join(wrong)} missing or of the wrong kind)")
 
 
-def _check_fit(
-    model: nn.Module,
-    record: Mapping[str, Any],
-    rows: Rows,
-    tensors: Mapping[str, Tensor],
-    source: str,
-) -> None:
-    if record["model"] != (name := class_name(model)):
-        raise ValueError(f"{source}: holds the astrocytes of a {record['model']}; this model is a {name}")
-    missing = [row["name"] for row, _ in rows if not _has_module(model, row["name"])]
-    if missing:
-        raise ValueError(
-            f"{source}: the model has no module {missing[0]!r} ({len(missing)} of {len(rows)} are missing)"
-        )
-    expected = {f"{row['name']}.{CORE}.{tensor}" for row, _ in rows for tensor in row["tensors"]}
-    if lost := sorted(expected - tensors.keys()):
-        raise ValueError(f"{source}: the tensor {lost[0]!r} is missing ({len(lost)} of {len(expected)})")
-
-
-def _has_module(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """What the astrocyte of a module has learned, by full name."""
-    core = getattr(model.get_submodule(name), CORE)
-    return {f"{name}.{CORE}.{key}" if name else f"{CORE}.{key}": tensor for key, tensor in core.state_dict().items()}
-
-
-def _load_tensors(model: nn.Module, row: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
-    for name, mine in _state(model, row["name"]).items():
+def _load_tensors(core: Any, row: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
+    for key, mine in learned(core).items():
+        name = join(row["name"], CORE, key)
         theirs = tensors.get(name)
         if theirs is None or theirs.shape != mine.shape or not theirs.is_floating_point():
             found = "is missing" if theirs is None else f"is {list(theirs.shape)} of {theirs.dtype}"
@@ -261,7 +228,18 @@ def _load_tensors(model: nn.Module, row: Mapping[str, Any], tensors: Mapping[str
             mine.copy_(theirs)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _same(one: Saved, other: Saved) -> bool:
+    """Whether two records say the same."""
+    if any(one[0].get(field) != other[0].get(field) for field in FIELDS) or one[1].keys() != other[1].keys():
+        return False
+    return all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
+
+
+def _read_files(folder: str, revision: str | None) -> Saved | None:
+    """What `save` wrote; None where that is not there."""
+    path = _find(folder, SETTINGS, revision)
+    if path is None:
+        return None
     try:
         record = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -270,7 +248,9 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f"folder: {str(path)!r} is not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"folder: {str(path)!r} is not a record of astrocytes")
-    return record
+    checksum = record.get("sha256")
+    tensors = _find(folder, TENSORS, revision) if checksum is not None else None
+    return record, _read_tensors(tensors or path.with_name(TENSORS), checksum), str(path)
 
 
 def _read_tensors(path: Path, checksum: str | None) -> dict[str, Tensor]:
@@ -289,6 +269,55 @@ def _read_tensors(path: Path, checksum: str | None) -> dict[str, Tensor]:
         raise ValueError(f"folder: cannot read {str(path)!r}: {error.strerror}") from None
     except SafetensorError as error:
         raise ValueError(f"folder: {str(path)!r} is not a safetensors file: {error}") from None
+
+
+def _read_weights(source: str, revision: str | None) -> Saved | None:
+    """What transformers wrote with the weights of a model; None where they hold no record."""
+    from safetensors import safe_open
+
+    paths = [_find(source, "model.safetensors", revision)]  # in the order in which transformers looks for them
+    if paths == [None]:
+        index = _find(source, "model.safetensors.index.json", revision)
+        shards = () if index is None else set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        paths = [_find(source, name, revision) for name in sorted(shards)]
+    if not paths:  # another variant, which only a folder tells
+        paths = list(Path(source).glob("model.*.safetensors"))
+    headers = set()
+    for path in paths:
+        if path is None:
+            raise OSError("a file that its index names is missing")
+        with safe_open(path, framework="pt") as file:
+            headers.add((file.metadata() or {}).get(RECORD_KEY))
+    if len(headers) > 1:
+        raise OSError("its files of weights have records that differ, or some have none; they are of several saves")
+    if (text := next(iter(headers), None)) is None:
+        return None
+    record = json.loads(text)
+    _check_record(record, source)
+    names = {name: name for name in tensor_names(record)}
+    names |= {saved: name for name, saved in record.get("saved_as", {}).items()}
+    tensors: dict[str, Tensor] = {}
+    for path in paths if names else []:
+        with safe_open(path, framework="pt") as file:
+            tensors |= {names[name]: file.get_tensor(name) for name in names.keys() & set(file.keys())}
+    return record, tensors, source
+
+
+def _find(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a folder, or of a repository on the hub; None where it is not there."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.exists() else None
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise OSError("there is no such folder")
+    from transformers.utils import cached_file
+
+    found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _base_model(model: nn.Module) -> str | None:

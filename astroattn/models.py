@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from astroattn.patching.saving import RECORD_KEY
 
 # the auto class of transformers that keeps the head, by what the name of the architecture ends in
 HEADS = {
@@ -191,6 +194,12 @@ def _load_transformers(spec: str, source: str, size: int | None) -> LoadedModel:
         if architecture in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values():  # their names end like those of T5, BART
             auto = "AutoModelForSpeechSeq2Seq"
         model = getattr(transformers, auto).from_pretrained(source, config=config, use_safetensors=True, **options)
+        if vars(model.config).pop(RECORD_KEY, None) is not None:
+            warnings.warn(
+                f"{spec!r} was saved from a patched model and is opened with softmax attention; "
+                "astroattn.load(model, folder) patches it as it was",
+                stacklevel=3,
+            )
         main_input = model.main_input_name
         if main_input not in _ENCODERS:
             raise ValueError(f"it reads {main_input!r}, and only texts, photos and recordings are known here")

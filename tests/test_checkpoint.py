@@ -274,25 +274,27 @@ def damage(folder: Path, what: str) -> None:
         (folder / "astroattn.json").write_text('{"model_type": "bert"}', "utf-8")
     elif what == "newer format":
         edit(folder, format=99)
-    elif what == "another class":
-        edit(folder, model="RobertaModel")
+    elif what == "no exact modules":
+        path = folder / "astroattn.json"
+        path.write_text(json.dumps({name: value for name, value in record.items() if name != "exact"}), "utf-8")
     elif what == "unknown setting":
         edit(folder, configs=[record["configs"][0] | {"temperature": 2}])
     elif what == "bad setting":
         edit(folder, configs=[record["configs"][0] | {"num_hidden": 0}])
     elif what == "no such config":
-        edit(folder, modules=[modules[0] | {"heads": [0, 0, 1]}])
+        edit(folder, modules=[modules[0] | {"heads": [0, 0, 1]}, *modules[1:]])
     elif what == "heads that cannot differ":
         other = record["configs"][0] | {"num_hidden": 16}
-        edit(folder, configs=[record["configs"][0], other], modules=[modules[0] | {"heads": [0, 0, 1]}])
+        heads = [0, 0, 1]
+        edit(folder, configs=[record["configs"][0], other], modules=[modules[0] | {"heads": heads}, *modules[1:]])
     elif what == "another head dimension":
-        edit(folder, modules=[modules[0] | {"head_dim": 8}])
+        edit(folder, modules=[modules[0] | {"head_dim": 8}, *modules[1:]])
     elif what == "another module":
-        edit(folder, modules=[modules[0] | {"name": "encoder.layer.17.attention.self"}])
+        edit(folder, modules=[modules[0] | {"name": "encoder.layer.17.attention.self"}, *modules[1:]])
     elif what == "another module class":
-        edit(folder, modules=[modules[0] | {"class": "RobertaSelfAttention"}])
+        edit(folder, modules=[modules[0] | {"class": "RobertaSelfAttention"}, *modules[1:]])
     elif what == "other heads":
-        edit(folder, modules=[modules[0] | {"heads": [0] * 12}])
+        edit(folder, modules=[modules[0] | {"heads": [0] * 12}, *modules[1:]])
     elif what == "a size":
         edit(folder, configs=[record["configs"][0] | {"num_hidden": 16}])
     elif what == "a tensor less":
@@ -305,15 +307,15 @@ def damage(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("no folder", "cannot read .*astroattn.json"),
+        ("no folder", "has no record of astrocytes, neither astroattn.json nor in the header"),
         ("no tensors", "cannot read .*astroattn.safetensors"),
         ("truncated", "is not the file that was saved"),
         ("one bit", "is not the file that was saved"),
         ("not JSON", "is not JSON"),
         ("another JSON", "is not a record of astrocytes"),
-        ("foreign JSON", "is not a record of astrocytes .format, model, configs, modules missing"),
-        ("newer format", "format 99; this version of astroattn reads 2"),
-        ("another class", "holds the astrocytes of a RobertaModel; this model is a BertModel"),
+        ("foreign JSON", "is not a record of astrocytes .format missing"),
+        ("newer format", "format 99; this version of astroattn reads 3"),
+        ("no exact modules", "is not a record of astrocytes .exact missing"),
         ("unknown setting", r"configs\[0\]: is not a config: .*temperature"),
         ("bad setting", r"configs\[0\]: is not a config: num_hidden: 0"),
         ("no such config", r"the heads of encoder.layer.0.attention.self: 1; must be numbers of configs, 0 to 0"),
@@ -322,7 +324,7 @@ def damage(folder: Path, what: str) -> None:
         ("another module", "the model has no module 'encoder.layer.17.attention.self'"),
         (
             "another module class",
-            "encoder.layer.0.attention.self was a RobertaSelfAttention of head dimension 16; here it is a Bert",
+            "encoder.layer.0.attention.self was a RobertaSelfAttention; here it is a BertSelfAttention",
         ),
         ("other heads", "'encoder.layer.0.attention.self' has 3 heads; the plan has configs for 12"),
         ("a size", r"is \[3, 8, 16\] .*; expected \[3, 16, 16\]"),

@@ -257,3 +257,7 @@ def test_what_was_learned_comes_back(make: Callable[[], nn.Module], tmp_path: Pa
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+    other = make().eval()
+    astroattn.load(other, tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert ".astrocyte." not in name or torch.equal(other.state_dict()[name], tensor), name

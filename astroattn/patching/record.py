@@ -1,38 +1,34 @@
-"""What is needed to patch another copy of a model in the same way, as plain values, and how transformers saves it.
-
-The record of a model of transformers lies in the header of its files of weights. It is made from the model as it is
-when it is saved, nothing in memory holds it, and a file of weights that is written again without it has none.
-"""
+"""What is needed to patch another copy of a model in the same way, as plain values and files."""
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
-import sys
-from contextvars import ContextVar
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from astroattn.patching.site import CORE, site_of
 from astroattn.plan import number_configs
+from astroattn.version import __version__
 
-RECORD_VERSION = 2
-RECORD_KEY = "astroattn"  # in the metadata of a safetensors file
+RECORD_VERSION = 3
+SETTINGS, TENSORS = "astroattn.json", "astroattn.safetensors"
 PUT_OVER = ("torch.nn.utils.parametrize", "torch.distributed.")  # where classes come from that are put over another
 
-_record: ContextVar[dict[str, str]] = ContextVar("astroattn_record", default={})  # noqa: B039 (never changed)
 
-
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module, adapter: str | None = None) -> dict[str, Any]:
     """The class of a model and its astrocytes: `{"format", "model", "configs", "modules": [{"name", "class", ...}]}`.
 
     Every astrocyte has the name and class of the module it hangs on, for each of its heads the number of its config
     among the distinct ones, its head dimension, and the names of the tensors it has learned, which lie below the
-    module's name. No modules: the model is not patched.
+    module's name. `exact` are the other modules of those classes, by name: what the model was, to know another by. No
+    modules: the model is not patched. `adapter` is the one of peft whose tensors are meant, the active one by default.
     """
     sites = {name: (site, module) for name, module in model.named_modules() if (site := site_of(module)) is not None}
-    cores = {name: getattr(module, CORE) for name, (_, module) in sites.items()}
+    cores = {name: unwrapped(getattr(module, CORE), adapter) for name, (_, module) in sites.items()}
     configs, heads = number_configs(core.configs for core in cores.values())
     modules = [
         {
@@ -40,43 +36,71 @@ def describe(model: nn.Module) -> dict[str, Any]:
             "class": sites[name][0].class_name,
             "heads": numbers,
             "head_dim": core.head_dim,
-            "tensors": sorted(core.state_dict()),
+            "tensors": sorted(learned(core, adapter)),
         }
         for (name, core), numbers in zip(cores.items(), heads, strict=True)
     ]
-    return {"format": RECORD_VERSION, "model": class_name(model), "configs": configs, "modules": modules}
+    same = of_classes(model, {row["class"] for row in modules})
+    return {
+        "format": RECORD_VERSION,
+        "astroattn": __version__,
+        "model": class_name(model),
+        "configs": configs,
+        "modules": modules,
+        "exact": {name: kind for name, kind in same.items() if name not in sites},
+    }
 
 
-def keep_records() -> None:
-    """Have transformers, where it is imported, write the record of every patched model that it saves."""
-    library: Any = sys.modules.get("transformers.modeling_utils")
-    model = getattr(library, "PreTrainedModel", None)
-    if model is None or hasattr(model.save_pretrained, RECORD_KEY):
-        return
-    model.save_pretrained = _noting_the_model(model.save_pretrained)
-    library.safe_save_file = _adding_the_record(library.safe_save_file)
+def of_classes(model: nn.Module, classes: set[str]) -> dict[str, str]:
+    """The modules of a model that are of one of these classes: their classes by name."""
+    found = ((name, class_name(module)) for name, module in model.named_modules())
+    return {name: kind for name, kind in found if kind in classes}
 
 
-def _noting_the_model(save_pretrained: Any) -> Any:
-    @functools.wraps(save_pretrained)
-    def save(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        record = describe(self)
-        token = _record.set({RECORD_KEY: json.dumps(record)} if record["modules"] else {})
-        try:
-            return save_pretrained(self, *args, **kwargs)
-        finally:
-            _record.reset(token)
-
-    setattr(save, RECORD_KEY, True)
-    return save
+def learned(core: Any, adapter: str | None = None) -> dict[str, Tensor]:
+    """The tensors an astrocyte has learned, by name, whether or not peft keeps them for its adapters."""
+    core = unwrapped(core, adapter)
+    if core.hidden is None:
+        return {}
+    return {f"hidden.{name}": tensor for name, tensor in unwrapped(core.hidden, adapter).state_dict().items()}
 
 
-def _adding_the_record(save_file: Any) -> Any:
-    @functools.wraps(save_file)
-    def save(tensors: Any, filename: Any, metadata: dict[str, str] | None = None) -> None:
-        save_file(tensors, filename, metadata={**(metadata or {}), **_record.get()})
+def learned_by(model: nn.Module, record: Mapping[str, Any], adapter: str | None = None) -> dict[str, Tensor]:
+    """The tensors that the astrocytes of a record have learned, by full name."""
+    return {
+        join(row["name"], CORE, name): tensor
+        for row in record["modules"]
+        for name, tensor in learned(getattr(model.get_submodule(row["name"]), CORE), adapter).items()
+    }
 
-    return save
+
+def tensor_names(record: Mapping[str, Any]) -> list[str]:
+    """The full names of the tensors that a record says were learned."""
+    return [join(row["name"], CORE, name) for row in record["modules"] for name in row["tensors"]]
+
+
+def unwrapped(module: Any, adapter: str | None = None) -> Any:
+    """The copy of a module that an adapter of peft trains and saves (`modules_to_save`); any other module itself."""
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    name = module.active_adapters[0] if adapter is None else adapter
+    return copies[name] if name in copies else module.original_module  # noqa: SIM401 (a ModuleDict has no get)
+
+
+def write_record(model: nn.Module, record: dict[str, Any], folder: Path, adapter: str | None = None) -> None:
+    """Write `astroattn.json`, and `astroattn.safetensors` where something was learned."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = learned_by(model, record, adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tensors:
+        content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        (folder / TENSORS).write_bytes(content)
+        record = record | {"sha256": hashlib.sha256(content).hexdigest()}
+    else:
+        (folder / TENSORS).unlink(missing_ok=True)  # of another record
+    (folder / SETTINGS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def class_name(model: nn.Module) -> str:
@@ -85,3 +109,8 @@ def class_name(model: nn.Module) -> str:
     if site is not None:
         return site.class_name
     return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith(PUT_OVER)).__name__
+
+
+def join(*names: str) -> str:
+    """The name of a module or tensor from its parts; that of the model itself is empty."""
+    return ".".join(filter(None, names))

@@ -78,9 +78,9 @@ class Site:
     seen: list[Seen] | None = None  # a list during the probe forward
 
     def __post_init__(self) -> None:
-        from astroattn.patching.record import keep_records  # which reads sites
+        from astroattn.patching.saving import keep_records  # which reads sites
 
-        keep_records()  # what it is on may be saved by transformers
+        keep_records()  # what it is on may be saved by another library
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
