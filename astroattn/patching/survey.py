@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from astroattn.attention import AstrocyteAttention
+from astroattn.patching.handwritten import ATTENTION_CLASS, HandwrittenSite
 from astroattn.patching.mha import MhaSite
 from astroattn.patching.sdpa import POOLING, SdpaSite
 from astroattn.patching.site import Site, site_of
 
 Where = int | str | Sequence[int] | Sequence[str] | Callable[[str, nn.Module], bool]
 
-ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 POOLING_CLASS = re.compile("pooling", re.IGNORECASE)  # of the module around the attention
 UNKNOWN = "no front-end for this attention class"
 
@@ -58,7 +58,7 @@ def survey(model: nn.Module) -> list[Found]:
 
 def front_ends() -> list[type[Site]]:
     """The front-ends that can matter: a model of a library exists only where the library was imported."""
-    available: list[type[Site]] = [SdpaSite, MhaSite]
+    available: list[type[Site]] = [SdpaSite, MhaSite, HandwrittenSite]  # the last reads what no other knows
     if "transformers.modeling_utils" in sys.modules:
         from astroattn.patching.interface import InterfaceSite
 
