@@ -72,7 +72,7 @@ PERMUTES = ("transpose", "swapaxes", "permute")
 ATTRIBUTES = [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")]
 
 CHANGES = [name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_")]
-CHANGES += [name for name in dir(Tensor) if name.startswith("__i") or name == "__setitem__"]
+CHANGES += ["__setitem__", *(name for name in dir(Tensor) if name.startswith("__i") and f"__{name[3:]}" in dir(Tensor))]
 
 
 @dataclass(eq=False)
@@ -129,7 +129,8 @@ class Tape:
     """What was noted since one product. `steps` are functions, arguments and the stand-in for what came out."""
 
     steps: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Tensor]] = field(default_factory=list)
-    real: dict[Tensor, Tensor] | None = None  # the tensors in the places of the stand-ins, once it was carried out
+    done: int = 0  # steps that were carried out
+    real: dict[Tensor, Tensor] = field(default_factory=dict)  # what they have put out, by stand-in
     answered: bool = False  # by an astrocyte, which has no weights
 
 
@@ -162,7 +163,8 @@ class Watch(TorchFunctionMode):
         if name in ASKED or (name in LIKE and not self._holds(args[0])) or function in ATTRIBUTES:
             return function(*args, **kwargs)
         tape, scores = self.parts[held[0]]
-        if scores is not None and tape.real is None and all(self.parts[each][0] is tape for each in held):
+        noted = tape.done == 0 or tape.answered  # and not carried out
+        if scores is not None and noted and all(self.parts[each][0] is tape for each in held):
             if name in PRODUCTS and scores.softmax:
                 answer = self._answer(scores, held[0], function, name, args, kwargs)
                 if answer is not None:
@@ -275,8 +277,8 @@ class Watch(TorchFunctionMode):
             return output
 
         output, tape = self._attend(self._read(weights, value, False), order, host), self.parts[stand_in][0]
-        tape.answered = tape.real is None or (self.site.seen is not None and self.site.seen[-1].refusal is None)
-        if tape.real is not None:
+        tape.answered = tape.done == 0 or (self.site.seen is not None and self.site.seen[-1].refusal is None)
+        if tape.done:
             return output
         output = output.reshape(*weights.lead, *output.shape[-2:]).permute(order).contiguous()
         return output.to(product_dtype(value))
@@ -357,15 +359,14 @@ class Watch(TorchFunctionMode):
         """Do what was noted, of the tapes of these stand-ins."""
         for each in held:
             tape, scores = self.parts[each]
-            if tape.real is not None:
-                continue
             if tape.answered:
                 fall_back(self.site, LATER)
             elif scores is not None and self.stopped is None and scores.query.shape[-2:] == scores.key.shape[-2:]:
                 self.stopped = MEANINGS.get(name, f"its scores or weights go through {name!r}")
-            tape.real = {}
-            for function, args, kwargs, stand_in in tape.steps:
+            while tape.done < len(tape.steps):
+                function, args, kwargs, stand_in = tape.steps[tape.done]
                 tape.real[stand_in] = function(*self._real(args), **self._real(kwargs))
+                tape.done += 1
 
     def _real(self, value: Any, forget: bool = False) -> Any:
         """With real tensors in the places of stand-ins."""
@@ -375,7 +376,6 @@ class Watch(TorchFunctionMode):
             tape = self.parts[value][0]
             if forget and tape.answered:
                 return None
-            assert tape.real is not None
             return tape.real[value]
         if not any(each in self.parts for each in _tensors(value)):
             return value
