@@ -289,6 +289,11 @@ def alibi(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | N
     return m.softmax_of(q @ k.mT + slopes) @ v
 
 
+def zero_bias_by_head(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    """As it is before it is trained."""
+    return m.softmax_of(q @ k.mT + torch.zeros(HEADS, 9, 9)) @ v
+
+
 def window(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
     near = causal(9) & ~causal(9).tril(-3)
     return m.softmax_of((q @ k.mT).masked_fill(~near, LEAST)) @ v
@@ -353,7 +358,8 @@ MORE = [
     (position_keys, "a dense mask or bias"),
     (alibi, "a bias on keys"),
     (window, "a dense mask or bias"),
-    (mask_by_head, "a mask of its own for every head"),
+    (mask_by_head, "a mask or bias of its own for every head"),
+    (zero_bias_by_head, "a mask or bias of its own for every head"),
     (soft_cap, "soft cap"),
     (sinks, "attention sinks"),
     (talking_heads, "heads are mixed"),
@@ -409,6 +415,21 @@ def test_weights_that_are_put_out_are_none() -> None:
     assert not torch.equal(output, expected[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*left to the model's own attention")
+def test_a_bias_that_is_trained_is_left_to_the_class() -> None:
+    bias = nn.Parameter(torch.zeros(TOKENS, TOKENS))
+
+    def biased(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+        return m.softmax_of(q @ k.mT + bias * 1) @ v
+
+    model = model_of(biased)
+    report_of(model)
+    model(tokens()).pow(2).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.abs().sum() > 0
+    assert [list(each) for each in fallbacks(model).values()] == [["a learned bias on the scores"]] * 2
+
+
 def test_gradients_are_those_of_softmax_attention() -> None:
     model = model_of(scale_after)
     grads = []
@@ -447,7 +468,7 @@ def test_copies_and_pickles() -> None:
     model = model_of(scale_after)
     report_of(model, STATIC)
     expected = model(tokens(), keys())
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
         assert torch.equal(copied(tokens(), keys()), expected)
         unpatch(model)
         assert torch.equal(copied(tokens(), keys()), expected)
@@ -472,13 +493,15 @@ def test_autocast_and_low_precision() -> None:
 def test_the_next_token_after_those_of_a_cache() -> None:
     def cached(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
         count = q.shape[2]
+        new = last[-1]
         seen = torch.ones(count, count, dtype=torch.bool).tril()[-new:]
         return F.pad((q[:, :, -new:] @ k.mT).masked_fill(~seen, LEAST).softmax(-1) @ v, (0, 0, count - new, 0))
 
-    new = TOKENS
+    last = [TOKENS]
     model = model_of(cached)
     report_of(model)
     for new in (1, 3):
+        last.append(new)
         expected = model_of(cached)(tokens())
         torch.testing.assert_close(model(tokens()), expected, atol=1e-5, rtol=1e-5)
     assert fallbacks(model) == {}

@@ -27,8 +27,8 @@ from astroattn.patching.scores import (
     Labels,
     Scores,
     labels_of,
-    read_masks,
     product_dtype,
+    read_masks,
     scores_of,
     split,
     values_of,
@@ -42,7 +42,6 @@ from astroattn.patching.site import (
     methods,
     names_in,
     replaced_forward,
-    site_of,
 )
 from astroattn.patching.swapped import put_over, take_off
 
@@ -403,7 +402,7 @@ def _baddbmm(
     if scores is None or out is not None or beta not in (0, 1) or not alpha:
         return None
     scores = replace(scores, scale=alpha)
-    return scores if beta == 0 else scores.with_mask("add", input)
+    return scores if beta == 0 else scores.with_mask("base", input)
 
 
 def _try(step: Callable[..., Scores | None], scores: Scores, args: Any, kwargs: dict[str, Any]) -> Scores | None:

@@ -19,7 +19,8 @@ HIDDEN = -1e4  # a score this much lower has a weight of zero: exp(-1e4) is belo
 
 KEY_BIAS = "a bias on keys, which is more than a padding mask"
 DENSE = "a dense mask or bias over queries and keys, which is more than a padding mask"
-PER_HEAD = "a mask of its own for every head"
+PER_HEAD = "a mask or bias of its own for every head"
+LEARNED = "a learned bias on the scores"
 FACTOR = "a factor on the scores of every query and key"
 
 Labels = tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]  # of the axes of two factors and their product
@@ -40,7 +41,9 @@ class Scores:
     dtype: torch.dtype
     heads: int | None = None  # where the shapes have shown them
     scale: float = 1.0
-    masks: tuple[tuple[str, Any], ...] = ()  # ("add", bias), ("hide", where), ("keep", factor 0 or 1)
+    masks: tuple[
+        tuple[str, Any], ...
+    ] = ()  # ("add", bias), ("base", the same of baddbmm), ("hide", where), ("keep", factor 0 or 1)
     softmax: bool = False
     dropout: float = 0.0
 
@@ -195,7 +198,7 @@ def read_masks(
 ) -> tuple[Tensor | None, bool, str | None]:
     """The real keys [batch, keys] that these masks leave (None: all), whether they are causal, and why not.
 
-    `causal` is what they are taken for where that cannot be told: with one query, and in a graph, which then asserts it.
+    `causal` is what they are taken for where that cannot be told: with one query, and in a graph, which asserts it.
     """
     real: Tensor | None = None  # [1 or batch, keys]
     seen: Tensor | None = None  # [1 or batch, queries, keys]
@@ -212,7 +215,11 @@ def read_masks(
             factors.append((mask != 0).all(1))
             continue
         visible = ~mask if kind == "hide" else mask == 0
-        if kind == "add" and not _holds(visible | (mask <= HIDDEN)):
+        if mask.requires_grad:
+            return None, False, LEARNED
+        if kind == "add" and visible.shape[1] > 1 and visible.shape[2] > 1:
+            return None, False, PER_HEAD  # of relative positions, though it may be zero now
+        if kind in ("add", "base") and not _holds(visible | (mask <= HIDDEN)):
             return None, False, KEY_BIAS if mask.shape[-2] == 1 else DENSE
         if visible.shape[1] > 1 and not _holds(visible == visible[:, :1]):
             return None, False, PER_HEAD
