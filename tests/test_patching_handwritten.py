@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as t
 from torch import Tensor, nn
 
 from astroattn import AstroConfig, patch, unpatch
@@ -508,6 +509,16 @@ def test_the_next_token_after_those_of_a_cache() -> None:
 
 
 @torch.no_grad()
+def test_another_tensor_that_changes_does_not_matter() -> None:
+    def changing(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+        scores = q @ k.mT
+        torch.ones(3).zero_()
+        return scores.softmax(-1) @ v
+
+    report_of(model_of(changing))
+
+
+@torch.no_grad()
 def test_a_tensor_that_changes_after_it_was_noted() -> None:
     def changing(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
         scores = q @ k.mT
@@ -516,6 +527,87 @@ def test_a_tensor_that_changes_after_it_was_noted() -> None:
 
     model = model_of(changing)
     expected = model(tokens())
-    with pytest.raises(ValueError, match="go through 'zero_'"):
+    with pytest.raises(ValueError, match="changed in place"):
         patch(model, FULL)
     assert torch.equal(model(tokens()), expected)
+
+
+# Real classes. What a checkpoint may turn on is turned on.
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
+SMALL = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 99, "vocab_size": 99}
+REAL: dict[str, Callable[[], nn.Module]] = {
+    "rembert": lambda: t.RemBertModel(t.RemBertConfig(**TEXT, input_embedding_size=16)),
+    "roformer": lambda: t.RoFormerModel(t.RoFormerConfig(**TEXT, embedding_size=32)),
+    "xlm": lambda: t.XLMModel(t.XLMConfig(**SMALL)),
+    "openai-gpt": lambda: t.OpenAIGPTModel(t.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=99)),
+    "gpt-neo": lambda: t.GPTNeoModel(
+        t.GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, vocab_size=99, attention_types=[[["global"], 2]])
+    ),
+    "falcon": lambda: t.FalconModel(t.FalconConfig(**TEXT, new_decoder_architecture=False)),
+    "squeezebert": lambda: t.SqueezeBertModel(t.SqueezeBertConfig(**TEXT, embedding_size=32, **GROUPS)),
+}
+GROUPS = {f"{name}_groups": 1 for name in ("q", "k", "v", "post_attention", "intermediate", "output")}
+WIDE = {"hidden_size": 32, "vocab_size": 99}
+BIASED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "mpnet": (lambda: t.MPNetModel(t.MPNetConfig(**TEXT)), "a mask or bias of its own for every head"),
+    "bloom": (
+        lambda: t.BloomModel(t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99)),
+        "a bias on keys",
+    ),
+    "falcon with alibi": (lambda: t.FalconModel(t.FalconConfig(**TEXT, alibi=True)), "bias"),
+    "deberta-v2": (
+        lambda: t.DebertaV2Model(t.DebertaV2Config(**TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"])),
+        "bias",
+    ),
+}
+
+
+def text() -> dict[str, Tensor]:
+    ids = torch.randint(5, 90, (2, 20), generator=torch.Generator().manual_seed(1))
+    real = torch.ones_like(ids)
+    real[1, 14:] = 0
+    return {"input_ids": ids, "attention_mask": real}
+
+
+def real_model(build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    monkeypatch.undo()  # the library makes up the inputs
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)
+    return model
+
+
+@pytest.mark.parametrize("name", REAL)
+@torch.no_grad()
+def test_real_classes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = real_model(REAL[name], monkeypatch), text()
+    real = given["attention_mask"].bool()
+    expected = model(**given)[0]
+    report = patch(model, FULL)
+    assert len(report.patched) == 2, str(report)
+    torch.testing.assert_close(model(**given)[0][real], expected[real], atol=1e-4, rtol=1e-4)
+    patch(model, STATIC)
+    changed = model(**given)[0]
+    assert not torch.allclose(changed[real], expected[real], atol=1e-2)
+    assert fallbacks(model) == {}
+    given["input_ids"][1, 14:] = 7
+    torch.testing.assert_close(model(**given)[0][real], changed[real], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(**given, output_attentions=True)
+    unpatch(model)
+    assert torch.equal(model(**text())[0], expected)
+
+
+@pytest.mark.parametrize("name", BIASED)
+@torch.no_grad()
+def test_real_classes_that_add_a_bias_stay_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, reason = BIASED[name]
+    model = real_model(build, monkeypatch)
+    expected = model(**text())[0]
+    with pytest.raises(ValueError, match=reason):
+        patch(model, FULL)
+    assert torch.equal(model(**text())[0], expected)

@@ -53,6 +53,8 @@ WEIGHTS = ("output_attentions", "need_weights", "return_attention", "return_atte
 NOTHING = "its forward has no softmax(q k^T) v that could be read"
 MANY_AXES = "attention within windows (over more axes than batch and heads)"
 UNEQUAL = "keys of another length than the queries (cross attention or a static cache)"
+CHANGED = "what its scores are computed from is changed in place"
+OUTPUT = "its scores are its output"
 LATER = "its attention weights are used for more than the values"
 # What is done with the scores, and what that means.
 MEANINGS = {
@@ -149,15 +151,15 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            self._carry_out(SDPA, [each for each in _tensors((args, kwargs)) if each in self.parts])
+            self._carry_out([each for each in _tensors((args, kwargs)) if each in self.parts], None)
             return self._fused(*self._real(args), **self._real(kwargs))
         name = _name_of(function)
         held = [each for each in _tensors((args, kwargs)) if each in self.parts]
         if not held:
             if (scores := _product(name, args, kwargs)) is not None:
                 return self._note(Tape(), scores, function, args, kwargs)
-            if _changes(name, kwargs):  # perhaps something that was noted
-                self._carry_out(name, [each for each, (tape, _) in self.parts.items() if not tape.answered])
+            if _changes(name, kwargs):
+                self._carry_out(self._noted_with(args[0] if len(args) else None), CHANGED)
             return function(*args, **kwargs)
         if name in ASKED or (name in LIKE and not self._holds(args[0])) or function in ATTRIBUTES:
             return function(*args, **kwargs)
@@ -170,7 +172,7 @@ class Watch(TorchFunctionMode):
                     return answer
             elif (after := self._step(name, scores, held, function, args, kwargs)) is not None:
                 return self._note(tape, after, function, args, kwargs, into=held[0] if _in_place(name) else None)
-        self._carry_out(name, held)
+        self._carry_out(held, MEANINGS.get(name, f"its scores or weights go through {name!r}"))
         return function(*self._real(args), **self._real(kwargs))
 
     def finish(self, output: Any) -> Any:
@@ -179,7 +181,7 @@ class Watch(TorchFunctionMode):
             fall_back(self.site, self.stopped or NOTHING)
         if not self.parts:
             return output
-        self._carry_out("output", [x for x in _tensors(output) if x in self.parts and not self.parts[x][0].answered])
+        self._carry_out([x for x in _tensors(output) if x in self.parts and not self.parts[x][0].answered], OUTPUT)
         return self._real(output, forget=True)
 
     def _holds(self, value: Any) -> bool:
@@ -271,7 +273,7 @@ class Watch(TorchFunctionMode):
         value, order = read
 
         def host() -> Tensor:
-            self._carry_out("", [stand_in])
+            self._carry_out([stand_in], None)
             output: Tensor = function(*self._real(args))
             return output
 
@@ -354,14 +356,20 @@ class Watch(TorchFunctionMode):
             weights = masked
         return self._read(weights, value, is_causal)
 
-    def _carry_out(self, name: str, held: list[Tensor]) -> None:
+    def _noted_with(self, changed: Any) -> list[Tensor]:
+        """The stand-ins of what was noted with a tensor that is about to change."""
+        tapes = {id(tape): tape for tape, _ in self.parts.values() if not tape.answered}
+        touched = [key for key, tape in tapes.items() if any(_share(changed, each) for each in _tensors(tape.steps))]
+        return [each for each, (tape, _) in self.parts.items() if id(tape) in touched]
+
+    def _carry_out(self, held: list[Tensor], why: str | None) -> None:
         """Do what was noted, of the tapes of these stand-ins."""
         for each in held:
             tape, scores = self.parts[each]
             if tape.answered:
                 fall_back(self.site, LATER)
             elif scores is not None and self.stopped is None and scores.query.shape[-2:] == scores.key.shape[-2:]:
-                self.stopped = MEANINGS.get(name, f"its scores or weights go through {name!r}")
+                self.stopped = why
             while tape.done < len(tape.steps):
                 function, args, kwargs, stand_in = tape.steps[tape.done]
                 tape.real[stand_in] = function(*self._real(args), **self._real(kwargs))
@@ -429,6 +437,13 @@ def _in_place(name: str) -> bool:
 def _changes(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a function may change what it is given."""
     return name in CHANGES or "out" in kwargs or bool(kwargs.get("inplace"))
+
+
+def _share(one: Any, two: Tensor) -> bool:
+    """Whether two tensors share memory; in a graph, which cannot tell, they may."""
+    if torch.compiler.is_compiling() or not isinstance(one, Tensor):
+        return True
+    return one.untyped_storage()._cdata == two.untyped_storage()._cdata
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
