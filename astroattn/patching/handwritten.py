@@ -45,7 +45,7 @@ from astroattn.patching.site import (
 )
 from astroattn.patching.swapped import put_over, take_off
 
-ATTENTION_CLASS = re.compile(r"attention|attn|mhsa", re.IGNORECASE)
+ATTENTION_CLASS = re.compile(r"attention|attn|(mh|gp|sh)sa$", re.IGNORECASE)  # *SA: self-attention
 CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 WEIGHTS = ("output_attentions", "need_weights", "return_attention", "return_attention_weights")
@@ -443,7 +443,7 @@ def _share(one: Any, two: Tensor) -> bool:
     """Whether two tensors share memory; in a graph, which cannot tell, they may."""
     if torch.compiler.is_compiling() or not isinstance(one, Tensor):
         return True
-    return one.untyped_storage()._cdata == two.untyped_storage()._cdata
+    return bool(one.untyped_storage()._cdata == two.untyped_storage()._cdata)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -47,6 +47,8 @@ def survey(model: nn.Module) -> list[Found]:
             continue
         site = site_of(module)
         front_end = type(site) if site else next((each for each in available if each.claims(module)), None)
+        if site is None and front_end is HandwrittenSite and _holds_claimed(available, module):
+            continue  # its own softmax is not that of its attention
         if front_end is not None:
             parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
             refusal = POOLING if POOLING_CLASS.search(parent) else front_end.refusal(name, module)
@@ -68,11 +70,13 @@ def front_ends() -> list[type[Site]]:
 
 def _wraps_attention(available: list[type[Site]], module: nn.Module) -> bool:
     """Whether an attention module lies below this one."""
-    return any(
-        ATTENTION_CLASS.search(type(child).__name__) or any(each.claims(child) for each in available)
-        for child in module.modules()
-        if child is not module
-    )
+    named = any(ATTENTION_CLASS.search(type(child).__name__) for child in module.modules() if child is not module)
+    return named or _holds_claimed(available, module)
+
+
+def _holds_claimed(available: list[type[Site]], module: nn.Module) -> bool:
+    """Whether a module that a front-end knows lies below this one."""
+    return any(each.claims(child) for child in module.modules() if child is not module for each in available)
 
 
 def select(found: list[Found], where: Where | None) -> list[Found]:
