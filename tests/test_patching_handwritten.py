@@ -464,6 +464,13 @@ def test_one_graph(between: Between) -> None:
     assert fallbacks(model) == {}
 
 
+def test_a_symbolic_trace_is_refused() -> None:
+    model = model_of(scale_before)
+    report_of(model)
+    with pytest.raises(TypeError, match="Proxy"):
+        torch.fx.symbolic_trace(model)
+
+
 @torch.no_grad()
 def test_copies_and_pickles() -> None:
     model = model_of(scale_after)

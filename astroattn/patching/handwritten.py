@@ -50,6 +50,7 @@ CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 WEIGHTS = ("output_attentions", "need_weights", "return_attention", "return_attention_weights")
 
+SDPA = "scaled_dot_product_attention"
 NOTHING = "its forward has no softmax(q k^T) v that could be read"
 MANY_AXES = "attention within windows (over more axes than batch and heads)"
 UNEQUAL = "keys of another length than the queries (cross attention or a static cache)"
@@ -109,13 +110,9 @@ class HandwrittenSite(Site):
         take_off(module)
 
 
-SDPA = "scaled_dot_product_attention"
-
-
 def run(base: type[nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a patched module: that of its class, with its scores left to the astrocyte."""
-    for given in args[:1]:
-        check_traceable(given)
+    check_traceable(next(iter((*args, *kwargs.values())), None))
     if wanted := next((name for name in WEIGHTS if kwargs.get(name)), None):
         fall_back(getattr(module, RECORD), f"{wanted}=True: attention weights, which no astrocyte forms")
         return base.forward(module, *args, **kwargs)
