@@ -356,7 +356,7 @@ def windows(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor |
 
 MORE = [
     (position_bias, "a dense mask or bias"),
-    (position_keys, "a dense mask or bias"),
+    (position_keys, "bias of its own for every head"),
     (alibi, "a bias on keys"),
     (window, "a dense mask or bias"),
     (mask_by_head, "a mask or bias of its own for every head"),
