@@ -212,8 +212,14 @@ LEFT_EXACT = {  # nothing an astrocyte represents: patching raises, with the rea
         "relative position bias",
         since="5.9",
     ),
-    "mpnet": Tiny(of(t.MPNetModel, t.MPNetConfig, **TEXT), text, 0, 2, "no front-end"),
-    "deberta-v2": Tiny(of(t.DebertaV2Model, t.DebertaV2Config, **TEXT), text, 0, 2, "no front-end"),
+    "mpnet": Tiny(of(t.MPNetModel, t.MPNetConfig, **TEXT), text, 0, 2, "bias of its own for every head"),
+    "deberta-v2": Tiny(
+        of(t.DebertaV2Model, t.DebertaV2Config, **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+        text,
+        0,
+        2,
+        "bias of its own for every head",
+    ),
 }
 
 PATCHED = BIDIRECTIONAL | CAUSAL_MODELS | MIXED | TIMM

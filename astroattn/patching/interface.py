@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from astroattn.checks import check_traceable
+from astroattn.patching.handwritten import HandwrittenSite
 from astroattn.patching.masks import KeyMask, attention_mask, dense
 from astroattn.patching.site import (
     CORE,
@@ -162,7 +163,7 @@ def _refuse_weights_of(model: nn.Module) -> None:
     """Put the hook below on a model that has a patched module, and take it from one that has none."""
     if (handle := vars(model).pop(WEIGHTS_HANDLE, None)) is not None:
         handle.remove()
-    if any(isinstance(site_of(module), InterfaceSite) for module in model.modules()):
+    if any(isinstance(site_of(module), (InterfaceSite, HandwrittenSite)) for module in model.modules()):
         setattr(model, WEIGHTS_HANDLE, model.register_forward_pre_hook(refuse_weights, with_kwargs=True))
 
 

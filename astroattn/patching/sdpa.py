@@ -27,8 +27,8 @@ from astroattn.patching.site import (
     methods,
     names_in,
     replaced_forward,
-    site_of,
 )
+from astroattn.patching.swapped import put_over, take_off
 
 # Global self-attention over all tokens without a bias, and how the module's input holds them.
 LAYOUTS = {
@@ -120,16 +120,13 @@ class SdpaSite(Site):
         return LAYOUTS.get(known_class(type(module)) or "") == "tokens"
 
     def take(self, module: nn.Module) -> None:
-        if _ours(type(module)) is None:
-            module.__class__ = class_with_astrocyte(type(module))
+        put_over(module, run)
         self.fused = getattr(module, FUSED, None)
         if self.fused is not None:
             setattr(module, FUSED, True)  # the other branch writes the softmax out by hand
 
     def release(self, module: nn.Module) -> None:
-        if _ours(type(module)) is type(module):
-            module.__class__ = type(module).__bases__[0]
-        # else something has put a class over ours since, or taken ours away; without a site ours does as its base does
+        take_off(module)
         if self.fused is not None:
             setattr(module, FUSED, self.fused)
 
@@ -176,41 +173,14 @@ def _read(
     return Call(query, key, value, mask, is_causal, scale, dropout_p, refusal=refusal)
 
 
-_classes: dict[type, type[nn.Module]] = {}
-
-
-def class_with_astrocyte(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of an attention class whose scores go to the astrocyte."""
-    if base not in _classes:
-        _classes[base] = _make_class(base)
-    return _classes[base]
-
-
-def _make_class(base: type[nn.Module]) -> type[nn.Module]:
-    layout = LAYOUTS[known_class(base) or ""]
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if site_of(self) is None:  # unpatched under a hook or a class that still leads here
-            return base.forward(self, *args, **kwargs)
-        calls: list[Call] = []
-        with Reroute(self, _grid(layout, args), calls):
-            output = base.forward(self, *args, **kwargs)
-        if not calls:
-            fall_back(getattr(self, RECORD), "scaled_dot_product_attention was not called")
-        return output
-
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _rebuild, (base,), self.__dict__
-
-    return type(
-        f"{base.__name__}WithAstrocyte", (base,), {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__}
-    )
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    """An empty module of the subclass, for copies and pickles: the subclass itself has no importable name."""
-    cls = class_with_astrocyte(base)
-    return cls.__new__(cls)
+def run(base: type[nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a patched module: that of its class, with its scores left to the astrocyte."""
+    calls: list[Call] = []
+    with Reroute(module, _grid(LAYOUTS[known_class(base) or ""], args), calls):
+        output = base.forward(module, *args, **kwargs)
+    if not calls:
+        fall_back(getattr(module, RECORD), "scaled_dot_product_attention was not called")
+    return output
 
 
 def _grid(layout: str, args: tuple[Any, ...]) -> tuple[int, int] | None:
@@ -219,11 +189,6 @@ def _grid(layout: str, args: tuple[Any, ...]) -> tuple[int, int] | None:
     axes = layout.split(", ")
     shape = args[0].shape[1:]
     return plain(shape[axes.index("rows")]), plain(shape[axes.index("columns")])
-
-
-def _ours(cls: type) -> type | None:
-    """The class of `class_with_astrocyte` that a class is or is made from, None for any other."""
-    return next((each for each in cls.__mro__ if each in _classes.values()), None)
 
 
 def known_class(cls: type) -> str | None:

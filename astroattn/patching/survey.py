@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from astroattn.attention import AstrocyteAttention
+from astroattn.patching.handwritten import ATTENTION_CLASS, HandwrittenSite
 from astroattn.patching.mha import MhaSite
 from astroattn.patching.sdpa import POOLING, SdpaSite
 from astroattn.patching.site import Site, site_of
 
 Where = int | str | Sequence[int] | Sequence[str] | Callable[[str, nn.Module], bool]
 
-ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 POOLING_CLASS = re.compile("pooling", re.IGNORECASE)  # of the module around the attention
 UNKNOWN = "no front-end for this attention class"
 
@@ -47,6 +47,8 @@ def survey(model: nn.Module) -> list[Found]:
             continue
         site = site_of(module)
         front_end = type(site) if site else next((each for each in available if each.claims(module)), None)
+        if site is None and front_end is HandwrittenSite and _holds_claimed(available, module):
+            continue  # its own softmax is not that of its attention
         if front_end is not None:
             parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
             refusal = POOLING if POOLING_CLASS.search(parent) else front_end.refusal(name, module)
@@ -58,7 +60,7 @@ def survey(model: nn.Module) -> list[Found]:
 
 def front_ends() -> list[type[Site]]:
     """The front-ends that can matter: a model of a library exists only where the library was imported."""
-    available: list[type[Site]] = [SdpaSite, MhaSite]
+    available: list[type[Site]] = [SdpaSite, MhaSite, HandwrittenSite]  # the last reads what no other knows
     if "transformers.modeling_utils" in sys.modules:
         from astroattn.patching.interface import InterfaceSite
 
@@ -68,11 +70,13 @@ def front_ends() -> list[type[Site]]:
 
 def _wraps_attention(available: list[type[Site]], module: nn.Module) -> bool:
     """Whether an attention module lies below this one."""
-    return any(
-        ATTENTION_CLASS.search(type(child).__name__) or any(each.claims(child) for each in available)
-        for child in module.modules()
-        if child is not module
-    )
+    named = any(ATTENTION_CLASS.search(type(child).__name__) for child in module.modules() if child is not module)
+    return named or _holds_claimed(available, module)
+
+
+def _holds_claimed(available: list[type[Site]], module: nn.Module) -> bool:
+    """Whether a module that a front-end knows lies below this one."""
+    return any(each.claims(child) for child in module.modules() if child is not module for each in available)
 
 
 def select(found: list[Found], where: Where | None) -> list[Found]:

@@ -97,7 +97,12 @@ SPECIAL: dict[str, Sizes] = {
     "mamba2": {"num_heads": 8},
     "cosmos3_edge_text": {"head_dim": 128},
     "hy_v4_vl_text": {"qk_rope_head_dim": 64},
-    "beit": {"use_relative_position_bias": True},  # as the pretrained ones
+    # as the pretrained ones
+    "beit": {"use_relative_position_bias": True},
+    "data2vec-vision": {"use_relative_position_bias": True},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True},
+    "vitdet": {"use_relative_position_embeddings": True},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "autoformer": SERIES,
