@@ -8,6 +8,7 @@ from astroattn.config import STATIC, AstroConfig, is_tiled
 from astroattn.ops.causal import CHUNK
 from astroattn.ops.layout import LEAST_BODY, LEAST_NEAR, ROOT, SUBTILE, Budget, Layout, cuts
 from astroattn.ops.order import DIRECTIONS, SAMPLES, TRIALS
+from astroattn.ops.window import block_size
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,13 @@ def _count_causal(config: AstroConfig, head_dim: int, num_keys: int) -> Cost:
     pairs = CHUNK * (1 + m / head_dim) + ((1 + drive) * (CHUNK + near - 1) if near else 0)  # through phi, and exactly
     products = 2 * m * (1 + drive) + pairs
     return Cost(near + m, products, 2 * num_keys)
+
+
+def count_window(window: int, num_queries: int, num_keys: int, causal: bool) -> Cost:
+    """Count the products of one head whose near field is a window: the queries of a block share all their keys."""
+    sides, block = 1 if causal else 2, min(block_size(window), num_queries)
+    read = min(block + sides * window, num_keys)
+    return Cost(min(1 + sides * window, num_keys), 2 * read, 2 * num_keys)
 
 
 def _drive(config: AstroConfig) -> int:

@@ -75,7 +75,7 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
         if isinstance(config, Plan):
             _require(config, selected, reasons)
     report = _report(model, found, selected, reasons, note)
-    if lost := [row.name for row in report.patched if row.reason == NO_GRID]:
+    if lost := [row.name for row in report.patched if row.reason.endswith(NO_GRID)]:
         warnings.warn(
             f"{type(model).__name__}: {NO_GRID} ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)})", stacklevel=2
         )
@@ -181,6 +181,7 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
             if each.name in reasons:
                 remove(each.module)
             else:
+                _remark(each)
                 _site(each).seen = None
                 _keep_learned(getattr(each.module, CORE), before[each.name])
         _settle(model)
@@ -239,6 +240,17 @@ def _install(model: nn.Module, fresh: list[Found], configs: Configs, grids: dict
         site = each.front_end(each.name, type(each.module).__name__, grids.get(each.name))
         install(site, each.module, _core(each.module, shape, config))
     _settle(model)
+
+
+def _remark(each: Found) -> None:
+    """Have the report say what a module does that is not all in its config."""
+    site = _site(each)
+    calls = [seen for seen in site.seen or [] if seen.sliding_window is not None or seen.window_ended]
+    if calls:
+        size = f" of {calls[0].sliding_window} tokens" if calls[0].sliding_window else ""
+        site.remark = f"sliding window{size}: exact in longer sequences, by the config in others"
+        if not any(seen.window_ended for seen in calls):
+            site.remark += "; not checked in longer ones"
 
 
 def _core(
@@ -329,7 +341,8 @@ def _report(
         if site is not None:
             core = getattr(each.module, CORE)
             shape, kinds = (core.num_heads, core.head_dim), len(set(core.configs))
-            reason = NO_GRID if site.grid is None and site.sees_patches(each.module) else ""
+            lost = site.grid is None and site.sees_patches(each.module)
+            reason = "; ".join(filter(None, (site.remark, NO_GRID if lost else "")))
         else:
             reason = reasons.get(each.name) or each.refusal or ("" if each.name in chosen else NOT_SELECTED)
             if each.front_end is not None:

@@ -43,7 +43,6 @@ CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
 # an attribute of the module that is not None, False or 0, and what it means
 REFUSED_ATTRIBUTES = {
     "is_cross_attention": "cross attention",
-    "sliding_window": "sliding window",
     "sinks": "attention sinks",
     "attn_logit_softcapping": "soft cap on the attention logits",
     "relative_position_bias": "relative position bias",
@@ -52,7 +51,6 @@ REFUSED_ATTRIBUTES = {
 }
 # an argument of the attention function that is not None, and what it means
 REFUSED_ARGUMENTS = {
-    "sliding_window": "sliding window",
     "s_aux": "attention sinks",
     "softcap": "soft cap on the attention logits",
     "position_bias": "relative position bias",
@@ -216,10 +214,11 @@ def _read(
     """The call in our words, or with the reason why it cannot be."""
     refusal = next((why for name, why in REFUSED_ARGUMENTS.items() if arguments.get(name) is not None), None)
     causal = mask is None and host == "sdpa" and _is_causal(module, arguments.get("is_causal"))
+    window = None
     aligned = query.shape[2] == key.shape[2] or (causal and query.shape[2] == 1)
     if isinstance(mask, KeyMask):
         real: Tensor | None = for_batch(mask.keys, query.shape[0])
-        causal, aligned = mask.causal, aligned or mask.causal
+        causal, aligned, window = mask.causal, aligned or mask.causal, mask.window
     else:
         real, refused = key_mask(mask, query.shape[0], key.shape[2])
         refusal = refusal or refused
@@ -229,7 +228,9 @@ def _read(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale, dropout = arguments.get("scaling"), arguments.get("dropout", 0.0)
-    return Call(query, key, value, real, causal, scale, dropout, refusal=refusal)
+    call = Call(query, key, value, real, causal, scale, dropout, window=window, refusal=refusal)
+    call.sliding_window = arguments.get("sliding_window")
+    return call
 
 
 def _is_causal(module: nn.Module, given: bool | None) -> bool:

@@ -14,6 +14,7 @@ from astroattn.patching.site import Seen
 
 TOKENS = 9  # of a made-up text; its second row is padded at both ends
 DECODER_TOKENS = 7
+LONGEST_WINDOW = 256  # up to which a made-up text is longer than the model's sliding window
 
 # Largest difference to the host, relative to its largest value, that is rounding.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -172,7 +173,9 @@ def _ids(config: Any, tokens: int) -> Tensor | None:
 
 
 def _input_ids(config: Any) -> dict[str, Any]:
-    ids = _ids(config, TOKENS)
+    window = _find(config, "sliding_window")
+    beyond = window if isinstance(window, int) and window <= LONGEST_WINDOW else 0
+    ids = _ids(config, TOKENS + beyond)
     if ids is None:
         return {}
     mask = torch.ones_like(ids)

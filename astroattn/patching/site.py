@@ -46,6 +46,8 @@ class Call:
     scale: float | None = None
     dropout: float = 0.0
     grid: tuple[int, int] | None = None
+    window: int | None = None  # where it ends within the sequence
+    sliding_window: int | None = None  # as the host says it, wherever it ends
     refusal: str | None = None
 
 
@@ -58,6 +60,8 @@ class Seen:
     dtype: torch.dtype = torch.float32
     queries: int = 0
     causal: bool = False
+    sliding_window: int | None = None
+    window_ended: bool = False
     difference: float = 0.0
 
 
@@ -73,6 +77,7 @@ class Site:
     grid: PatchGrid | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls the host answered, by reason
     seen: list[Seen] | None = None  # a list during the probe forward
+    remark: str = ""  # what the report says of it
 
     def __post_init__(self) -> None:
         from astroattn.patching.record import keep_records  # which reads sites
@@ -205,6 +210,7 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
             causal=call.causal,
             scale=call.scale,
             grid=call.grid,
+            window=call.window,
         )
     except RuntimeError as error:
         if "vmap" not in str(error):
@@ -241,7 +247,7 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
     counts = query.shape[2], key.shape[2]
     if call.causal and counts[0] > counts[1]:
         return "more queries than keys in causal attention"
-    return core.refusal(causal=call.causal, num_queries=counts[0], num_keys=counts[1])
+    return core.refusal(causal=call.causal, num_queries=counts[0], num_keys=counts[1], window=call.window)
 
 
 class _Running(threading.local):
@@ -285,11 +291,13 @@ def _observe(site: Site, core: AstrocyteAttention, call: Call, host: Callable[[]
     else:
         query = call.query
         shape = (query.shape[1], query.shape[-1])
-        seen = Seen(None, shape, query.dtype, query.shape[2], call.causal)
+        windows = call.sliding_window, call.window is not None
+        seen = Seen(None, shape, query.dtype, query.shape[2], call.causal, *windows)
         if (core.num_heads, core.head_dim) != seen.shape:
             core = AstrocyteAttention(*seen.shape).to(query.device)  # exact, whatever its config is
         core.exact = True
-        ours = core(query, call.key, call.value, key_mask=call.key_mask, causal=call.causal, scale=call.scale)
+        options = {"key_mask": call.key_mask, "causal": call.causal, "scale": call.scale, "window": call.window}
+        ours = core(query, call.key, call.value, **options)
         core.exact = False
         seen.difference = _difference(answer, ours, call)
         site.seen.append(seen)

@@ -139,10 +139,11 @@ class Stand(AstrocyteAttention):
         causal: bool = False,
         scale: float | None = None,
         grid: tuple[int, int] | None = None,
+        window: int | None = None,
     ) -> Tensor:
-        """As in `AstrocyteAttention`; ValueError where there is padding or a causal mask."""
-        if causal or (key_mask is not None and not key_mask.all()):
-            raise ValueError("inputs: the peers take no padding and no causal mask")
+        """As in `AstrocyteAttention`; ValueError where there is padding, a causal mask or a window."""
+        if causal or window is not None or (key_mask is not None and not key_mask.all()):
+            raise ValueError("inputs: the peers take no padding and no causal mask or window")
         tokens, width = query.shape[2:]
         query = query * (width**-0.5 if scale is None else scale)
         if self.counting:
