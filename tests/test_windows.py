@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers as t
+from patching_models import ALL, build, outputs, text
 from torch import Tensor, nn
 
 from astroattn import AstroConfig, AstrocyteAttention, patch, unpatch
@@ -14,7 +15,6 @@ from astroattn.distillation.rows import softmax_rows
 from astroattn.fidelity.calls import AttentionCall, CostMeter
 from astroattn.ops.window import LEAST_BLOCK, window_attention
 from astroattn.patching import fallbacks
-from tests.patching_models import ALL, build, outputs, text
 
 STATIC = AstroConfig(hidden="random", near=4)
 FULL = AstroConfig(hidden="random", near=4096)
