@@ -24,7 +24,7 @@ from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
 from astroattn.ops.layout import plain
 from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
-from astroattn.ops.window import window_attention
+from astroattn.ops.window import log_sum, window_attention
 
 
 class AstrocyteAttention(nn.Module):
@@ -100,6 +100,7 @@ class AstrocyteAttention(nn.Module):
         scale: float | None = None,
         grid: tuple[int, int] | None = None,
         window: int | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -113,6 +114,8 @@ class AstrocyteAttention(nn.Module):
             grid: (rows, columns) of a ViT's patches, the last rows * columns tokens; the others come before them.
             window: a query sees no key more than so many tokens away. The near field is then this window, whatever the
                 config says, and there is nothing beyond it: softmax within the window, in linear time.
+            sink: [H], floating-point. The logit of one more key of each head, whose value is zero: p has exp(sink) more.
+                Where the attention is softmax it then takes N x N memory.
 
         Returns:
             [B, H, Nq, Dv], in the dtype of the query (autocast's under it). Differentiable in query, key and value;
@@ -123,7 +126,7 @@ class AstrocyteAttention(nn.Module):
             TypeError, ValueError: shapes, dtypes or values that do not fit, naming the argument; a combination that
                 `refusal` names; learned weights that are on the meta device.
         """
-        return self._attend(query, key, value, key_mask, causal, scale, grid, window, False)[0]
+        return self._attend(query, key, value, key_mask, causal, scale, grid, window, sink, False)[0]
 
     def with_normaliser(
         self,
@@ -136,12 +139,13 @@ class AstrocyteAttention(nn.Module):
         scale: float | None = None,
         grid: tuple[int, int] | None = None,
         window: int | None = None,
+        sink: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The output, and log p [B, H, Nq], the logarithm of what divides it (the astrocyte's calcium response).
 
         Arguments and errors as in `forward`; slower, and of N x N memory where the attention is softmax.
         """
-        return self._attend(query, key, value, key_mask, causal, scale, grid, window, True)
+        return self._attend(query, key, value, key_mask, causal, scale, grid, window, sink, True)
 
     def decode(
         self,
@@ -175,7 +179,7 @@ class AstrocyteAttention(nn.Module):
             reason = "it is softmax attention"
         if reason is not None:
             raise ValueError(f"decode: this module has no causal state; {reason}")
-        check_call(self, query, key, value, key_mask, True, scale, None, None)
+        check_call(self, query, key, value, key_mask, True, scale, None)
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"query: {query.shape[2]} tokens; key has {key.shape[2]}")
         assert self.hidden is not None
@@ -270,11 +274,32 @@ class AstrocyteAttention(nn.Module):
         scale: float | None,
         grid: tuple[int, int] | None,
         window: int | None,
+        sink: Tensor | None,
         with_normaliser: bool,
     ) -> tuple[Tensor, Tensor]:
         query, key, value = autocast(query, key, value)
-        check_call(self, query, key, value, key_mask, causal, scale, grid, window)
+        check_call(self, query, key, value, key_mask, causal, scale, grid, window, sink)
         scale = self.head_dim**-0.5 if scale is None else float(scale)
+        options = (key_mask, causal, scale, grid, window)
+        if sink is None:
+            return self._attend_checked(query, key, value, *options, with_normaliser)
+        out, log_p = self._attend_checked(query, key, value, *options, True)
+        sink = sink[:, None].to(log_p)
+        return out * (log_p - sink).sigmoid()[..., None].to(out.dtype), torch.logaddexp(log_p, sink)
+
+    def _attend_checked(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        grid: tuple[int, int] | None,
+        window: int | None,
+        with_normaliser: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend without a sink."""
         if query.shape[0] == 0 or query.shape[2] == 0:
             return query.new_zeros(*query.shape[:3], value.shape[-1]), query.new_zeros(query.shape[:3])
         if window is not None:
@@ -457,9 +482,7 @@ def _softmax_attention(
     logits = query.to(work) @ key.to(work).mT * scale
     if causal and mask is None:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    return out, logits.logsumexp(-1)
+    return out, logits.logsumexp(-1) if mask is None else log_sum(logits, mask)
 
 
 def _sort(flags: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,8 @@ def check_call(
     causal: bool,
     scale: float | None,
     grid: tuple[int, int] | None,
-    window: int | None,
+    window: int | None = None,
+    sink: Tensor | None = None,
 ) -> None:
     """Raise TypeError or ValueError with the argument's name, what came and what is allowed."""
     check_traceable(query)
@@ -78,6 +79,13 @@ def check_call(
     check_window(window)
     if window is not None and grid is not None:
         raise ValueError(f"window: {window}; a patch grid takes none")
+    if sink is not None:
+        if not isinstance(sink, Tensor) or not sink.is_floating_point():
+            came = sink.dtype if isinstance(sink, Tensor) else type(sink).__name__
+            raise TypeError(f"sink: {came}; expected a floating-point tensor")
+        if sink.shape != (module.num_heads,) or sink.device != query.device:
+            expected_sink = f"[H] = {(module.num_heads,)} on {query.device}"
+            raise ValueError(f"sink: shape {tuple(sink.shape)} on {sink.device}; expected {expected_sink}")
     reason = module.refusal(causal=causal, num_queries=num_queries, num_keys=num_keys, window=window)
     if reason is not None and causal:
         raise ValueError(f"causal: True with this config; {reason}")

@@ -1,4 +1,4 @@
-"""The rows of attention that transfer compares: what each query takes of each key [B, H, Nq, Nk].
+"""The rows of attention that transfer compares: what each query takes of each key [B, H, Nq, Nk], a sink left out.
 
 `queries` are places [B, S] among the queries of each sequence; None stands for all of them.
 """
@@ -30,7 +30,7 @@ def log_rows(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | 
         return _hide(_far_logits(module, call, queries), call, queries).log_softmax(-1).clamp(min=log(LEAST_SHARE))
     batch, heads, keys, _ = call.key.shape
     identity = torch.eye(keys, dtype=call.key.dtype, device=call.key.device).expand(batch, heads, -1, -1)
-    rows = take(module(call.query, call.key, identity, **call.options), queries)
+    rows = take(module(call.query, call.key, identity, **call.options | {"sink": None}), queries)
     return rows.clamp(min=LEAST_SHARE).log()
 
 

@@ -20,7 +20,7 @@ class AttentionCall(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    options: dict[str, Any]  # key_mask, causal, scale, grid, window
+    options: dict[str, Any]  # key_mask, causal, scale, grid, window, sink
 
     @property
     def scale(self) -> float:

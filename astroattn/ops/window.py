@@ -44,10 +44,16 @@ def window_attention(
         log_p = query.new_empty(*query.shape[:2], 0)
         if with_normaliser:
             work = torch.promote_types(query.dtype, torch.float32)
-            log_p = (q.to(work) @ k.to(work).mT * scale).masked_fill(~seen, -torch.inf).logsumexp(-1)
+            log_p = log_sum(q.to(work) @ k.to(work).mT * scale, seen)
         parts.append((out, log_p))
     out, log_p = (torch.cat(each, 2) for each in zip(*parts, strict=True))
     return out, log_p
+
+
+def log_sum(logits: Tensor, seen: Tensor) -> Tensor:
+    """The logarithm of sum exp(logits) over the keys that a query sees, -inf with a gradient of 0 where it sees none."""
+    blind = ~seen.any(-1, keepdim=True)
+    return logits.masked_fill(~(seen | blind), -torch.inf).logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
 
 
 def block_size(window: int) -> int:

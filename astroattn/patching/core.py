@@ -204,9 +204,18 @@ def _run_original(model: nn.Module, fresh: list[Found]) -> tuple[list[_Run], str
     handles = [each.module.register_forward_pre_hook(lambda module, _: called.add(id(module))) for each in fresh]
     runs: list[_Run] = []
     missing = ""
+
+    def run(name: str, part: nn.Module) -> None:
+        known = set(called)
+        try:
+            runs.append(_Run(name, part, *probe.make_run(part)))
+        except Exception:
+            called.intersection_update(known)  # what it called before it failed was not checked
+            raise
+
     try:
         try:
-            runs.append(_Run("", model, *probe.make_run(model)))
+            run("", model)
         except probe.NoProbe as error:
             missing = str(error)
         except Exception as error:  # whatever a model raises on input that does not suit it
@@ -220,7 +229,7 @@ def _run_original(model: nn.Module, fresh: list[Found]) -> tuple[list[_Run], str
                     continue
                 tried.add(name)
                 with suppress(Exception):  # no input, or one that does not suit it
-                    runs.append(_Run(name, part, *probe.make_run(part)))
+                    run(name, part)
     finally:
         for handle in handles:
             handle.remove()

@@ -43,7 +43,6 @@ CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
 # an attribute of the module that is not None, False or 0, and what it means
 REFUSED_ATTRIBUTES = {
     "is_cross_attention": "cross attention",
-    "sinks": "attention sinks",
     "attn_logit_softcapping": "soft cap on the attention logits",
     "relative_position_bias": "relative position bias",
     "relative_position_bias_table": "relative position bias",
@@ -51,7 +50,6 @@ REFUSED_ATTRIBUTES = {
 }
 # an argument of the attention function that is not None, and what it means
 REFUSED_ARGUMENTS = {
-    "s_aux": "attention sinks",
     "softcap": "soft cap on the attention logits",
     "position_bias": "relative position bias",
     "head_mask": "head mask",
@@ -229,7 +227,9 @@ def _read(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale, dropout = arguments.get("scaling"), arguments.get("dropout", 0.0)
     call = Call(query, key, value, real, causal, scale, dropout, window=window, refusal=refusal)
-    call.sliding_window = arguments.get("sliding_window")
+    call.sliding_window, call.sink = arguments.get("sliding_window"), arguments.get("s_aux")
+    if call.sink is None and getattr(module, "sinks", None) is not None:
+        call.refusal = refusal or "attention sinks that the attention function is not given"
     return call
 
 

@@ -48,6 +48,7 @@ class Call:
     grid: tuple[int, int] | None = None
     window: int | None = None  # where it ends within the sequence
     sliding_window: int | None = None  # as the host says it, wherever it ends
+    sink: Tensor | None = None  # the logit of one more key of each head [H], whose value is zero
     refusal: str | None = None
 
 
@@ -211,6 +212,7 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
             scale=call.scale,
             grid=call.grid,
             window=call.window,
+            sink=call.sink,
         )
     except RuntimeError as error:
         if "vmap" not in str(error):
@@ -242,6 +244,8 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "a mask over a grid of patches"
     if call.key_mask is not None and call.key_mask.shape != (query.shape[0], key.shape[2]):
         return "a mask for another batch or for other keys"
+    if call.sink is not None and (call.sink.shape != query.shape[1:2] or call.sink.device != query.device):
+        return "attention sinks that are not one logit for each head"
     if core.hidden is not None and core.hidden.is_lost(query.device):
         return LOST_WEIGHTS
     counts = query.shape[2], key.shape[2]
@@ -296,7 +300,7 @@ def _observe(site: Site, core: AstrocyteAttention, call: Call, host: Callable[[]
         if (core.num_heads, core.head_dim) != seen.shape:
             core = AstrocyteAttention(*seen.shape).to(query.device)  # exact, whatever its config is
         core.exact = True
-        options = {"key_mask": call.key_mask, "causal": call.causal, "scale": call.scale, "window": call.window}
+        options = {name: getattr(call, name) for name in ("key_mask", "causal", "scale", "window", "sink")}
         ours = core(query, call.key, call.value, **options)
         core.exact = False
         seen.difference = _difference(answer, ours, call)
