@@ -114,8 +114,8 @@ class AstrocyteAttention(nn.Module):
             grid: (rows, columns) of a ViT's patches, the last rows * columns tokens; the others come before them.
             window: a query sees no key more than so many tokens away. The near field is then this window, whatever the
                 config says, and there is nothing beyond it: softmax within the window, in linear time.
-            sink: [H], floating-point. The logit of one more key of each head, whose value is zero: p has exp(sink) more.
-                Where the attention is softmax it then takes N x N memory.
+            sink: [H], floating-point. The logit of one more key of each head, whose value is zero: p has exp(sink)
+                more. Where the attention is softmax it then takes N x N memory.
 
         Returns:
             [B, H, Nq, Dv], in the dtype of the query (autocast's under it). Differentiable in query, key and value;

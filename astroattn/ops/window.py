@@ -51,7 +51,7 @@ def window_attention(
 
 
 def log_sum(logits: Tensor, seen: Tensor) -> Tensor:
-    """The logarithm of sum exp(logits) over the keys that a query sees, -inf with a gradient of 0 where it sees none."""
+    """The logarithm of sum exp(logits) over the keys that a query sees; -inf, and no gradient, where it sees none."""
     blind = ~seen.any(-1, keepdim=True)
     return logits.masked_fill(~(seen | blind), -torch.inf).logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
 

@@ -56,6 +56,11 @@ class KeyMask:
         zero = torch.zeros((), dtype=self.dtype_of_bias, device=mask.device)
         return torch.where(mask, zero, torch.finfo(self.dtype_of_bias).min)
 
+    @property  # type: ignore[override]
+    def __class__(self) -> type[Tensor]:
+        """For models that ask by `isinstance` whether they were given a tensor."""
+        return Tensor
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """To a device it goes as it is: accelerate moves what a layer is given."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
@@ -90,7 +95,9 @@ class KeyMask:
 
 
 def dense(mask: Any) -> Any:
-    """What the host would have been given in place of a `KeyMask`; anything else as it is."""
+    """What the host would have been given in place of a `KeyMask`, also in a list; anything else as it is."""
+    if type(mask) in (list, tuple):
+        return type(mask)(map(dense, mask))
     return mask.dense() if isinstance(mask, KeyMask) else mask
 
 
