@@ -222,10 +222,10 @@ def _run_original(model: nn.Module, fresh: list[Found]) -> tuple[list[_Run], str
             missing = f"the model does not run on made-up input: {_line(error)}"
         tried: set[str] = set()
         for each in fresh:
-            name = each.name
+            name = f"{each.name}."
             while id(each.module) not in called and (name := name.rpartition(".")[0]):
                 part = model.get_submodule(name)
-                if name in tried or not hasattr(part, "main_input_name"):
+                if name in tried or not (hasattr(part, "main_input_name") or probe.takes_tokens(part)):
                     continue
                 tried.add(name)
                 with suppress(Exception):  # no input, or one that does not suit it
@@ -251,8 +251,8 @@ def _probe(model: nn.Module, fresh: list[Found], configs: Configs, runs: list[_R
         changed = _repeat(part, inputs, expected)
         for each in fresh:
             if len(_site(each).seen or []) > before[each.name] and name:
-                _site(each).remark = f"checked in {name} alone"
-            if changed and (not name or each.name.startswith(f"{name}.")):
+                _site(each).remark = "checked alone" if name == each.name else f"checked in {name} alone"
+            if changed and (not name or f"{each.name}.".startswith(f"{name}.")):
                 reasons.setdefault(each.name, f"the model {changed} when its attention is taken over")
     whole = any(not run.name for run in runs)
     for each in fresh:

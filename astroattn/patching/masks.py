@@ -56,8 +56,8 @@ class KeyMask:
         zero = torch.zeros((), dtype=self.dtype_of_bias, device=mask.device)
         return torch.where(mask, zero, torch.finfo(self.dtype_of_bias).min)
 
-    @property  # type: ignore[override]
-    def __class__(self) -> type[Tensor]:
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Tensor]:  # type: ignore[override]
         """For models that ask by `isinstance` whether they were given a tensor."""
         return Tensor
 

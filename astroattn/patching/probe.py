@@ -40,6 +40,8 @@ def make_inputs(model: nn.Module) -> dict[str, Any]:
         inputs = _timm_inputs(model)
     elif isinstance(model, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
         inputs = _torch_inputs(model)
+    elif takes_tokens(model):
+        inputs = {"hidden_states": _noise(2, TOKENS, model.query_dim)}
     else:
         raise NoProbe(f"no input can be made up for a {type(model).__name__}")
     first = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))
@@ -49,6 +51,11 @@ def make_inputs(model: nn.Module) -> dict[str, Any]:
         else value
         for key, value in inputs.items()
     }
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether it is an attention module of diffusers, which runs alone."""
+    return hasattr(module, "processor") and isinstance(getattr(module, "query_dim", None), int)
 
 
 def make_run(model: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
