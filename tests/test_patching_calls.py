@@ -156,6 +156,25 @@ def test_a_float_padding_mask_is_a_key_mask() -> None:
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_padding_mask_may_be_written_out_for_every_query(dtype: torch.dtype) -> None:
+    model, batch = build(ALL["bert"]), text()
+    with torch.no_grad():
+        before = outputs(model, batch)
+        patch(model, EXACT)
+        rows = batch["attention_mask"][:, None, None].bool().expand(-1, 1, 20, -1)
+        if dtype != torch.bool:
+            rows = torch.zeros(rows.shape).masked_fill(~rows, torch.finfo(dtype).min)
+        found = model(input_ids=batch["input_ids"], attention_mask=rows)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[0][real], before[0], rtol=1e-4, atol=1e-4)
+    assert not fallbacks(model)
+    other = rows.clone()
+    other[0, 0, 3, 4] = False if dtype == torch.bool else torch.finfo(dtype).min
+    with pytest.warns(UserWarning, match="a dense mask"):
+        model(input_ids=batch["input_ids"], attention_mask=other)
+
+
 def test_a_bias_on_keys_is_not_a_key_mask() -> None:
     model = build(ALL["bert"])
     patch(model, SHORT)

@@ -43,9 +43,9 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
     an astrocyte. While a transformers model is patched, `output_attentions=True` raises.
 
     Args:
-        model: any module that holds attention modules of transformers, timm or torch.nn. A short forward on made-up
-            input checks every module, where such input can be made up; the model is in eval mode for it. What it does
-            not reach is checked in the nearest model of transformers around it, alone.
+        model: any module that holds attention modules of transformers, timm, diffusers or torch.nn. A short forward on
+            made-up input checks every module, where such input can be made up; the model is in eval mode for it. What
+            it does not reach is checked in the nearest model of transformers around it, alone.
         config: what the astrocytes do; None is `AstroConfig()`. A `Plan` says it head by head; selected modules that
             are not in it become, or stay, exact.
         where: which modules; None is all of them. An index or several into the self-attention modules in module order

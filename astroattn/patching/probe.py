@@ -41,7 +41,8 @@ def make_inputs(model: nn.Module) -> dict[str, Any]:
     elif isinstance(model, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
         inputs = _torch_inputs(model)
     elif takes_tokens(model):
-        inputs = {"hidden_states": _noise(2, TOKENS, model.query_dim)}
+        width: Any = model.query_dim
+        inputs = {"hidden_states": _noise(2, TOKENS, width)}
     else:
         raise NoProbe(f"no input can be made up for a {type(model).__name__}")
     first = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))

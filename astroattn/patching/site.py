@@ -329,6 +329,10 @@ def key_mask(mask: Tensor | None, batch: int, keys: int) -> tuple[Tensor | None,
         return None, None
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return None, "a mask of integers"
+    if mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] > 1 and not torch.compiler.is_compiling():
+        same = mask[:, :, :1]
+        if bool((mask == same).all()):  # for every query: a padding mask written out
+            mask = same
     if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[-1] != keys:
         kind = "a dense mask" if mask.dtype == torch.bool else "a dense mask or bias"
         return None, f"{kind} over queries and keys, which is more than a padding mask"
