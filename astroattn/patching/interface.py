@@ -82,6 +82,8 @@ class InterfaceSite(Site):
             return f"attention implementation {host!r} (set it to 'sdpa' or 'eager' before patching)"
         if _lookup(type(module)) is None:
             return "a subclass that computes attention by itself"
+        if hasattr(module, "compressor"):  # None in some layers; all share a mask that must stay the host's
+            return "keys of compressed tokens beside those of the sequence"
         parameters = inspect.signature(type(module).forward).parameters
         required = {key for key, value in parameters.items() if value.default is inspect.Parameter.empty}
         if (

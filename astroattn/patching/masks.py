@@ -56,11 +56,6 @@ class KeyMask:
         zero = torch.zeros((), dtype=self.dtype_of_bias, device=mask.device)
         return torch.where(mask, zero, torch.finfo(self.dtype_of_bias).min)
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type[Tensor]:  # type: ignore[override]
-        """For models that ask by `isinstance` whether they were given a tensor."""
-        return Tensor
-
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """To a device it goes as it is: accelerate moves what a layer is given."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
