@@ -10,20 +10,23 @@ from torch import Tensor, nn
 
 from astroattn.checks import (
     NEEDS_SELF_ATTENTION,
+    NEEDS_SELF_ATTENTION_IN_WINDOW,
     check_call,
     check_grid,
     check_memory,
     check_size,
     check_state,
+    check_window,
     reads_any_queries,
 )
 from astroattn.config import AstroConfig, check_heads, is_tiled
-from astroattn.cost import Cost, budget_of, count_cost, covers, prefix_length
+from astroattn.cost import Cost, budget_of, count_cost, count_window, covers, prefix_length
 from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
 from astroattn.ops.layout import plain
 from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
 from astroattn.ops.streaming import Memory, empty_memory, stream
+from astroattn.ops.window import log_sum, window_attention
 
 
 class AstrocyteAttention(nn.Module):
@@ -98,6 +101,8 @@ class AstrocyteAttention(nn.Module):
         causal: bool = False,
         scale: float | None = None,
         grid: tuple[int, int] | None = None,
+        window: int | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -109,6 +114,10 @@ class AstrocyteAttention(nn.Module):
             causal: a query sees no later key; with Nq < Nk the queries are the last tokens.
             scale: multiplies q.k; None is D^-0.5.
             grid: (rows, columns) of a ViT's patches, the last rows * columns tokens; the others come before them.
+            window: a query sees no key more than so many tokens away. The near field is then this window, whatever the
+                config says, and there is nothing beyond it: softmax within the window, in linear time.
+            sink: [H], floating-point. The logit of one more key of each head, whose value is zero: p has exp(sink)
+                more. Where the attention is softmax it then takes N x N memory.
 
         Returns:
             [B, H, Nq, Dv], in the dtype of the query (autocast's under it). Differentiable in query, key and value;
@@ -119,7 +128,7 @@ class AstrocyteAttention(nn.Module):
             TypeError, ValueError: shapes, dtypes or values that do not fit, naming the argument; a combination that
                 `refusal` names; learned weights that are on the meta device.
         """
-        return self._attend(query, key, value, key_mask, causal, scale, grid, False)[0]
+        return self._attend(query, key, value, key_mask, causal, scale, grid, window, sink, False)[0]
 
     @property
     def shares_keys(self) -> bool:
@@ -136,12 +145,14 @@ class AstrocyteAttention(nn.Module):
         causal: bool = False,
         scale: float | None = None,
         grid: tuple[int, int] | None = None,
+        window: int | None = None,
+        sink: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The output, and log p [B, H, Nq], the logarithm of what divides it (the astrocyte's calcium response).
 
         Arguments and errors as in `forward`; slower, and of N x N memory where the attention is softmax.
         """
-        return self._attend(query, key, value, key_mask, causal, scale, grid, True)
+        return self._attend(query, key, value, key_mask, causal, scale, grid, window, sink, True)
 
     def decode(
         self,
@@ -205,8 +216,12 @@ class AstrocyteAttention(nn.Module):
             out = _in_order(out.masked_fill(~key_mask[:, None, :, None], 0), order.argsort(dim=1))
         return out, state
 
-    def refusal(self, *, causal: bool, num_queries: int | None = None, num_keys: int | None = None) -> str | None:
+    def refusal(
+        self, *, causal: bool, num_queries: int | None = None, num_keys: int | None = None, window: int | None = None
+    ) -> str | None:
         """Why this module cannot serve such attention, at every length or at that one, or None."""
+        if window is not None:
+            return None if causal or num_queries == num_keys else NEEDS_SELF_ATTENTION_IN_WINDOW
         if num_keys is not None and self.exact:
             return None
         if self.shares_keys:
@@ -226,7 +241,13 @@ class AstrocyteAttention(nn.Module):
         return next((reason for reason in reasons if reason is not None), None)
 
     def cost(
-        self, num_queries: int, num_keys: int, *, causal: bool = False, grid: tuple[int, int] | None = None
+        self,
+        num_queries: int,
+        num_keys: int,
+        *,
+        causal: bool = False,
+        grid: tuple[int, int] | None = None,
+        window: int | None = None,
     ) -> Cost:
         """Positions and products per query, the mean of the heads, counted from their configs for such a sequence.
 
@@ -236,6 +257,9 @@ class AstrocyteAttention(nn.Module):
         check_size("num_queries", num_queries)
         check_size("num_keys", num_keys)
         check_grid(grid, num_keys)
+        check_window(window)
+        if window is not None:
+            return count_window(window, num_queries, num_keys, causal)
         if self.exact:
             return Cost(num_keys, 2 * num_keys, 2 * num_keys)
         positions = products = 0.0
@@ -267,13 +291,43 @@ class AstrocyteAttention(nn.Module):
         causal: bool,
         scale: float | None,
         grid: tuple[int, int] | None,
+        window: int | None,
+        sink: Tensor | None,
         with_normaliser: bool,
     ) -> tuple[Tensor, Tensor]:
         query, key, value = autocast(query, key, value)
-        check_call(self, query, key, value, key_mask, causal, scale, grid)
+        check_call(self, query, key, value, key_mask, causal, scale, grid, window, sink)
         scale = self.head_dim**-0.5 if scale is None else float(scale)
+        options = (key_mask, causal, scale, grid, window)
+        if sink is None:
+            return self._attend_checked(query, key, value, *options, with_normaliser)
+        out, log_p = self._attend_checked(query, key, value, *options, True)
+        sink = sink[:, None].to(log_p)
+        return out * (log_p - sink).sigmoid()[..., None].to(out.dtype), torch.logaddexp(log_p, sink)
+
+    def _attend_checked(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        grid: tuple[int, int] | None,
+        window: int | None,
+        with_normaliser: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend without a sink."""
         if query.shape[0] == 0 or query.shape[2] == 0:
             return query.new_zeros(*query.shape[:3], value.shape[-1]), query.new_zeros(query.shape[:3])
+        if window is not None:
+            return window_attention(
+                *(query, key, value, window),
+                causal=causal,
+                scale=scale,
+                key_mask=key_mask,
+                with_normaliser=with_normaliser,
+            )
         if self.exact:
             return _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
         options = (key_mask, causal, scale, grid, with_normaliser)
@@ -475,9 +529,7 @@ def _softmax_attention(
     logits = query.to(work) @ key.to(work).mT * scale
     if causal and mask is None:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    return out, logits.logsumexp(-1)
+    return out, logits.logsumexp(-1) if mask is None else log_sum(logits, mask)
 
 
 def _sort(flags: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ NEEDS_SELF_ATTENTION = (
     "tiles and Hebbian learning need self-attention (as many queries as keys); a static hidden layer without near, "
     "exact_keys and exact_queries does not"
 )
+NEEDS_SELF_ATTENTION_IN_WINDOW = "a window that is not causal needs as many queries as keys"
 LOST_WEIGHTS = "the learned weights are on the meta device, which holds none; load them"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -42,6 +43,8 @@ def check_call(
     causal: bool,
     scale: float | None,
     grid: tuple[int, int] | None,
+    window: int | None = None,
+    sink: Tensor | None = None,
 ) -> None:
     """Raise TypeError or ValueError with the argument's name, what came and what is allowed."""
     check_traceable(query)
@@ -76,7 +79,17 @@ def check_call(
     check_grid(grid, num_keys)
     if grid is not None and (key_mask is not None or causal):
         raise ValueError(f"grid: {tuple(grid)}; a patch grid takes neither key_mask nor causal")
-    reason = module.refusal(causal=causal, num_queries=num_queries, num_keys=num_keys)
+    check_window(window)
+    if window is not None and grid is not None:
+        raise ValueError(f"window: {window}; a patch grid takes none")
+    if sink is not None:
+        if not isinstance(sink, Tensor) or not sink.is_floating_point():
+            came = sink.dtype if isinstance(sink, Tensor) else type(sink).__name__
+            raise TypeError(f"sink: {came}; expected a floating-point tensor")
+        if sink.shape != (module.num_heads,) or sink.device != query.device:
+            expected_sink = f"[H] = {(module.num_heads,)} on {query.device}"
+            raise ValueError(f"sink: shape {tuple(sink.shape)} on {sink.device}; expected {expected_sink}")
+    reason = module.refusal(causal=causal, num_queries=num_queries, num_keys=num_keys, window=window)
     if reason is not None and causal:
         raise ValueError(f"causal: True with this config; {reason}")
     if reason is not None:
@@ -160,6 +173,16 @@ def check_grid(grid: tuple[int, int] | None, num_keys: int) -> None:
     rows, columns = grid
     if rows < 1 or columns < 1 or rows * columns > num_keys:
         raise ValueError(f"grid: {(rows, columns)}; needs rows and columns of at least 1, at most {num_keys} patches")
+
+
+def check_window(window: int | None) -> None:
+    """Raise TypeError or ValueError for a window that is none."""
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window: {window!r} of type {type(window).__name__}; expected int or None")
+    if window < 0:
+        raise ValueError(f"window: {window}; must be at least 0")
 
 
 def check_size(name: str, size: int) -> None:

@@ -9,6 +9,7 @@ from astroattn.ops.causal import CHUNK
 from astroattn.ops.layout import LEAST_BODY, LEAST_NEAR, ROOT, SUBTILE, Budget, Layout, cuts
 from astroattn.ops.order import DIRECTIONS, SAMPLES, TRIALS
 from astroattn.ops.streaming import block_of
+from astroattn.ops.window import block_size
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,13 @@ def _count_streaming(config: AstroConfig, num_keys: int) -> Cost:
     block = block_of(config.entries)
     candidates = config.entries - config.near + block
     return Cost(config.entries, 2 * config.entries + 2 * candidates**2 / block, 2 * num_keys)
+
+
+def count_window(window: int, num_queries: int, num_keys: int, causal: bool) -> Cost:
+    """Count the products of one head whose near field is a window: the queries of a block share all their keys."""
+    sides, block = 1 if causal else 2, min(block_size(window), num_queries)
+    read = min(block + sides * window, num_keys)
+    return Cost(min(1 + sides * window, num_keys), 2 * read, 2 * num_keys)
 
 
 def _drive(config: AstroConfig) -> int:

@@ -150,7 +150,8 @@ class _Reading:
     def _add_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         query, key, value, options = self.call
         mask, scale = options.get("key_mask"), options.get("scale")
-        if options.get("causal") or (mask is not None and not mask.all()):
+        masked = mask is not None and not mask.all()
+        if options.get("causal") or options.get("window") is not None or masked:
             raise ValueError(f"inputs: {self.name} has a mask; texts of one length and no padding are read here")
         root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
         tensors = (query * root, key * root, value, _first(output))

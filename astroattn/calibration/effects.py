@@ -148,7 +148,8 @@ def _lengths(call: AttentionCall) -> list[tuple[int, int]]:
 
 
 def _cost(core: AstrocyteAttention, call: AttentionCall, queries: int, keys: int) -> Cost:
-    return core.cost(queries, keys, causal=call.options.get("causal", False), grid=call.options.get("grid"))
+    options = {name: call.options.get(name) for name in ("grid", "window")}
+    return core.cost(queries, keys, causal=call.options.get("causal", False), **options)
 
 
 def _gradients(reading: Tensor, calls: list[Noted], seed: int, directions: int) -> list[list[Tensor]]:

@@ -1,4 +1,4 @@
-"""The rows of attention that transfer compares: what each query takes of each key [B, H, Nq, Nk].
+"""The rows of attention that transfer compares: what each query takes of each key [B, H, Nq, Nk], a sink left out.
 
 `queries` are places [B, S] among the queries of each sequence; None stands for all of them.
 """
@@ -30,13 +30,15 @@ def log_rows(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | 
         return _hide(_far_logits(module, call, queries), call, queries).log_softmax(-1).clamp(min=log(LEAST_SHARE))
     batch, heads, keys, _ = call.key.shape
     identity = torch.eye(keys, dtype=call.key.dtype, device=call.key.device).expand(batch, heads, -1, -1)
-    rows = take(module(call.query, call.key, identity, **call.options), queries)
+    rows = take(module(call.query, call.key, identity, **call.options | {"sink": None}), queries)
     return rows.clamp(min=LEAST_SHARE).log()
 
 
 def is_row_by_row(module: AstrocyteAttention, call: AttentionCall) -> bool:
     """Whether the row of a query can be had alone: without tiles, whose queries choose keys together."""
     keys, grid = call.key.shape[2], call.options.get("grid")
+    if call.options.get("window") is not None:  # which is exact
+        return False
     return all(not is_tiled(config) and not covers(config, keys, grid) for config in module.configs)
 
 
@@ -85,7 +87,10 @@ def _hide(logits: Tensor, call: AttentionCall, queries: Tensor | None) -> Tensor
     lowest = torch.finfo(logits.dtype).min  # not -inf: a sequence of nothing but padding would have gradients of NaN
     if real is not None:
         logits = logits.masked_fill(~real[:, None, None], lowest)
-    if call.options.get("causal"):
-        seen = torch.ones(1, 1, many, keys, dtype=torch.bool, device=logits.device).tril(keys - many)
+    causal, window = call.options.get("causal"), call.options.get("window")
+    if causal or window is not None:
+        seen = torch.ones(1, 1, many, keys, dtype=torch.bool, device=logits.device)
+        reach = keys if window is None else window
+        seen = seen.tril(keys - many + (0 if causal else reach)).triu(keys - many - reach)
         logits = logits.masked_fill(~take(seen, queries), lowest)
     return logits

@@ -20,7 +20,7 @@ class AttentionCall(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    options: dict[str, Any]  # key_mask, causal, scale, grid
+    options: dict[str, Any]  # key_mask, causal, scale, grid, window, sink
 
     @property
     def scale(self) -> float:
@@ -65,6 +65,7 @@ class _Call(NamedTuple):
     keys: int
     causal: bool
     grid: tuple[int, int] | None
+    window: int | None
     key_mask: Tensor | None
 
 
@@ -96,18 +97,18 @@ class CostMeter:
     def add(self, mask: Tensor | None) -> None:
         """Add up the calls noted; `mask` holds the real tokens of the batch, for the modules left exact."""
         calls: dict[tuple[Any, ...], int] = defaultdict(int)
-        for module, rows, queries, keys, causal, grid, key_mask in self._calls:
+        for module, rows, queries, keys, causal, grid, window, key_mask in self._calls:
             if module is None and mask is not None and mask.shape[1] == keys:
                 key_mask = mask
             for real in [keys] * rows if key_mask is None else key_mask.sum(1).tolist():
-                calls[module, min(queries, real), real, causal, grid] += 1
+                calls[module, min(queries, real), real, causal, grid, window] += 1
         self._calls.clear()
-        for (module, queries, keys, causal, grid), count in calls.items():
+        for (module, queries, keys, causal, grid, window), count in calls.items():
             if keys == 0:
                 continue
             positions, ratio = float(keys), 1.0
             if module is not None:
-                cost = module.cost(queries, keys, causal=causal, grid=grid)
+                cost = module.cost(queries, keys, causal=causal, grid=grid, window=window)
                 positions, ratio = cost.positions, cost.ratio
             weight = count * queries
             self._queries += weight
@@ -129,11 +130,11 @@ class CostMeter:
         seen = read_call(module, args, kwargs)
         key_mask = seen.options.get("key_mask")
         rows, _, queries, _ = seen.query.shape
-        causal, grid = seen.options.get("causal", False), seen.options.get("grid")
-        self._calls.append(_Call(module, rows, queries, seen.key.shape[2], causal, grid, key_mask))
+        causal, grid, window = (seen.options.get(name) for name in ("causal", "grid", "window"))
+        self._calls.append(_Call(module, rows, queries, seen.key.shape[2], bool(causal), grid, window, key_mask))
 
     def _note_exact(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         states = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3]
         if states:
             rows, count, _ = states[0].shape
-            self._calls.append(_Call(None, rows, count, count, False, None, None))
+            self._calls.append(_Call(None, rows, count, count, False, None, None, None))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,9 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
     an astrocyte. While a transformers model is patched, `output_attentions=True` raises.
 
     Args:
-        model: any module that holds attention modules of transformers, timm or torch.nn. A short forward on made-up
-            input checks every module, where such input can be made up; the model is in eval mode for it.
+        model: any module that holds attention modules of transformers, timm, diffusers or torch.nn. A short forward on
+            made-up input checks every module, where such input can be made up; the model is in eval mode for it. What
+            it does not reach is checked in the nearest model of transformers around it, alone.
         config: what the astrocytes do; None is `AstroConfig()`. A `Plan` says it head by head; selected modules that
             are not in it become, or stay, exact.
         where: which modules; None is all of them. An index or several into the self-attention modules in module order
@@ -75,7 +76,7 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
         if isinstance(config, Plan):
             _require(config, selected, reasons)
     report = _report(model, found, selected, reasons, note)
-    if lost := [row.name for row in report.patched if row.reason == NO_GRID]:
+    if lost := [row.name for row in report.patched if row.reason.endswith(NO_GRID)]:
         warnings.warn(
             f"{type(model).__name__}: {NO_GRID} ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)})", stacklevel=2
         )
@@ -170,17 +171,15 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
     _settle(model)
     note = "not needed"
     if fresh:
-        inputs, expected, note = _run_original(model)
+        runs, note = _run_original(model, fresh)
         _install(model, fresh, configs, grids)
-        if inputs is not None:
-            reasons |= _probe(model, fresh, configs, inputs, expected)
-        else:
-            reasons |= {each.name: UNKNOWN_HEADS for each in fresh if _shape(each) is None}
+        reasons |= _probe(model, fresh, configs, runs)
         reasons |= {each.name: reason for each in fresh if (reason := _causal_refusal(each))}
         for each in fresh:
             if each.name in reasons:
                 remove(each.module)
             else:
+                _remark(each)
                 _site(each).seen = None
                 _keep_learned(getattr(each.module, CORE), before[each.name])
         _settle(model)
@@ -190,43 +189,97 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
     return reasons, note
 
 
-def _run_original(model: nn.Module) -> tuple[dict[str, Any] | None, list[Tensor], str]:
-    """Made-up input and what the model makes of it, or None and the reason."""
+class _Run(NamedTuple):
+    """One run of a model, or of a part of it by itself, before it is patched."""
+
+    name: str
+    part: nn.Module
+    inputs: dict[str, Any]
+    outputs: list[Tensor]
+
+
+def _run_original(model: nn.Module, fresh: list[Found]) -> tuple[list[_Run], str]:
+    """Run the model on made-up input, then by itself the nearest part around each module that was not called."""
+    called: set[int] = set()
+    handles = [each.module.register_forward_pre_hook(lambda module, _: called.add(id(module))) for each in fresh]
+    runs: list[_Run] = []
+    missing = ""
+
+    def run(name: str, part: nn.Module) -> None:
+        known = set(called)
+        try:
+            runs.append(_Run(name, part, *probe.make_run(part)))
+        except Exception:
+            called.intersection_update(known)  # what it called before it failed was not checked
+            raise
+
     try:
-        inputs = probe.make_inputs(model)
-        return inputs, probe.run(model, inputs), "every astrocyte was checked against softmax on made-up input"
-    except probe.NoProbe as error:
-        reason = str(error)
-    except Exception as error:  # whatever a model raises on input that does not suit it
-        reason = f"the model does not run on made-up input: {_line(error)}"
-    return None, [], f"none, {reason}"
+        try:
+            run("", model)
+        except probe.NoProbe as error:
+            missing = str(error)
+        except Exception as error:  # whatever a model raises on input that does not suit it
+            missing = f"the model does not run on made-up input: {_line(error)}"
+        tried: set[str] = set()
+        for each in fresh:
+            name = f"{each.name}."
+            while id(each.module) not in called and (name := name.rpartition(".")[0]):
+                part = model.get_submodule(name)
+                if name in tried or not (hasattr(part, "main_input_name") or probe.takes_tokens(part)):
+                    continue
+                tried.add(name)
+                with suppress(Exception):  # no input, or one that does not suit it
+                    run(name, part)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not missing:
+        return runs, "every astrocyte was checked against softmax on made-up input"
+    return runs, f"{'of some parts alone' if runs else 'none'}, {missing}"
 
 
-def _probe(
-    model: nn.Module, fresh: list[Found], configs: Configs, inputs: dict[str, Any], expected: list[Tensor]
-) -> dict[str, str]:
-    """Run the patched model on the same input, its own attention answering; returns why modules must stay exact."""
+def _probe(model: nn.Module, fresh: list[Found], configs: Configs, runs: list[_Run]) -> dict[str, str]:
+    """Repeat the runs, the model's own attention answering; returns why modules must stay exact.
+
+    What no run calls stays exact if the whole model ran, and is not checked if it did not.
+    """
     for each in fresh:
         _site(each).seen = []
-    try:
-        outputs = probe.run(model, inputs)
-        changed = "changes" if probe.differ(expected, outputs) else None
-        if len(outputs) < len(expected):
-            changed = "lacks outputs (attention weights, which no astrocyte forms)"
-    except Exception as error:
-        changed = f"fails ({_line(error)})"
-    if changed:
-        return dict.fromkeys((each.name for each in fresh), f"the model {changed} when its attention is taken over")
-    reasons = {}
+    reasons: dict[str, str] = {}
+    for name, part, inputs, expected in runs:
+        before = {each.name: len(_site(each).seen or []) for each in fresh}
+        changed = _repeat(part, inputs, expected)
+        for each in fresh:
+            if len(_site(each).seen or []) > before[each.name] and name:
+                _site(each).remark = "checked alone" if name == each.name else f"checked in {name} alone"
+            if changed and (not name or f"{each.name}.".startswith(f"{name}.")):
+                reasons.setdefault(each.name, f"the model {changed} when its attention is taken over")
+    whole = any(not run.name for run in runs)
     for each in fresh:
         core = getattr(each.module, CORE)
         seen = _site(each).seen or []
-        if reason := probe.verdict(seen):
+        if each.name in reasons:
+            continue
+        if not seen and not whole:
+            if _shape(each) is None:
+                reasons[each.name] = UNKNOWN_HEADS
+        elif reason := probe.verdict(seen):
             reasons[each.name] = reason
         elif (shape := seen[0].shape) != (core.num_heads, core.head_dim):
             _check_heads(each.name, configs[each.name], shape)
             setattr(each.module, CORE, _core(each.module, shape, configs[each.name]))
     return reasons
+
+
+def _repeat(part: nn.Module, inputs: dict[str, Any], expected: list[Tensor]) -> str | None:
+    """What is wrong with the outputs of a patched model, None if nothing is."""
+    try:
+        outputs = probe.run(part, inputs)
+    except Exception as error:
+        return f"fails ({_line(error)})"
+    if len(outputs) < len(expected):
+        return "lacks outputs (attention weights, which no astrocyte forms)"
+    return "changes" if probe.differ(expected, outputs) else None
 
 
 def _install(model: nn.Module, fresh: list[Found], configs: Configs, grids: dict[str, PatchGrid | None]) -> None:
@@ -239,6 +292,18 @@ def _install(model: nn.Module, fresh: list[Found], configs: Configs, grids: dict
         site = each.front_end(each.name, type(each.module).__name__, grids.get(each.name))
         install(site, each.module, _core(each.module, shape, config))
     _settle(model)
+
+
+def _remark(each: Found) -> None:
+    """Have the report say what a module does that is not all in its config."""
+    site = _site(each)
+    calls = [seen for seen in site.seen or [] if seen.sliding_window is not None or seen.window_ended]
+    if calls:
+        size = f" of {calls[0].sliding_window} tokens" if calls[0].sliding_window else ""
+        window = f"sliding window{size}: exact in longer sequences, by the config in others"
+        if not any(seen.window_ended for seen in calls):
+            window += "; not checked in longer ones"
+        site.remark = "; ".join(filter(None, (site.remark, window)))
 
 
 def _core(
@@ -266,10 +331,24 @@ def _causal_refusal(each: Found) -> str | None:
     longest = next((value for name in LONGEST if isinstance(value := getattr(settings, name, None), int)), None)
     if longest is not None and all(c.hidden == "exact" or c.near >= longest for c in core.configs):
         return None
-    if core.shares_keys and getattr(settings, "num_kv_shared_layers", None):
+    if core.shares_keys and (reason := _streaming_refusal(each)):
+        return reason
+    refusal: str | None = core.refusal(causal=causal)
+    return refusal
+
+
+def _streaming_refusal(each: Found) -> str | None:
+    """Why a module can have no streaming memory in a cache, or None."""
+    site, module = _site(each), each.module
+    if any(seen.sliding_window is not None or seen.window_ended for seen in site.seen or []):
+        return "sliding window: its cache does not grow"
+    if getattr(module, "sinks", None) is not None:
+        return "attention sinks, which a streaming memory does not read"
+    if getattr(getattr(module, "config", None), "num_kv_shared_layers", None):
         return "layers that read the keys of others, whose streaming memory is not theirs"
-    reason: str | None = core.refusal(causal=causal)
-    return reason
+    if hasattr(module, "layer_idx") and not site.finds_cache:
+        return "its attention class does not hand over its cache"
+    return None
 
 
 def _has(module: nn.Module, config: AstroConfig | tuple[AstroConfig, ...]) -> bool:
@@ -331,7 +410,8 @@ def _report(
         if site is not None:
             core = getattr(each.module, CORE)
             shape, kinds = (core.num_heads, core.head_dim), len(set(core.configs))
-            reason = NO_GRID if site.grid is None and site.sees_patches(each.module) else ""
+            lost = site.grid is None and site.sees_patches(each.module)
+            reason = "; ".join(filter(None, (site.remark, NO_GRID if lost else "")))
         else:
             reason = reasons.get(each.name) or each.refusal or ("" if each.name in chosen else NOT_SELECTED)
             if each.front_end is not None:

@@ -45,8 +45,6 @@ CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
 # an attribute of the module that is not None, False or 0, and what it means
 REFUSED_ATTRIBUTES = {
     "is_cross_attention": "cross attention",
-    "sliding_window": "sliding window",
-    "sinks": "attention sinks",
     "attn_logit_softcapping": "soft cap on the attention logits",
     "relative_position_bias": "relative position bias",
     "relative_position_bias_table": "relative position bias",
@@ -54,8 +52,6 @@ REFUSED_ATTRIBUTES = {
 }
 # an argument of the attention function that is not None, and what it means
 REFUSED_ARGUMENTS = {
-    "sliding_window": "sliding window",
-    "s_aux": "attention sinks",
     "softcap": "soft cap on the attention logits",
     "position_bias": "relative position bias",
     "head_mask": "head mask",
@@ -74,6 +70,7 @@ REFUSED_ARGUMENTS = {
 class InterfaceSite(Site):
     """An attention module that looks its attention function up in `ALL_ATTENTION_FUNCTIONS`."""
 
+    finds_cache = True
     handles: Any = ()
 
     @classmethod
@@ -88,6 +85,8 @@ class InterfaceSite(Site):
             return f"attention implementation {host!r} (set it to 'sdpa' or 'eager' before patching)"
         if _lookup(type(module)) is None:
             return "a subclass that computes attention by itself"
+        if hasattr(module, "compressor"):  # None in some layers; all share a mask that must stay the host's
+            return "keys of compressed tokens beside those of the sequence"
         parameters = inspect.signature(type(module).forward).parameters
         required = {key for key, value in parameters.items() if value.default is inspect.Parameter.empty}
         if (
@@ -221,10 +220,11 @@ def _read(
     """The call in our words, or with the reason why it cannot be."""
     refusal = next((why for name, why in REFUSED_ARGUMENTS.items() if arguments.get(name) is not None), None)
     causal = mask is None and host == "sdpa" and _is_causal(module, arguments.get("is_causal"))
+    window = None
     aligned = query.shape[2] == key.shape[2] or (causal and query.shape[2] == 1)
     if isinstance(mask, KeyMask):
         real: Tensor | None = for_batch(mask.keys, query.shape[0])
-        causal, aligned = mask.causal, aligned or mask.causal
+        causal, aligned, window = mask.causal, aligned or mask.causal, mask.window
     else:
         real, refused = key_mask(mask, query.shape[0], key.shape[2])
         refusal = refusal or refused
@@ -238,7 +238,11 @@ def _read(
     if groups > 1 and not (core.shares_keys and site.seen is None):
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale, dropout = arguments.get("scaling"), arguments.get("dropout", 0.0)
-    return Call(query, key, value, real, causal, scale, dropout, refusal=refusal, memory=memory)
+    call = Call(query, key, value, real, causal, scale, dropout, window=window, refusal=refusal, memory=memory)
+    call.sliding_window, call.sink = arguments.get("sliding_window"), arguments.get("s_aux")
+    if call.sink is None and getattr(module, "sinks", None) is not None:
+        call.refusal = refusal or "attention sinks that the attention function is not given"
+    return call
 
 
 def _is_causal(module: nn.Module, given: bool | None) -> bool:

@@ -2,41 +2,55 @@
 
 Import this module only where transformers is installed. A plain padding mask travels through a patched model as a
 `KeyMask`, never as N x N, with or without the causal mask beside it. Whatever is not an astrocyte (a module that was
-put in after patching, a model's own code) gets from it what the host would have been given. Everything else (sliding
-windows, packed sequences, static caches, masks of the user) is the host's own mask from the start.
+put in after patching, a model's own code) gets from it what the host would have been given. So does a sliding window,
+alone or beside either. Everything else (packed sequences, static caches, masks of the user) is the host's own mask
+from the start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.utils import is_tracing
 
 
 class KeyMask:
     """The real keys [B, Nk] of `queries` tokens, the last ones; `causal`: a query sees no later key either.
 
+    `window`, where it is not None: a query sees no key more than so many tokens away.
+
     PyTorch's functions and whatever is asked of it get the dense mask [B, 1, Nq, Nk] in its place: bool for SDPA
     (`dtype` None), else 0 and the least number of `dtype`.
     """
 
-    def __init__(self, keys: Tensor, queries: int, causal: bool, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, keys: Tensor, queries: int, causal: bool, dtype: torch.dtype | None, window: int | None = None
+    ) -> None:
         self.keys = keys
         self.queries = queries
         self.causal = causal
+        self.window = window
         self.dtype_of_bias = dtype
 
     def dense(self) -> Tensor:
         """The host's own mask."""
         batch, count = self.keys.shape
         mask = self.keys[:, None, None, :].expand(batch, 1, self.queries, count)
-        if self.causal:
+        if self.causal or self.window is not None:
+            first, reach = count - self.queries, count if self.window is None else self.window
             seen = torch.ones(self.queries, count, dtype=torch.bool, device=mask.device)
-            mask = mask & seen.tril(count - self.queries)
+            mask = mask & seen.tril(first + (0 if self.causal else reach)).triu(first - reach)
         if self.dtype_of_bias is None:
             return mask
         zero = torch.zeros((), dtype=self.dtype_of_bias, device=mask.device)
@@ -47,7 +61,7 @@ class KeyMask:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None or device is None:
             return self.dense().to(*args, **kwargs)
-        return KeyMask(self.keys.to(device), self.queries, self.causal, self.dtype_of_bias)
+        return KeyMask(self.keys.to(device), self.queries, self.causal, self.dtype_of_bias, self.window)
 
     @classmethod
     def __torch_function__(
@@ -76,7 +90,9 @@ class KeyMask:
 
 
 def dense(mask: Any) -> Any:
-    """What the host would have been given in place of a `KeyMask`; anything else as it is."""
+    """What the host would have been given in place of a `KeyMask`, also in a list; anything else as it is."""
+    if type(mask) in (list, tuple):
+        return type(mask)(map(dense, mask))
     return mask.dense() if isinstance(mask, KeyMask) else mask
 
 
@@ -100,10 +116,13 @@ def attention_mask(
     if isinstance(attention_mask, KeyMask):
         return attention_mask  # made by a model around this one; transformers takes a mask that is dense as it is
     q_length, q_offset, device = _queries(kwargs, kv_length)
-    causal = mask_function is causal_mask_function and allow_is_causal_skip
-    plain = causal or (mask_function is bidirectional_mask_function and allow_is_bidirectional_skip)
-    whole = isinstance(q_offset, int) and kv_offset == 0 and (not causal or q_offset + q_length == kv_length)
-    fits = attention_mask is None or (attention_mask.dim() == 2 and attention_mask.shape[-1] == kv_length)
+    shape = read_mask_function(mask_function, kwargs.get("local_size"))
+    causal, window = shape or (False, None)
+    plain = shape is not None and (allow_is_causal_skip if causal else allow_is_bidirectional_skip)
+    tokens = kv_length + kv_offset  # a cache of a window has lost the first
+    latest = isinstance(q_offset, int) and (not causal or q_offset + q_length == tokens)
+    whole = latest and isinstance(kv_offset, int) and (kv_offset == 0 or window is not None)
+    fits = attention_mask is None or (attention_mask.dim() == 2 and attention_mask.shape[-1] == tokens)
     if not (plain and whole and fits):
         mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[host](
             batch_size=batch_size,
@@ -117,13 +136,39 @@ def attention_mask(
             **kwargs,
         )
         return mask
-    if attention_mask is not None and not is_tracing(attention_mask) and bool(attention_mask.all()):
-        attention_mask = None
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, kv_offset:]
+        if not is_tracing(attention_mask) and bool(attention_mask.all()):
+            attention_mask = None
+    if window is not None and window >= tokens - 1:
+        window = None  # it holds the whole sequence
     if attention_mask is None:
-        if not causal or (host == "sdpa" and q_length in (1, kv_length)):
+        if window is None and (not causal or (host == "sdpa" and q_length in (1, kv_length))):
             return None
         attention_mask = torch.ones(batch_size, kv_length, device=device)
-    return KeyMask(attention_mask.bool(), q_length, causal, None if host == "sdpa" else dtype)
+    return KeyMask(attention_mask.bool(), q_length, causal, None if host == "sdpa" else dtype, window)
+
+
+def read_mask_function(function: Callable[..., Any], size: int | None) -> tuple[bool, int | None] | None:
+    """Whether a mask function of transformers is causal, and how far away a key may be; None for any other function.
+
+    A window is a closure: it is one if it is made of what transformers makes of this `size`.
+    """
+    if function is causal_mask_function or function is bidirectional_mask_function:
+        return function is causal_mask_function, None
+    if isinstance(size, int):
+        if _parts(function) == _parts(sliding_window_causal_mask_function(size)):
+            return True, size - 1
+        if _parts(function) == _parts(sliding_window_bidirectional_mask_function(size)):
+            return False, size
+    return None
+
+
+def _parts(function: Any) -> Any:
+    """What a function is made of: its code and what it closes over, down to plain values."""
+    if not isinstance(function, FunctionType):
+        return tuple(map(_parts, function)) if isinstance(function, tuple) else function
+    return function.__code__, tuple(_parts(cell.cell_contents) for cell in function.__closure__ or ())
 
 
 def _queries(given: dict[str, Any], kv_length: int) -> tuple[int, int | Tensor, torch.device | str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from astroattn.patching.site import Seen
 
 TOKENS = 9  # of a made-up text; its second row is padded at both ends
 DECODER_TOKENS = 7
+FRAMES = 64  # of a made-up sound, where no model bounds them
+GRIDS = ("grid_thw", "image_grid_thw")  # arguments with the sizes of images whose patches come in one row
+LONGEST_WINDOW = 256  # up to which a made-up text is longer than the model's sliding window
 
 # Largest difference to the host, relative to its largest value, that is rounding.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -37,6 +40,9 @@ def make_inputs(model: nn.Module) -> dict[str, Any]:
         inputs = _timm_inputs(model)
     elif isinstance(model, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
         inputs = _torch_inputs(model)
+    elif takes_tokens(model):
+        width: Any = model.query_dim
+        inputs = {"hidden_states": _noise(2, TOKENS, width)}
     else:
         raise NoProbe(f"no input can be made up for a {type(model).__name__}")
     first = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))
@@ -46,6 +52,28 @@ def make_inputs(model: nn.Module) -> dict[str, Any]:
         else value
         for key, value in inputs.items()
     }
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether it is an attention module of diffusers, which runs alone."""
+    return hasattr(module, "processor") and isinstance(getattr(module, "query_dim", None), int)
+
+
+def make_run(model: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
+    """Made-up inputs on which the model runs, and what it makes of them; see `run`.
+
+    Raises:
+        NoProbe: no input can be made up.
+        Exception: what the model raises on the inputs that suit it best.
+    """
+    first, *others = _variants(make_inputs(model))
+    try:
+        return first, run(model, first)
+    except Exception:
+        for inputs in others:
+            with suppress(Exception):
+                return inputs, run(model, inputs)
+        raise
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
@@ -137,6 +165,10 @@ def _timm_inputs(model: nn.Module) -> dict[str, Any]:
 
 def _transformers_inputs(model: nn.Module) -> dict[str, Any]:
     wanted = inspect.signature(model.forward).parameters
+    if "input_ids" not in wanted and any(name in wanted for name in GRIDS):
+        return _packed_patches(model, wanted)
+    if "input_ids" not in wanted and {"pixel_attention_mask", "spatial_shapes"} <= wanted.keys():
+        return _padded_patches(model)
     inputs: dict[str, Any] = {}
     for name, make in _MAKERS.items():
         if name in wanted:
@@ -172,7 +204,9 @@ def _ids(config: Any, tokens: int) -> Tensor | None:
 
 
 def _input_ids(config: Any) -> dict[str, Any]:
-    ids = _ids(config, TOKENS)
+    window = _find(config, "sliding_window")
+    beyond = window if isinstance(window, int) and window <= LONGEST_WINDOW else 0
+    ids = _ids(config, TOKENS + beyond)
     if ids is None:
         return {}
     mask = torch.ones_like(ids)
@@ -194,9 +228,41 @@ def _pixel_values(config: Any) -> dict[str, Any]:
     return {"pixel_values": _noise(2, _find(config, "num_channels") or 3, height, width)}
 
 
+def _variants(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The inputs, and the same laid out as other models take them."""
+    found = [inputs]
+    if "input_features" in inputs:
+        found.append(inputs | {"input_features": inputs["input_features"].mT})
+    if any(name in inputs for name in GRIDS):
+        found.append({name: each.flatten(1) if each.dim() > 2 else each for name, each in inputs.items()})
+    return found
+
+
+def _padded_patches(model: nn.Module) -> dict[str, Any]:
+    """An image as a row of patches that are vectors, all of them real."""
+    first = next(each for each in model.modules() if isinstance(each, nn.Linear))
+    side = 4
+    mask, shapes = torch.ones(1, side**2, dtype=torch.long), torch.tensor([[side, side]])
+    patches = _noise(1, side**2, first.in_features)
+    return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def _packed_patches(model: nn.Module, wanted: Iterable[str]) -> dict[str, Any]:
+    """Two images as the rows of patches that their first layer takes, and the sizes of the images in patches."""
+    first = next(each for each in model.modules() if isinstance(each, (nn.Linear, nn.Conv2d, nn.Conv3d)))
+    grids = torch.tensor([[1, 4, 4], [1, 4, 8]])
+    patches = _noise(int(grids.prod(1).sum()), first.weight[0].numel())
+    if isinstance(first, nn.Conv2d):
+        patches = patches.unflatten(1, first.weight.shape[1:])
+    inputs = {name: patches for name in ("hidden_states", "pixel_values") if name in wanted}
+    inputs |= {name: grids for name in GRIDS if name in wanted}
+    return inputs | ({"merge_sizes": torch.ones(2, dtype=torch.long)} if "merge_sizes" in wanted else {})
+
+
 def _input_features(config: Any) -> dict[str, Any]:
-    bins, positions = _find(config, "num_mel_bins"), _find(config, "max_source_positions")
-    return {"input_features": _noise(2, bins, 2 * positions)} if bins and positions else {}
+    bins = _find(config, "num_mel_bins", "feature_projection_input_dim")
+    positions = _find(config, "max_source_positions") or FRAMES // 2
+    return {"input_features": _noise(2, bins, 2 * positions)} if bins else {}
 
 
 def _input_values(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Classes that call `torch.nn.functional.scaled_dot_product_attention` themselves: those of timm.
+"""Classes that call `torch.nn.functional.scaled_dot_product_attention` themselves: those of timm and of diffusers.
 
 The class of a module is swapped for a subclass that runs the original forward under a TorchFunctionMode, which hands
 that one call to the astrocyte. Projections, norms, gates and rotary embeddings stay the class's own code. Classes are
@@ -40,7 +40,10 @@ LAYOUTS = {
     "timm.models.volo.Attention": "rows, columns, channels",
     "timm.models.fastvit.Attention": "channels, rows, columns",
     "timm.models.visformer.Attention": "channels, rows, columns",
+    "diffusers.models.attention_processor.Attention": "tokens",
+    "diffusers.models.transformers.transformer_flux.FluxAttention": "tokens",
 }
+CALLS = {"scaled_dot_product_attention", "dispatch_attention_fn"}  # the latter is how diffusers calls it
 
 FUSED = "fused_attn"
 
@@ -104,13 +107,18 @@ class SdpaSite(Site):
     def refusal(cls, name: str, module: nn.Module) -> str | None:
         if (reason := REFUSALS.get(known_class(type(module)) or "")) is not None:
             return reason
-        own = not any("scaled_dot_product_attention" in names_in(each.__code__) for each in methods(type(module)))
+        if getattr(module, "is_cross_attention", False):
+            return "cross attention"
+        parts = (module, getattr(module, "processor", None))  # where diffusers has it
+        own = not any(CALLS & names_in(each.__code__) for part in parts for each in methods(type(part)))
         return HAND_WRITTEN if own else replaced_forward(module)
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
-        heads = getattr(module, "num_heads", None)
+        heads = getattr(module, "num_heads", None) or getattr(module, "heads", None)
         head_dim = getattr(module, "head_dim", None)
+        if head_dim is None and heads and isinstance(width := getattr(module, "inner_dim", None), int):
+            head_dim = width // heads
         if head_dim is None and heads and isinstance(qkv := getattr(module, "qkv", None), nn.Linear):
             head_dim = qkv.out_features // (3 * heads)
         return (heads, head_dim) if heads and head_dim else None

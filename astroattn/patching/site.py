@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ class Call:
     scale: float | None = None
     dropout: float = 0.0
     grid: tuple[int, int] | None = None
+    window: int | None = None  # where it ends within the sequence
+    sliding_window: int | None = None  # as the host says it, wherever it ends
+    sink: Tensor | None = None  # the logit of one more key of each head [H], whose value is zero
     refusal: str | None = None
     memory: StreamingLayer | None = None  # of the tokens before these
 
@@ -61,6 +64,8 @@ class Seen:
     dtype: torch.dtype = torch.float32
     queries: int = 0
     causal: bool = False
+    sliding_window: int | None = None
+    window_ended: bool = False
     difference: float = 0.0
 
 
@@ -76,6 +81,8 @@ class Site:
     grid: PatchGrid | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls the host answered, by reason
     seen: list[Seen] | None = None  # a list during the probe forward
+    finds_cache: ClassVar[bool] = False  # whether it can have a streaming memory in the cache of a call
+    remark: str = ""  # what the report says of it
 
     def __post_init__(self) -> None:
         from astroattn.patching.saving import keep_records  # which reads sites
@@ -215,6 +222,8 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
             causal=call.causal,
             scale=call.scale,
             grid=call.grid,
+            window=call.window,
+            sink=call.sink,
         )
     except RuntimeError as error:
         if "vmap" not in str(error):
@@ -247,12 +256,14 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "a mask over a grid of patches"
     if call.key_mask is not None and call.key_mask.shape != (query.shape[0], key.shape[2]):
         return "a mask for another batch or for other keys"
+    if call.sink is not None and (call.sink.shape != query.shape[1:2] or call.sink.device != query.device):
+        return "attention sinks that are not one logit for each head"
     if core.hidden is not None and core.hidden.is_lost(query.device):
         return LOST_WEIGHTS
     counts = query.shape[2], key.shape[2]
     if call.causal and counts[0] > counts[1]:
         return "more queries than keys in causal attention"
-    return core.refusal(causal=call.causal, num_queries=counts[0], num_keys=counts[1])
+    return core.refusal(causal=call.causal, num_queries=counts[0], num_keys=counts[1], window=call.window)
 
 
 class _Running(threading.local):
@@ -296,11 +307,13 @@ def _observe(site: Site, core: AstrocyteAttention, call: Call, host: Callable[[]
     else:
         query = call.query
         shape = (query.shape[1], query.shape[-1])
-        seen = Seen(None, shape, query.dtype, query.shape[2], call.causal)
+        windows = call.sliding_window, call.window is not None
+        seen = Seen(None, shape, query.dtype, query.shape[2], call.causal, *windows)
         if (core.num_heads, core.head_dim) != seen.shape:
             core = AstrocyteAttention(*seen.shape).to(query.device)  # exact, whatever its config is
         core.exact = True
-        ours = core(query, call.key, call.value, key_mask=call.key_mask, causal=call.causal, scale=call.scale)
+        options = {name: getattr(call, name) for name in ("key_mask", "causal", "scale", "window", "sink")}
+        ours = core(query, call.key, call.value, **options)
         core.exact = False
         seen.difference = _difference(answer, ours, call)
         site.seen.append(seen)
@@ -328,6 +341,10 @@ def key_mask(mask: Tensor | None, batch: int, keys: int) -> tuple[Tensor | None,
         return None, None
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return None, "a mask of integers"
+    if mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] > 1 and not torch.compiler.is_compiling():
+        same = mask[:, :, :1]
+        if bool((mask == same).all()):  # for every query: a padding mask written out
+            mask = same
     if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[-1] != keys:
         kind = "a dense mask" if mask.dtype == torch.bool else "a dense mask or bias"
         return None, f"{kind} over queries and keys, which is more than a padding mask"

@@ -50,6 +50,7 @@ WIDTHS: Sizes = {
     **dict.fromkeys(("ffn_dim", "d_ff", "shared_expert_intermediate_size", "decoder_intermediate_size"), 64),
     **dict.fromkeys(("n_inner", "hidden_dim", "dim_feedforward", "encoder_feedforward_dim"), 64),
     "embed_dim": 96,
+    "sliding_window": 32,  # of which a text holds several
     "num_queries": 10,
     "output_channels": 64,
     "hidden_size_per_layer_input": 16,

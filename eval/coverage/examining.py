@@ -191,7 +191,10 @@ def _check_changed(model: nn.Module, before: _Answers, config: AstroConfig) -> N
     def watch(core: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(core, AstrocyteAttention)
         tokens = (args[1] if len(args) > 1 else kwargs["key"]).shape[2]
-        if not all(covers(each, tokens, kwargs.get("grid")) for each in core.configs):
+        exact = kwargs.get("window") is not None or all(
+            covers(each, tokens, kwargs.get("grid")) for each in core.configs
+        )
+        if not exact:
             approximate.append(tokens)
 
     cores = [each for each in model.modules() if isinstance(each, AstrocyteAttention)]

@@ -139,10 +139,12 @@ class Stand(AstrocyteAttention):
         causal: bool = False,
         scale: float | None = None,
         grid: tuple[int, int] | None = None,
+        window: int | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
-        """As in `AstrocyteAttention`; ValueError where there is padding or a causal mask."""
-        if causal or (key_mask is not None and not key_mask.all()):
-            raise ValueError("inputs: the peers take no padding and no causal mask")
+        """As in `AstrocyteAttention`; ValueError where there is padding, a causal mask, a window or a sink."""
+        if causal or window is not None or sink is not None or (key_mask is not None and not key_mask.all()):
+            raise ValueError("inputs: the peers take no padding and no causal mask, window or sink")
         tokens, width = query.shape[2:]
         query = query * (width**-0.5 if scale is None else scale)
         if self.counting:
