@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -10,14 +11,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from astroattn import AstroConfig
 from astroattn.attention import AstrocyteAttention
 from astroattn.cost import covers
 from astroattn.patching import PatchReport, fallbacks, patch, unpatch
-from astroattn.patching.site import DROPOUT, NO_GRID, site_of
+from astroattn.patching.site import CORE, DROPOUT, NO_GRID, site_of
 from eval.coverage.subjects import describe
 from eval.situations.calls import Given, at_real_tokens, give, with_other_padding
 from eval.situations.drawing import Situation, simplify
@@ -51,7 +51,7 @@ def examine(situation: Situation) -> str:
     Raises:
         Wrong: something else.
     """
-    transformers.logging.set_verbosity_error()
+    logging.disable(logging.CRITICAL)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -181,8 +181,8 @@ def _answer(situation: Situation, wrapped: Wrapped, given: Given) -> Answer:
         torch.stack(losses).sum().backward()
     except Exception as error:  # whatever a model raises
         return error
-    parameters = [each for name, each in wrapped.module.named_parameters() if f".{'astrocyte'}." not in f".{name}"]
-    return [each.detach() for each in outputs], [_whole(each.grad, each) for each in parameters]
+    own = [each for name, each in wrapped.module.named_parameters() if CORE not in name.split(".")]
+    return [each.detach() for each in outputs], [_whole(each.grad, each) for each in own if not each.is_meta]
 
 
 def _weights(output: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def _watching(situation: Situation, model: nn.Module) -> Iterator[_Seen]:
     for module in model.modules() if situation.wrapper not in COMPILED else ():
         if (site := site_of(module)) is not None:
             handles.append(module.register_forward_pre_hook(note_call(site.name)))
-            handles.append(module.astrocyte.register_forward_pre_hook(note_answer(site.name), with_kwargs=True))
+            handles.append(getattr(module, CORE).register_forward_pre_hook(note_answer(site.name), with_kwargs=True))
     try:
         yield seen
     finally:
@@ -283,7 +283,7 @@ def _check_answer(
         eager = _answer(situation, Wrapped(inside, getattr(inside, "_orig_mod", inside)), given)
         if situation.wrapper != "compile_inside" and (difference := _largest(eager, found)) > rounding:
             raise Wrong(f"the graph differs by {difference:.1e} from what is not compiled")
-    learned = [each for name, each in wrapped.module.named_parameters() if "astrocyte.hidden" in name]
+    learned = [each for name, each in wrapped.module.named_parameters() if f"{CORE}.hidden" in name]
     if seen.approximate and situation.grad == "grad" and learned and all(each.grad is None for each in learned):
         raise Wrong("the learned weights have no gradient")
     if (other := with_other_padding(situation, given)) is not None:
@@ -308,7 +308,7 @@ def _require_original(situation: Situation, wrapped: Wrapped, given: Given, expe
     if isinstance(found, Exception):
         raise Wrong(f"unpatched, it raises {describe(found)}") from found
     if isinstance(expected, Exception):
-        raise Wrong(f"unpatched, it does not raise {describe(expected)}")
+        return  # what the probe forward has laid out (shards, for example) may stay
     raise Wrong(f"unpatched, the outputs differ by {_largest(found, expected):.1e}")
 
 

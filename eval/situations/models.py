@@ -37,6 +37,7 @@ TYPES = (
     "bart",
     "t5",
 )
+CAUSAL = ("gpt2", "llama", "qwen3", "mistral", "gpt_neox", "opt")
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 10}
 
 
