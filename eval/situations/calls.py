@@ -56,6 +56,7 @@ def with_other_padding(situation: Situation, given: Given) -> Given | None:
     other = (
         torch.where(real[..., None], value, value + 3) if value.dim() == 3 else value.where(real, value.flatten()[0])
     )
+    other = other.clone(memory_format=torch.contiguous_format)  # laid out alike, so that rounding is
     same = {key: other for key, each in given.arguments.items() if each is value}
     return Given(given.arguments | same, given.real)
 

@@ -137,7 +137,7 @@ def draw(count: int, seed: int) -> list[Situation]:
 
 
 def _can_be_patched(situation: Situation) -> bool:
-    """Causal attention takes a static hidden layer or a full near field; that others are refused is tested elsewhere."""
+    """Not where every causal module is refused: it takes a static hidden layer or a full near field."""
     return situation.model not in CAUSAL or situation.config not in ("default", "short")
 
 
