@@ -29,6 +29,10 @@ CORE = "astrocyte"  # the attribute that holds its AstrocyteAttention
 
 NOT_HANDED_OVER = "its forward ended without an attention call that could be handed over"
 NO_GRID = "patch grid not found: tokens are treated as a sequence"
+OUT_OF_REACH = {  # by what PyTorch's own error names
+    "vmap": "torch.vmap does not reach into this astrocyte; loop over the samples",
+    "jvp": "forward derivatives do not reach into this astrocyte; AstroConfig(backend='torch') has them",
+}
 DROPOUT = "attention dropout is not applied: an astrocyte forms no attention weights to drop"
 
 
@@ -208,11 +212,10 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
             grid=call.grid,
         )
     except RuntimeError as error:
-        if "vmap" not in str(error):
+        why = next((words for name, words in OUT_OF_REACH.items() if name in str(error)), None)
+        if why is None:
             raise
-        raise RuntimeError(
-            f"{site.name}: torch.vmap does not reach into this astrocyte; loop over the samples"
-        ) from error
+        raise RuntimeError(f"{site.name}: {why}") from error
     return answer
 
 
