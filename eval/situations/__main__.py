@@ -42,7 +42,7 @@ def main(
     seed: SeedOption = 0,
     case: Annotated[str | None, typer.Option(help="Examine this one situation, a line that a run has printed.")] = None,
     processes: Annotated[int, typer.Option(help="How many at a time.", min=1)] = 2,
-    seconds: Annotated[float, typer.Option(help="The most that one may take.", min=1)] = 120,
+    seconds: Annotated[float, typer.Option(help="The most that one may take.", min=1)] = 300,
 ) -> None:
     """Examine situations; print a line for each that is wrong, and leave with 1 if there is one."""
     if case is not None:

@@ -68,7 +68,7 @@ def judge(situation: Situation) -> dict[str, str]:
     """What came of a situation, and where it is wrong the simplest one that still is."""
     torch.set_num_threads(1)
     try:
-        return {"came": examine(situation), "why": "", "simplest": ""}
+        return {"came": examine(situation)}
     except Wrong as error:
         first = str(error)
 
