@@ -13,6 +13,7 @@ for bit what it was.
 
 from __future__ import annotations
 
+import json as files
 from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -41,6 +42,7 @@ def main(
     count: Annotated[int, typer.Option(help="How many situations.", min=1)] = 500,
     seed: SeedOption = 0,
     case: Annotated[str | None, typer.Option(help="Examine this one situation, a line that a run has printed.")] = None,
+    resume: Annotated[bool, typer.Option(help="Examine only what the JSON lacks or has as wrong.")] = False,
     processes: Annotated[int, typer.Option(help="How many at a time.", min=1)] = 2,
     seconds: Annotated[float, typer.Option(help="The most that one may take.", min=1)] = 300,
 ) -> None:
@@ -53,8 +55,13 @@ def main(
         return
     situations = draw(count, seed)
     places = {str(situation): place for place, situation in enumerate(situations)}
-    rows = []
-    for row in tqdm(measure(situations, processes=processes, seconds=seconds), "situations", count):
+    rows: list[dict[str, Any]] = (
+        files.loads(json.read_text("utf-8"))["rows"] if resume and json and json.exists() else []
+    )
+    rows = [row for row in rows if row["came"] != WRONG and row["situation"] in places]
+    done = {row["situation"] for row in rows}
+    left = [situation for situation in situations if str(situation) not in done]
+    for row in tqdm(measure(left, processes=processes, seconds=seconds), "situations", len(left)):
         rows.append(row)
         if row["came"] == WRONG:
             tqdm.write(f'{row["why"]}\n    python -m eval.situations --case "{row["simplest"]}"')

@@ -228,8 +228,9 @@ def _watching(situation: Situation, model: nn.Module) -> Iterator[_Seen]:
     def note_answer(name: str) -> Any:
         def note(core: AstrocyteAttention, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             seen.answers.update([name])
-            grid = kwargs.get("grid")
-            seen.approximate += not all(covers(each, args[1].shape[2], grid) for each in core.configs)
+            keys, mask = args[1].shape[2], kwargs.get("key_mask")
+            several = keys > 1 if mask is None else bool((mask.sum(1) > 1).any())  # of one key all take the value
+            seen.approximate += several and not all(covers(each, keys, kwargs.get("grid")) for each in core.configs)
 
         return note
 
