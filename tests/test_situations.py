@@ -154,7 +154,7 @@ def test_a_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_wrong_is_made_simple(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AstrocyteAttention, "forward", without_mask)
-    row = judge(Situation("bert", tokens=30, batch=3, mask="left", dtype="float64", config="static", where="last"))
+    row = judge(Situation("bert", tokens=30, mask="left", dtype="float64", config="static", where="last"))
     assert row["came"] == examining.WRONG
     assert "padding moves" in row["why"]
     assert row["simplest"] == "model=bert mask=left config=static"

@@ -42,7 +42,7 @@ def main(
     count: Annotated[int, typer.Option(help="How many situations.", min=1)] = 500,
     seed: SeedOption = 0,
     case: Annotated[str | None, typer.Option(help="Examine this one situation, a line that a run has printed.")] = None,
-    resume: Annotated[bool, typer.Option(help="Examine only what the JSON lacks or has as wrong.")] = False,
+    resume: Annotated[bool, typer.Option(help="Examine again what is wrong in the JSON.")] = False,
     processes: Annotated[int, typer.Option(help="How many at a time.", min=1)] = 2,
     seconds: Annotated[float, typer.Option(help="The most that one may take.", min=1)] = 300,
 ) -> None:
@@ -53,12 +53,13 @@ def main(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         return
+    rows: list[dict[str, Any]] = []
     situations = draw(count, seed)
+    if resume and json and json.exists():
+        rows = files.loads(json.read_text("utf-8"))["rows"]
+        situations = [Situation.parse(row["situation"]) for row in rows]
     places = {str(situation): place for place, situation in enumerate(situations)}
-    rows: list[dict[str, Any]] = (
-        files.loads(json.read_text("utf-8"))["rows"] if resume and json and json.exists() else []
-    )
-    rows = [row for row in rows if row["came"] != WRONG and row["situation"] in places]
+    rows = [row for row in rows if row["came"] != WRONG]
     done = {row["situation"] for row in rows}
     left = [situation for situation in situations if str(situation) not in done]
     for row in tqdm(measure(left, processes=processes, seconds=seconds), "situations", len(left)):

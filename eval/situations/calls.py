@@ -62,14 +62,14 @@ def with_other_padding(situation: Situation, given: Given) -> Given | None:
 
 
 def at_real_tokens(situation: Situation, given: Given, output: Tensor) -> Tensor:
-    """The part of an output [B, N, ...] that padding may not touch; of other outputs the rows with a real token."""
+    """The part of an output [B, N, ...] that padding may not touch; of others the rows whose first token is real."""
     if given.real is None:
         return output
     if situation.model.endswith("sequence_first"):
         output = output.transpose(0, 1)
     if output.shape[:2] == given.real.shape:
         return output[given.real]
-    return output[given.real.any(1)] if output.shape[:1] == given.real.shape[:1] else output
+    return output[given.real[:, 0]] if output.shape[:1] == given.real.shape[:1] else output
 
 
 def _cast(value: Tensor, dtype: str) -> Tensor:
