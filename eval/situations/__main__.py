@@ -27,6 +27,7 @@ from eval.situations.drawing import Situation, draw
 from eval.situations.examining import WRONG, examine, judge
 
 PRELOAD = ("eval.situations.examining", "peft", "accelerate", "torch._dynamo", "typer", "tqdm")
+OFTEN = 20  # rows
 
 
 def measure(situations: list[Situation], *, processes: int, seconds: float) -> Iterator[dict[str, Any]]:
@@ -64,6 +65,8 @@ def main(
     left = [situation for situation in situations if str(situation) not in done]
     for row in tqdm(measure(left, processes=processes, seconds=seconds), "situations", len(left)):
         rows.append(row)
+        if json and len(rows) % OFTEN == 0:  # so that a run that breaks off is not lost
+            write_json(json, rows, seed=seed)
         if row["came"] == WRONG:
             tqdm.write(f'{row["why"]}\n    python -m eval.situations --case "{row["simplest"]}"')
     rows.sort(key=lambda row: places[row["situation"]])
