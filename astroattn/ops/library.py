@@ -10,12 +10,12 @@ they have as many columns, and are contiguous elsewhere.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from astroattn.ops import plain
 from astroattn.ops.backends import check_devices, choose_backend, run_kernel
@@ -179,6 +179,47 @@ def _in_graph() -> bool:
     return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
+class _Once(torch.autograd.Function):
+    """Copies of `count` gradients that depend on all the tensors behind them, in a way that has no derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "astroattn: the kernels of an astrocyte have no second derivative; AstroConfig(backend='torch') has one"
+        )
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose gradients have none themselves: whoever asks for a second derivative is told so.
+
+    PyTorch's `once_differentiable` would do where the backward pass goes everywhere. Of `autograd.grad`, which goes
+    only to the inputs it is given, and of `torch.func` a second derivative would be zero in silence.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found: tuple[Tensor | None, ...] = backward(ctx, *gradients)
+        if _in_graph() or not torch.is_grad_enabled():
+            return found
+        tensors = [x for x in found if x is not None]
+        behind = [x for x in (*gradients, *ctx.saved_tensors) if x is not None]
+        copies = iter(_Once.apply(len(tensors), *tensors, *behind))
+        return tuple(None if x is None else next(copies) for x in found)
+
+    return run
+
+
 # `torch.library.custom_op` would bring the compiler, seconds of imports, into the first call of every process.
 _LIBRARY = torch.library.Library("astroattn", "FRAGMENT")
 
@@ -313,7 +354,7 @@ class NearFar(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, *output, lengths)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, d_out: Tensor, d_log_p: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grads = _near_far_backward(d_out, d_log_p, *ctx.saved_tensors, *ctx.settings)
         return *grads, *[None] * (1 + len(ctx.settings))
@@ -374,7 +415,7 @@ class NearLinear(torch.autograd.Function):
         ctx.settings = inputs[6:]
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, d_out: Tensor, d_log_p: Tensor) -> tuple[Tensor | None, ...]:
         grads = _near_linear_backward(d_out, d_log_p, *ctx.saved_tensors, *ctx.settings)
         return *grads, *[None] * (2 + len(ctx.settings))
@@ -431,7 +472,7 @@ class Linear(torch.autograd.Function):
         ctx.settings = (activation, scale_root, backend)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, d_out: Tensor, d_log_p: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         activation, scale_root, backend = ctx.settings
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3]
@@ -502,7 +543,7 @@ class Causal(torch.autograd.Function):
         ctx.settings = (activation, near, scale_root, backend)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, d_out: Tensor, d_log_p: Tensor) -> tuple[Tensor | None, ...]:
         *settings, backend = ctx.settings
         *tensors, out, log_p = ctx.saved_tensors

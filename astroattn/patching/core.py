@@ -75,11 +75,11 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
         reasons, note = _patch(model, configs, found, selected)
         if isinstance(config, Plan):
             _require(config, selected, reasons)
-    report = _report(model, found, selected, reasons, note)
-    if lost := [row.name for row in report.patched if row.reason.endswith(NO_GRID)]:
-        warnings.warn(
-            f"{type(model).__name__}: {NO_GRID} ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)})", stacklevel=2
-        )
+        report = _report(model, found, selected, reasons, note)
+        if lost := [row.name for row in report.patched if row.reason.endswith(NO_GRID)]:
+            warnings.warn(  # which may be an error
+                f"{type(model).__name__}: {NO_GRID} ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)})", stacklevel=2
+            )
     return report
 
 

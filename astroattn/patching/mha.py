@@ -111,7 +111,7 @@ class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
         mask, refusal = _key_mask(key_padding_mask)
         refusals = {
             "tensors without a batch or nested": query.dim() != 3 or query.is_nested,
-            "cross attention": query is not key,
+            "cross attention": not _is_same(query, key),
             "need_weights=True": need_weights,
             "a dense mask over queries and keys": attn_mask is not None and not is_causal,
             "is_causal without attn_mask": attn_mask is None and is_causal,
@@ -138,6 +138,16 @@ class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
         if not self.batch_first:
             parts = tuple(part.transpose(0, 1) for part in parts)
         return [part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in parts]
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two arguments are one tensor, or views of it, which a full backward hook makes of every argument."""
+    if one is other or torch.compiler.is_compiling() or one.dtype != other.dtype:
+        return one is other
+    try:
+        return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    except RuntimeError:  # inside torch.func there is no storage
+        return False
 
 
 def _key_mask(padding: Tensor | None) -> tuple[Tensor | None, str | None]:

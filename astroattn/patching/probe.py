@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -34,17 +34,8 @@ def make_inputs(model: nn.Module) -> dict[str, Any]:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise NoProbe("the weights are on the meta device")
-    if hasattr(model, "config") and hasattr(model, "main_input_name"):
-        inputs = _transformers_inputs(model)
-    elif isinstance(getattr(model, "pretrained_cfg", None), dict):
-        inputs = _timm_inputs(model)
-    elif isinstance(model, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
-        inputs = _torch_inputs(model)
-    elif takes_tokens(model):
-        width: Any = model.query_dim
-        inputs = {"hidden_states": _noise(2, TOKENS, width)}
-    else:
-        raise NoProbe(f"no input can be made up for a {type(model).__name__}")
+    with torch.device("cpu"):  # whatever the caller's default is
+        inputs = _inputs(model)
     first = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))
     return {
         key: value.to(first.device, first.dtype if value.is_floating_point() else None)
@@ -79,12 +70,18 @@ def make_run(model: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
 def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     """The floating-point tensors a model puts out, in eval mode, with a fixed seed, changing no state.
 
-    Autocast is off, whose rounding the tolerances are not for.
+    The modes that the caller is in are off: autocast, whose rounding the tolerances are not for; inference mode, in
+    which a sharded model would lay out weights that can never be trained; the default device; and compiled blocks run
+    uncompiled, as no graph is to be made of a probe.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    full = torch.autocast(kind, enabled=False)
-    with _eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices), full:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with ExitStack() as modes:
+        for mode in (_eval_mode(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices)):
+            modes.enter_context(mode)
+        modes.enter_context(torch.autocast(device.type, enabled=False))
+        modes.enter_context(device)
+        modes.enter_context(torch.compiler.set_stance("force_eager"))
         torch.manual_seed(0)  # some models draw a mask in eval mode
         return list(_tensors(model(**inputs)))
 
@@ -144,6 +141,19 @@ def _largest(tensor: Tensor) -> float:
 
 def _noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _inputs(model: nn.Module) -> dict[str, Any]:
+    if hasattr(model, "config") and hasattr(model, "main_input_name"):
+        return _transformers_inputs(model)
+    if isinstance(getattr(model, "pretrained_cfg", None), dict):
+        return _timm_inputs(model)
+    if isinstance(model, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+        return _torch_inputs(model)
+    if takes_tokens(model):
+        width: Any = model.query_dim
+        return {"hidden_states": _noise(2, TOKENS, width)}
+    raise NoProbe(f"no input can be made up for a {type(model).__name__}")
 
 
 def _torch_inputs(model: nn.Module) -> dict[str, Any]:

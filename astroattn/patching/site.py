@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import inf
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,10 @@ CORE = "astrocyte"  # the attribute that holds its AstrocyteAttention
 
 NOT_HANDED_OVER = "its forward ended without an attention call that could be handed over"
 NO_GRID = "patch grid not found: tokens are treated as a sequence"
+OUT_OF_REACH = {  # by what PyTorch's own error names
+    "vmap": "torch.vmap does not reach into this astrocyte; loop over the samples",
+    "jvp": "forward derivatives do not reach into this astrocyte; AstroConfig(backend='torch') has them",
+}
 DROPOUT = "attention dropout is not applied: an astrocyte forms no attention weights to drop"
 
 
@@ -158,7 +163,7 @@ def remove(module: nn.Module) -> None:
 
 def site_of(module: nn.Module) -> Site | None:
     """The site of a patched module, None for any other."""
-    return getattr(module, RECORD, None)
+    return vars(module).get(RECORD)  # its own: wrappers (torch.compile) pass on the attributes of what is in them
 
 
 def replaced_forward(module: nn.Module) -> str | None:
@@ -191,8 +196,8 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
     """
     site: Site = getattr(module, RECORD)
     core: AstrocyteAttention = getattr(module, CORE)
-    if not torch.compiler.is_compiling():
-        _running.handed[id(site)] = True
+    if not torch.compiler.is_compiling() and site in _running.handed:
+        _running.handed[site] = True
     if site.seen is not None:
         return _observe(site, core, call, host)
     call.query, call.key, call.value = autocast(call.query, call.key, call.value)
@@ -226,11 +231,10 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
             sink=call.sink,
         )
     except RuntimeError as error:
-        if "vmap" not in str(error):
+        why = next((words for name, words in OUT_OF_REACH.items() if name in str(error)), None)
+        if why is None:
             raise
-        raise RuntimeError(
-            f"{site.name}: torch.vmap does not reach into this astrocyte; loop over the samples"
-        ) from error
+        raise RuntimeError(f"{site.name}: {why}") from error
     return answer
 
 
@@ -267,10 +271,10 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
 
 
 class _Running(threading.local):
-    """By the id of its site: whether a module that is running in this thread has handed over a call."""
+    """By its site: whether a module that is running in this thread has handed over a call."""
 
     def __init__(self) -> None:
-        self.handed: dict[int, bool] = {}
+        self.handed: WeakKeyDictionary[Site, bool] = WeakKeyDictionary()  # a call that failed has not ended
 
 
 _running = _Running()
@@ -279,14 +283,14 @@ _running = _Running()
 def begin(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of a patched module; `end` is the other half."""
     if not torch.compiler.is_compiling():
-        _running.handed[id(getattr(module, RECORD))] = False
+        _running.handed[getattr(module, RECORD)] = False
 
 
 def end(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a patched module: say so where its forward computed attention by itself."""
     if not torch.compiler.is_compiling():
         site: Site = getattr(module, RECORD)
-        if _running.handed.pop(id(site), None) is False:
+        if _running.handed.pop(site, None) is False:
             fall_back(site, NOT_HANDED_OVER)
 
 

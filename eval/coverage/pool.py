@@ -16,15 +16,15 @@ MEMORY = 8 * 2**30  # bytes of data a process may hold
 class Job(NamedTuple):
     """One that runs."""
 
-    key: int
+    key: Any
     process: BaseProcess
     pipe: Connection
     start: float
 
 
 def run_all(
-    work: Callable[[int], Any], keys: Sequence[int], *, processes: int, seconds: float, preload: Sequence[str] = ()
-) -> Iterator[tuple[int, Any]]:
+    work: Callable[[Any], Any], keys: Sequence[Any], *, processes: int, seconds: float, preload: Sequence[str] = ()
+) -> Iterator[tuple[Any, Any]]:
     """`(key, work(key))` as they end, or `(key, why)`, a text, where there is no result.
 
     `work` is a function of a module, as processes import it. `preload` are modules that all of them need.
@@ -65,7 +65,7 @@ def _receive(job: Job) -> Any:
         return f"its process ended with exit code {job.process.exitcode}"
 
 
-def _child(work: Callable[[int], Any], key: int, pipe: Connection) -> None:
+def _child(work: Callable[[Any], Any], key: Any, pipe: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     pipe.send(work(key))
     pipe.close()
