@@ -33,7 +33,8 @@ def size_of(cache: DynamicCache) -> int:
 @torch.inference_mode()
 def measure_speed(subject: Subject, longest: int) -> Iterator[dict[str, Any]]:
     """One row per length: milliseconds of a step and bytes of the cache, the original's and ours with each budget."""
-    lengths = [longest >> step for step in range(4)][::-1]
+    lengths = [longest // 8 * times for times in (1, 2, 4, 8)]
+    chunk, longest = min(CHUNK, lengths[0]), lengths[-1]
     text = torch.cat(subject.texts, 1)
     text = text.repeat(1, -(-longest // text.shape[1]))[:, :longest]
     found: dict[tuple[str, int], dict[str, Any]] = {}
@@ -41,9 +42,9 @@ def measure_speed(subject: Subject, longest: int) -> Iterator[dict[str, Any]]:
         if entries:
             astroattn.patch(subject.model, AstroConfig(hidden="streaming", entries=entries))
         cache = DynamicCache()
-        for start in tqdm(range(0, longest, CHUNK), f"{name} {entries or ''}", unit="chunk"):
-            subject.model(text[:, start : start + CHUNK], past_key_values=cache)
-            if (done := min(start + CHUNK, longest)) in lengths:
+        for start in tqdm(range(0, longest, chunk), f"{name} {entries or ''}", unit="chunk"):
+            subject.model(text[:, start : start + chunk], past_key_values=cache)
+            if (done := start + chunk) in lengths:
                 times = []
                 for _ in range(STEPS):
                     begin = perf_counter()
