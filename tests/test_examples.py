@@ -49,3 +49,12 @@ def test_every_example_opens_as_a_notebook() -> None:
     assert scripts
     for script in scripts:
         assert script.read_text("utf-8").count("\n# %% ") >= 3
+
+
+def test_generate_without_end(tmp_path: Path) -> None:
+    done = run("generate_without_end.py", "--tokens", "250", "--entries", "32", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sizes = [float(size.replace(",", "")) for size in re.findall(r"tokens,\s+(\S+) kB", done.stdout)]
+    assert len(sizes) == 3
+    assert max(sizes) < 1.2 * min(sizes)
+    assert done.stdout.count("old tokens, merged") == 2
