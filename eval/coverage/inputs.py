@@ -47,7 +47,7 @@ class Inputs:
         for name in self.padded:
             value = self.arguments[name]
             real = self.real.view(*self.real.shape, *[1] * (value.dim() - 2))
-            changed[name] = torch.where(real, value, value + 3 if value.is_floating_point() else value[0, -1])
+            changed[name] = torch.where(real, value, value + 3 if value.is_floating_point() else value[0, -2])
         return replace(self, arguments=self.arguments | changed)
 
 
@@ -129,10 +129,15 @@ def _text(config: Any, names: set[str]) -> Inputs:
     longest = find(config, "max_position_embeddings")
     bounded = isinstance(longest, int) and longest > 3  # -1 means that there is no bound
     ids = _ids(config, min(TOKENS, longest - 3) if bounded else TOKENS)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    if "attention_mask" in names:
+        real[1, :3] = real[1, -60:] = False
+    end, padding = find(config, "eos_token_id"), find(config, "pad_token_id")
+    if isinstance(end, int) and 0 <= end < (find(config, "vocab_size", "text_vocab_size") or 0) and end != padding:
+        for row in (0, 1):
+            ids[row, real[row].nonzero()[-1, 0]] = end  # where some models pool
     if "attention_mask" not in names:
         return Inputs({"input_ids": ids})
-    real = torch.ones_like(ids, dtype=torch.bool)
-    real[1, :3] = real[1, -60:] = False
     return Inputs({"input_ids": ids, "attention_mask": real.long()}, real, ("input_ids",))
 
 
