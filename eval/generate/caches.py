@@ -10,7 +10,7 @@ are those of the text for all of them.
     TOVA            the least attention of the latest query (Oren et al. 2024)
     SnapKV-like     the least attention of the latest 32 queries, pooled over five neighbours, of all but the newest 32;
                     the paper does it once, after the prompt (Li et al. 2024)
-    KVMerger-like   neighbours whose keys are most alike become one, with a Gaussian kernel around the one with more
+    KVMerger-like   pairs of neighbours whose keys are most alike become one, with a Gaussian kernel around the one with more
                     attention, of all but the newest half; the paper does it once (Wang et al. 2024)
 """
 
@@ -115,23 +115,28 @@ def _evict(held: Entries, gone: int, score: Score, size: int) -> Entries:
 
 
 def _merge(held: Entries, gone: int, newest: int) -> Entries:
-    """Pair by pair, the two neighbours whose keys have the largest cosine."""
-    rows = torch.arange(len(held.key))
+    """The pairs of neighbours whose keys have the largest cosines, each entry in one pair at most."""
+    old = held.key.shape[1] - newest
+    unit = F.normalize(held.key[:, :old], dim=-1)
+    alike = (unit[:, :-1] * unit[:, 1:]).sum(-1)
+    lefts = []
     for _ in range(gone):
-        unit = F.normalize(held.key[:, : held.key.shape[1] - newest], dim=-1)
-        left = (unit[:, :-1] * unit[:, 1:]).sum(-1).argmax(1)
-        right = left + 1
-        first = (held.total[rows, left] >= held.total[rows, right])[:, None]
-        distance = (held.key[rows, left] - held.key[rows, right]).square().sum(-1, keepdim=True)
-        width = held.key.var(1).sum(-1, keepdim=True)  # the kernel's, in units of how far keys are from one another
-        other = (-distance / (2 * width)).exp()
-        share = torch.where(first, 1 / (1 + other), other / (1 + other))  # of the left one
-        for field in (held.key, held.value):
-            field[rows, left] = share * field[rows, left] + (1 - share) * field[rows, right]
-        held.total[rows, left] += held.total[rows, right]
-        kept = torch.arange(held.key.shape[1] - 1).expand(len(rows), -1)
-        held = _take(held, kept + (kept >= right[:, None]))
-    return held
+        lefts.append(alike.argmax(1, keepdim=True))
+        near = torch.arange(old - 1) - lefts[-1]
+        alike = alike.masked_fill(near.abs() <= 1, -torch.inf)
+    left = torch.cat(lefts, 1)
+    right = left + 1
+    more = held.total.gather(1, left) >= held.total.gather(1, right)
+    one, other = (held.key.gather(1, x[..., None].expand(-1, -1, held.key.shape[2])) for x in (left, right))
+    width = held.key.var(1).sum(-1)[:, None]  # of the kernel, in units of how far keys are from one another
+    kernel = (-(one - other).square().sum(-1) / (2 * width)).exp()
+    share = torch.where(more, 1 / (1 + kernel), kernel / (1 + kernel))[..., None]  # of the left one
+    for field in (held.key, held.value):
+        index = [x[..., None].expand(-1, -1, field.shape[2]) for x in (left, right)]
+        field.scatter_(1, index[0], share * field.gather(1, index[0]) + (1 - share) * field.gather(1, index[1]))
+    held.total.scatter_add_(1, left, held.total.gather(1, right))
+    gone_flags = torch.zeros_like(held.place).scatter_(1, right, 1)
+    return _take(held, gone_flags.argsort(1, stable=True)[:, : held.key.shape[1] - gone])
 
 
 def _take(held: Entries, kept: Tensor) -> Entries:
