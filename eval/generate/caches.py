@@ -10,7 +10,7 @@ are those of the text for all of them.
     TOVA            the least attention of the latest query (Oren et al. 2024)
     SnapKV-like     the least attention of the latest 32 queries, pooled over five neighbours, of all but the newest 32;
                     the paper does it once, after the prompt (Li et al. 2024)
-    KVMerger-like   pairs of neighbours whose keys are most alike become one, with a Gaussian kernel around the one with more
+    KVMerger-like   pairs of neighbours with the most alike keys become one, by a Gaussian kernel around that with more
                     attention, of all but the newest half; the paper does it once (Wang et al. 2024)
 """
 
@@ -135,8 +135,8 @@ def _merge(held: Entries, gone: int, newest: int) -> Entries:
         index = [x[..., None].expand(-1, -1, field.shape[2]) for x in (left, right)]
         field.scatter_(1, index[0], share * field.gather(1, index[0]) + (1 - share) * field.gather(1, index[1]))
     held.total.scatter_add_(1, left, held.total.gather(1, right))
-    gone_flags = torch.zeros_like(held.place).scatter_(1, right, 1)
-    return _take(held, gone_flags.argsort(1, stable=True)[:, : held.key.shape[1] - gone])
+    leaving = torch.zeros_like(held.place).scatter_(1, right, 1)
+    return _take(held, leaving.argsort(dim=1, stable=True)[:, : held.key.shape[1] - gone])
 
 
 def _take(held: Entries, kept: Tensor) -> Entries:
