@@ -71,8 +71,8 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     """The floating-point tensors a model puts out, in eval mode, with a fixed seed, changing no state.
 
     The modes that the caller is in are off: autocast, whose rounding the tolerances are not for; inference mode, in
-    which a sharded model would lay out weights that can never be trained; the default device; and compiled blocks run
-    uncompiled, as no graph is to be made of a probe.
+    which a sharded model would lay out weights that can never be trained; and the default device. All of these are the
+    thread's own, so that models can be patched in several at once (the stance of torch.compile, for one, is not).
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -81,7 +81,6 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
             modes.enter_context(mode)
         modes.enter_context(torch.autocast(device.type, enabled=False))
         modes.enter_context(device)
-        modes.enter_context(torch.compiler.set_stance("force_eager"))
         torch.manual_seed(0)  # some models draw a mask in eval mode
         return list(_tensors(model(**inputs)))
 
