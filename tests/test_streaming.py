@@ -189,6 +189,15 @@ def test_rows_of_the_batch_can_be_chosen() -> None:
     torch.testing.assert_close(out, expected[rows])
 
 
+def test_the_callers_default_device_does_not_matter() -> None:
+    core, tokens = make_core(), make_tokens(70)
+    mask = torch.ones(2, 70, dtype=torch.bool)
+    mask[1, :20] = False
+    expected = core(*tokens, causal=True, key_mask=mask)
+    with torch.device("meta"):
+        assert torch.equal(core(*tokens, causal=True, key_mask=mask), expected)
+
+
 def test_bad_input_is_one_clear_error() -> None:
     core, (query, key, value) = make_core(), make_tokens(40)
     _, memory = core.decode(query, key, value)

@@ -97,7 +97,7 @@ def stream(
         The output [B, H, G, N, Dv] and log p [B, H, G, N], zeros and -inf for padding; and the new memory.
     """
     batch, count, block = len(key), key.shape[2], block_of(entries)
-    lengths = torch.full((batch,), count) if lengths is None else lengths
+    lengths = torch.full((batch,), count, device="cpu") if lengths is None else lengths
     out = query.new_zeros(*query.shape[:-1], value.shape[-1])
     log_p = query.new_full(query.shape[:-1], -torch.inf)
     done = torch.zeros_like(lengths)
@@ -109,10 +109,10 @@ def stream(
             part, log, memory = _piece(query[..., now, :], key[:, :, now], value[:, :, now], memory, None)
             out[..., now, :], log_p[..., now] = part, log
         else:  # each row goes on in its own block
-            tokens = (done[:, None] + torch.arange(n)).clamp(max=count - 1)
+            tokens = (done[:, None] + torch.arange(n, device="cpu")).clamp(max=count - 1)
             q, k, v = (_take_tokens(x, tokens.to(key.device)) for x in (query, key, value))
             part, log, memory = _piece(q, k, v, memory, take)
-            rows, steps = (torch.arange(n) < take[:, None]).nonzero(as_tuple=True)
+            rows, steps = (torch.arange(n, device="cpu") < take[:, None]).nonzero(as_tuple=True)
             places = tokens[rows, steps]
             out[rows, :, :, places], log_p[rows, :, :, places] = part[rows, :, :, steps], log[rows, :, :, steps]
         done = done + take
@@ -150,10 +150,10 @@ def _piece(
         if n > 1:
             future = torch.ones(n, width, dtype=torch.bool, device=device).triu(width - n + 1)
             logits = logits.masked_fill(future, -torch.inf)
-        written = torch.full((len(key),), n)
+        written = torch.full((len(key),), n, device="cpu")
     else:
-        stored, steps, slots = memory.counts[:, :1].to(device), torch.arange(n, device=device), torch.arange(width)
-        seen = slots.to(device) <= (stored + steps)[..., None]  # [B, n, W]
+        steps, slots = torch.arange(n, device=device), torch.arange(width, device=device)
+        seen = slots <= (memory.counts[:, :1].to(device) + steps)[..., None]  # [B, n, W]
         logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
         real, written = (steps < take.to(device)[:, None])[:, None, None], take
     log_p = logits.logsumexp(-1)
@@ -215,7 +215,7 @@ def _end_block(memory: Memory, entries: int, newest: int) -> Memory:
             **{f"block_{name}": torch.zeros_like(getattr(memory, f"block_{name}")) for name in rates},
             age=_blend(memory.age, one, fast),
             weight=_blend(memory.weight, one, slow),
-            counts=memory.counts * torch.tensor([1, 0, 1]),
+            counts=memory.counts * torch.tensor([1, 0, 1], device="cpu"),
         )
     full = (memory.counts[:, 0] == entries).nonzero()[:, 0]
     if len(full) == len(memory.counts):
@@ -276,7 +276,7 @@ def _merge(memory: Memory, block: int, newest: int) -> Memory:
     for name, x in zip(ENTRIES, merged, strict=True):
         index = stay.view(*stay.shape, *[1] * (x.dim() - 3)).expand(*stay.shape, *x.shape[3:])
         fields[name] = torch.cat([x.gather(2, index), getattr(memory, name)[:, :, count:]], 2)
-    return memory._replace(**fields, counts=memory.counts - torch.tensor([block, 0, 0]))
+    return memory._replace(**fields, counts=memory.counts - torch.tensor([block, 0, 0], device="cpu"))
 
 
 def _cost(memory: Memory, key: Tensor, value: Tensor, mass: Tensor) -> Tensor:
