@@ -129,6 +129,23 @@ def test_patching_over_and_over_leaves_nothing_behind(name: str) -> None:
     assert fingerprint(model) == before
 
 
+@pytest.mark.slow
+def test_a_thousand_times_leaves_nothing_behind() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True).eval()
+    before = fingerprint(model)
+    for _ in range(3):
+        patch(model, SHORT)
+        unpatch(model)
+    gc.collect()
+    count = len(gc.get_objects())
+    for _ in range(1000):
+        patch(model, SHORT)
+        unpatch(model)
+    gc.collect()
+    assert len(gc.get_objects()) - count < 50
+    assert fingerprint(model) == before
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_patched_model_that_is_let_go_is_gone(name: str) -> None:
     make, inputs = MODELS[name]
