@@ -29,7 +29,7 @@ from torch import Tensor
 
 SINKS = 4  # first tokens, which never join others: much attention goes there for want of anything better
 BLOCK, SMALL_BLOCK, SMALL = 8, 4, 64  # tokens between two mergers; in a memory of less than so many entries
-DECAY = 0.95  # of the attention an entry has had, per token
+FORGETTING = 2.5  # over the entries: how much of the attention an entry has had is forgotten per token
 QUERY_DECAY = 0.996  # of the statistics of queries and outputs, per token
 SECOND_ORDER = 0.25
 LEAST_MASS = 1e-6  # of an entry: what nobody has attended to yet may be wanted
@@ -205,7 +205,7 @@ def _end_block(memory: Memory, entries: int, newest: int) -> Memory:
     """Take a block into the statistics, and make room for the next one."""
     with torch.no_grad():
         block = block_of(entries)
-        fast, slow = DECAY**block, QUERY_DECAY**block
+        fast, slow = (1 - FORGETTING / entries) ** block, QUERY_DECAY**block
         rates = {"attention": fast, "query": slow, "square": slow, "output": slow}
         means = {name: _blend(getattr(memory, name), getattr(memory, f"block_{name}") / block, rate)
                  for name, rate in rates.items()}  # fmt: skip

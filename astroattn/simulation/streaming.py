@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from astroattn.config import AstroConfig
-from astroattn.ops.streaming import DECAY, LEAST_MASS, QUERY_DECAY, SECOND_ORDER, SINKS, block_of
+from astroattn.ops.streaming import FORGETTING, LEAST_MASS, QUERY_DECAY, SECOND_ORDER, SINKS, block_of
 
 
 @dataclass
@@ -91,7 +91,7 @@ class StreamingNetwork:
 
     def forget(self) -> None:
         """The end of a block: remember how the neurons were used, and make room."""
-        fast, slow = DECAY**self.block, QUERY_DECAY**self.block
+        fast, slow = (1 - FORGETTING / self.config.entries) ** self.block, QUERY_DECAY**self.block
         for neuron in self.neurons:
             neuron.use = fast * neuron.use + (1 - fast) * neuron.fresh / self.block
             neuron.age = fast * neuron.age + (1 - fast)
