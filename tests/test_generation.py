@@ -183,7 +183,7 @@ def test_caches_that_do_not_fit_are_one_clear_error_and_unharmed() -> None:
         astroattn.patch(model, stream(64))
         model(ids, past_key_values=(wide := t.DynamicCache()))
         astroattn.patch(model, stream(32))
-        with pytest.raises(ValueError, match="64 entries; this module has entries=32"):
+        with pytest.raises(ValueError, match="56 entries; this module has entries=32"):
             model(token, past_key_values=wide)
         assert torch.equal(model(token, past_key_values=cache).logits, expected)
 
@@ -191,7 +191,7 @@ def test_caches_that_do_not_fit_are_one_clear_error_and_unharmed() -> None:
 def test_assisted_decoding_is_refused_with_a_reason() -> None:
     model, assistant = make(), make()
     astroattn.patch(model, stream(128))
-    with pytest.raises((RuntimeError, ValueError), match="roll"):
+    with pytest.raises((RuntimeError, ValueError), match=r"can be cropped|cannot forget"):
         model.generate(prompt(), assistant_model=assistant, max_new_tokens=10, **OPTIONS)
 
 

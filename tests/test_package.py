@@ -185,7 +185,8 @@ def test_nothing_is_unpickled_and_no_remote_code_is_trusted() -> None:
     assert PICKLE.search("torch.load(path)")
     sources = [path for folder in ("astroattn", "eval") for path in (ROOT / folder).rglob("*.py")]
     assert sources
-    assert not [str(path.relative_to(ROOT)) for path in sources if PICKLE.search(path.read_text("utf-8"))]
+    found = [str(path.relative_to(ROOT)) for path in sources if PICKLE.search(path.read_text("utf-8"))]
+    assert found == ["eval/situations/wrapping.py"]  # which pickles a model itself, to see that it survives it
 
 
 README_BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\s*\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)

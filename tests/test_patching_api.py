@@ -212,7 +212,7 @@ def test_wrong_types_raise() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_hebbian_weights_cannot_serve_causal_attention(name: str) -> None:
-    with pytest.raises(ValueError, match="static hidden layer"):
+    with pytest.raises(ValueError, match="static layer"):
         patch(build(ALL[name]), SHORT)
 
 

@@ -100,7 +100,7 @@ def test_a_module_of_different_heads() -> None:
     costs = [AstrocyteAttention(1, 8, config).cost(200, 200) for config in HEADS]
     assert mixed.cost(200, 200).products == pytest.approx(sum(cost.products for cost in costs) / 4)
     assert mixed.cost(200, 200).positions == pytest.approx(sum(cost.positions for cost in costs) / 4)
-    assert "static hidden layer" in (mixed.refusal(causal=True) or "")
+    assert "static layer" in (mixed.refusal(causal=True) or "")
     inputs = attention_input()
     with pytest.raises(ValueError, match="causal: True with this config"):
         mixed(*inputs, causal=True)
