@@ -20,7 +20,7 @@ from patching_models import ALL, TIMM_VIT, build, text
 from torch import Tensor, nn
 
 from astroattn import fallbacks, patch, patched, unpatch
-from astroattn.patching import sdpa, site
+from astroattn.patching import site, swapped
 from astroattn.patching.grid import PatchGrid
 from astroattn.patching.site import Site
 
@@ -116,7 +116,7 @@ def test_patching_over_and_over_leaves_nothing_behind(name: str) -> None:
     for _ in range(3):  # what is made once
         cycle()
     gc.collect()
-    kinds, classes = Counter(type(each) for each in gc.get_objects()), len(sdpa._classes)
+    kinds, classes = Counter(type(each) for each in gc.get_objects()), len(swapped._classes)
     for _ in range(10):
         cycle()
     gc.collect()
@@ -124,7 +124,7 @@ def test_patching_over_and_over_leaves_nothing_behind(name: str) -> None:
     assert not any(issubclass(kind, (Tensor, nn.Module, Site, PatchGrid)) for kind in more), more
     assert not any(each() for each in gone)
     assert sum(more.values()) < 200
-    assert len(sdpa._classes) == classes
+    assert len(swapped._classes) == classes
     assert len(site._running.handed) == 0
     assert fingerprint(model) == before
 
