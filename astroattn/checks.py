@@ -112,9 +112,7 @@ def check_memory(module: AstrocyteAttention, state: object, query: Tensor, key: 
         "log_weight": (batch, heads, width, groups),
         "counts": (batch, 3),
     }
-    for name, shape in expected.items():
-        if (came := tuple(getattr(state, name).shape)) != shape:
-            raise ValueError(f"state: {name} of shape {came}; these tokens and this module need {shape}")
+    _check_shapes(state, expected)
     if width > most:
         raise ValueError(f"state: {width} entries; this module has entries={most}")
     if state.key.device != key.device:
@@ -133,11 +131,15 @@ def check_state(module: AstrocyteAttention, state: object, query: Tensor, value:
         "kv_state": (*shape, config.num_hidden, value.shape[3]),
         "key": (*shape, max(config.near - 1, 0), query.shape[3]),
     }
+    _check_shapes(state, expected)
+    return state
+
+
+def _check_shapes(state: object, expected: dict[str, tuple[int, ...]]) -> None:
     for name, shape in expected.items():
         came = tuple(getattr(state, name).shape)
         if came != shape:
             raise ValueError(f"state: {name} of shape {came}; these tokens and this module need {shape}")
-    return state
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int, shared: bool) -> None:

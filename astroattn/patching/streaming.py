@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.checks import check_memory
 from astroattn.ops.streaming import Memory, select_rows
 from astroattn.patching.site import CORE, RECORD
 
@@ -116,10 +115,9 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         self._move(key.device)
         try:
-            check_memory(core, self.memory, query, key, value)
-        except ValueError as error:
+            answer, memory = core.decode(query, key, value, self.memory, **options)
+        except ValueError as error:  # the call itself was found fit before
             raise ValueError(f"cache: it is not one of this model and this batch: {error}") from None
-        answer, memory = core.decode(query, key, value, self.memory, **options)
         assert isinstance(memory, Memory)
         self.memory = memory
         self.seen += key.shape[2]
