@@ -386,8 +386,7 @@ class AstrocyteAttention(nn.Module):
         out, log_p, memory = stream(query, key, value, memory, config.entries, config.near, lengths)
         out, log_p = out.flatten(1, 2).to(dtype), log_p.flatten(1, 2)
         if order is not None:
-            back = order.argsort(dim=1)
-            out, log_p = _in_order(out, back), _in_order(log_p, back)
+            out, log_p = _put_back(order, out, log_p)
         return out, log_p, memory
 
     def _causal(
@@ -420,8 +419,7 @@ class AstrocyteAttention(nn.Module):
         )
         if order is not None and key_mask is not None:
             out, normaliser = _zero_padding(out, normaliser, key_mask)
-            back = order.argsort(dim=1)
-            out, normaliser = _in_order(out, back), _in_order(normaliser, back)
+            out, normaliser = _put_back(order, out, normaliser)
         if num_queries < num_keys:
             out, normaliser = out[:, :, -num_queries:], normaliser[:, :, -num_queries:]
         return out, normaliser
@@ -469,8 +467,7 @@ class AstrocyteAttention(nn.Module):
                 query, key, value, budget, scale=scale, lengths=lengths, backend=backend
             )
         if order is not None:
-            back = order.argsort(dim=1)
-            out, normaliser = _in_order(out, back), _in_order(normaliser, back)
+            out, normaliser = _put_back(order, out, normaliser)
         return out, normaliser
 
 
@@ -542,6 +539,12 @@ def _in_order(x: Tensor, order: Tensor) -> Tensor:
     """The tokens of [B, H, N] or [B, H, N, D] in the order [B, N]."""
     index = order[:, None] if x.dim() == 3 else order[:, None, :, None]
     return x.gather(2, index.expand(-1, *x.shape[1:2], -1, *x.shape[3:]))
+
+
+def _put_back(order: Tensor, out: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor]:
+    """What was computed in an order [B, N], as the tokens came."""
+    back = order.argsort(dim=1)
+    return _in_order(out, back), _in_order(normaliser, back)
 
 
 def _zero_padding(out: Tensor, normaliser: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
