@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from astroattn.attention import AstrocyteAttention
 from astroattn.config import AstroConfig
@@ -201,7 +202,7 @@ class _Run(NamedTuple):
 def _run_original(model: nn.Module, fresh: list[Found]) -> tuple[list[_Run], str]:
     """Run the model on made-up input, then by itself the nearest part around each module that was not called."""
     called: set[int] = set()
-    handles = [each.module.register_forward_pre_hook(lambda module, _: called.add(id(module))) for each in fresh]
+    handles: list[RemovableHandle] = []
     runs: list[_Run] = []
     missing = ""
 
@@ -214,6 +215,8 @@ def _run_original(model: nn.Module, fresh: list[Found]) -> tuple[list[_Run], str
             raise
 
     try:
+        for each in fresh:
+            handles.append(each.module.register_forward_pre_hook(lambda module, _: called.add(id(module))))
         try:
             run("", model)
         except probe.NoProbe as error:
@@ -387,7 +390,7 @@ def _capture(model: nn.Module) -> State:
 
 def _restore(model: nn.Module, state: State) -> None:
     """Make a model hold exactly that."""
-    for module, _, _ in _capture(model):
+    for module in [each for each in model.modules() if site_of(each) is not None]:
         remove(module)
     for module, site, core in state:
         if site_of(module) is not None:  # it was taken out of the model meanwhile

@@ -118,8 +118,9 @@ def place_grids(model: nn.Module) -> None:
     """Give every site that may see patches the grid of its tower, and hang the hooks of the grids; take away others."""
     modules = dict(model.named_modules())
     for module in modules.values():
-        for handle in module.__dict__.pop(HANDLES, {}).values():
+        for handle in vars(module).get(HANDLES, {}).values():
             handle.remove()
+        module.__dict__.pop(HANDLES, None)  # not before, as this may be broken off
     grids: dict[int, PatchGrid] = {}
     for name, site in _sites(model):
         above, found = name, None

@@ -71,7 +71,6 @@ class InterfaceSite(Site):
     """An attention module that looks its attention function up in `ALL_ATTENTION_FUNCTIONS`."""
 
     finds_cache = True
-    handles: Any = ()
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
@@ -137,15 +136,12 @@ class InterfaceSite(Site):
         return hasattr(_config(module), "patch_size")
 
     def take(self, module: nn.Module) -> None:
-        before = (module.register_forward_pre_hook(hook) for hook in (check_route, begin))
-        self.handles = (*before, module.register_forward_hook(end))
+        for hook in (check_route, begin):
+            self.handles.append(module.register_forward_pre_hook(hook))
+        self.handles.append(module.register_forward_hook(end))
         if getattr(module, CORE).shares_keys:
-            find = module.register_forward_pre_hook(find_layer, with_kwargs=True)
-            self.handles += (find, module.register_forward_hook(release_layer, always_call=True))
-
-    def release(self, module: nn.Module) -> None:
-        for handle in self.handles:
-            handle.remove()
+            self.handles.append(module.register_forward_pre_hook(find_layer, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(release_layer, always_call=True))
 
 
 def check_route(module: nn.Module, args: Any) -> None:
@@ -160,10 +156,11 @@ def check_route(module: nn.Module, args: Any) -> None:
 
 def _refuse_weights_of(model: nn.Module) -> None:
     """Put the hook below on a model that has a patched module, and take it from one that has none."""
-    if (handle := vars(model).pop(WEIGHTS_HANDLE, None)) is not None:
-        handle.remove()
+    if WEIGHTS_HANDLE in vars(model):
+        vars(model)[WEIGHTS_HANDLE].remove()
+        del vars(model)[WEIGHTS_HANDLE]  # not before, as this may be broken off
     if any(isinstance(site_of(module), (InterfaceSite, HandwrittenSite)) for module in model.modules()):
-        setattr(model, WEIGHTS_HANDLE, model.register_forward_pre_hook(refuse_weights, with_kwargs=True))
+        vars(model)[WEIGHTS_HANDLE] = model.register_forward_pre_hook(refuse_weights, with_kwargs=True)
 
 
 def refuse_weights(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -24,8 +24,6 @@ NESTED = "astroattn_use_nested_tensor"  # a TransformerEncoder's use_nested_tens
 class MhaSite(Site):
     """A `torch.nn.MultiheadAttention`."""
 
-    handle: Any = None
-
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention)
@@ -53,19 +51,18 @@ class MhaSite(Site):
         for encoder in model.modules():
             if not isinstance(encoder, nn.TransformerEncoder):
                 continue
-            before = encoder.__dict__.pop(NESTED, encoder.use_nested_tensor)
-            encoder.use_nested_tensor = before
-            if any(isinstance(site_of(module), MhaSite) for module in encoder.modules()):
-                setattr(encoder, NESTED, before)
-                encoder.use_nested_tensor = False
+            before = vars(encoder).setdefault(NESTED, encoder.use_nested_tensor)
+            patched = any(isinstance(site_of(module), MhaSite) for module in encoder.modules())
+            encoder.use_nested_tensor = before and not patched
+            if not patched:
+                del vars(encoder)[NESTED]  # not before, as this may be broken off
 
     def take(self, module: nn.Module) -> None:
         if not isinstance(module, MultiheadAttentionWithAstrocyte):
             module.__class__ = MultiheadAttentionWithAstrocyte
-        self.handle = module.register_forward_pre_hook(keep_off_fast_path)
+        self.handles.append(module.register_forward_pre_hook(keep_off_fast_path))
 
     def release(self, module: nn.Module) -> None:
-        self.handle.remove()
         cls: type = type(module)
         if cls is MultiheadAttentionWithAstrocyte:
             module.__class__ = nn.MultiheadAttention

@@ -128,8 +128,8 @@ class SdpaSite(Site):
         return LAYOUTS.get(known_class(type(module)) or "") == "tokens"
 
     def take(self, module: nn.Module) -> None:
-        put_over(module, run)
         self.fused = getattr(module, FUSED, None)
+        put_over(module, run)
         if self.fused is not None:
             setattr(module, FUSED, True)  # the other branch writes the softmax out by hand
 

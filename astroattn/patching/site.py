@@ -88,6 +88,7 @@ class Site:
     seen: list[Seen] | None = None  # a list during the probe forward
     finds_cache: ClassVar[bool] = False  # whether it can have a streaming memory in the cache of a call
     remark: str = ""  # what the report says of it
+    handles: list[Any] = field(default_factory=list)  # of its hooks on the module, each from the moment it is there
 
     def __post_init__(self) -> None:
         from astroattn.patching.saving import keep_records  # which reads sites
@@ -142,8 +143,7 @@ class Site:
         raise NotImplementedError
 
     def release(self, module: nn.Module) -> None:
-        """Undo `take`."""
-        raise NotImplementedError
+        """Undo what of `take` was done, but for the hooks."""
 
 
 def install(site: Site, module: nn.Module, core: AstrocyteAttention) -> None:
@@ -154,10 +154,14 @@ def install(site: Site, module: nn.Module, core: AstrocyteAttention) -> None:
 
 
 def remove(module: nn.Module) -> None:
-    """Undo `install`."""
+    """Undo `install`, also one that was broken off half-way."""
     site: Site = getattr(module, RECORD)
+    for handle in site.handles:
+        handle.remove()
+    site.handles.clear()
     site.release(module)
-    delattr(module, CORE)
+    if hasattr(module, CORE):
+        delattr(module, CORE)
     delattr(module, RECORD)
 
 
