@@ -13,7 +13,7 @@ from astroattn.checks import (
     NEEDS_SELF_ATTENTION_IN_WINDOW,
     check_call,
     check_grid,
-    check_memory,
+    check_memories,
     check_size,
     check_state,
     check_window,
@@ -25,7 +25,7 @@ from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
 from astroattn.ops.layout import plain
 from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
-from astroattn.ops.streaming import Memory, empty_memory, stream
+from astroattn.ops.streaming import Memories, each_of, empty_memory, stream
 from astroattn.ops.window import log_sum, window_attention
 
 
@@ -46,11 +46,13 @@ class AstrocyteAttention(nn.Module):
     Args:
         num_heads: H. head_dim: D.
         config: what to do; the default keeps pretrained models working. A sequence has one config per head; heads that
-            differ must have no weights of their own (hidden="hebbian", "none" or "exact").
+            differ must have no weights of their own (hidden="hebbian", "none" or "exact"), or all be "streaming", those
+            alike that read the same key head.
 
     Attributes:
         configs: one config per head.
         config: the config that all heads have, or `configs` where they differ.
+        budgets: the distinct configs and how many heads have each.
         exact: while True, forward is plain softmax attention (to compare with).
 
     Raises:
@@ -78,8 +80,8 @@ class AstrocyteAttention(nn.Module):
         heads: dict[AstroConfig, list[int]] = {}
         for head, each in enumerate(self.configs):
             heads.setdefault(each, []).append(head)
-        self._groups = tuple((each, len(mine)) for each, mine in heads.items())  # heads of one config run together
-        if len(self._groups) > 1:
+        self.budgets = tuple((each, len(mine)) for each, mine in heads.items())  # heads of one config run together
+        if len(self.budgets) > 1:
             order = torch.tensor([head for mine in heads.values() for head in mine], device="cpu")
             self.heads = Constants(order=order, place=order.argsort())
         first = self.configs[0]
@@ -89,7 +91,7 @@ class AstrocyteAttention(nn.Module):
     @property
     def config(self) -> AstroConfig | tuple[AstroConfig, ...]:
         """The config that all heads have, or one per head where they differ."""
-        return self.configs if len(self._groups) > 1 else self.configs[0]
+        return self.configs if len(self.budgets) > 1 else self.configs[0]
 
     def forward(
         self,
@@ -159,11 +161,11 @@ class AstrocyteAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        state: CausalState | Memory | None = None,
+        state: CausalState | Memories | None = None,
         *,
         key_mask: Tensor | None = None,
         scale: float | None = None,
-    ) -> tuple[Tensor, CausalState | Memory]:
+    ) -> tuple[Tensor, CausalState | Memories]:
         """Causal attention of the next tokens: to themselves, and to all earlier ones through a state of fixed size.
 
         Whatever the tokens are cut into, the outputs are those of `forward(causal=True)` over all of them; but where
@@ -177,7 +179,8 @@ class AstrocyteAttention(nn.Module):
             key_mask, scale: as in `forward`.
 
         Returns:
-            The output [B, H, N, Dv] and the state for the next call (of float32 at least).
+            The output [B, H, N, Dv] and the state for the next call (of float32 at least). Streaming memories whose
+            numbers of entries differ come as a tuple, one for each of `budgets`.
 
         Raises:
             TypeError, ValueError: as in `forward`; queries and keys of different lengths; a state that does not fit.
@@ -193,9 +196,9 @@ class AstrocyteAttention(nn.Module):
             raise ValueError(f"query: {query.shape[2]} tokens; key has {key.shape[2]}")
         scale = self.head_dim**-0.5 if scale is None else float(scale)
         if self.shares_keys:
-            memory = check_memory(self, state, query, key, value)
-            out, _, memory = self._stream(query, key, value, key_mask, scale, memory)
-            return out, memory
+            memories = check_memories(self, state, query, key, value)
+            out, _, after = self._stream(query, key, value, key_mask, scale, memories)
+            return out, after
         assert self.hidden is not None
         query, key, weight, phase = self.hidden(query, key)
         before = check_state(self, state, query, value)
@@ -227,15 +230,15 @@ class AstrocyteAttention(nn.Module):
         if self.shares_keys:
             if not causal:
                 return "a streaming memory (hidden='streaming') is for causal attention"
-            fits = num_queries == num_keys or covers(self.configs[0], num_keys or 0, None)
+            fits = num_queries == num_keys or all(covers(config, num_keys or 0, None) for config, _ in self.budgets)
             return None if fits else "a streaming memory reads each token when it comes: as many queries as keys"
         if not causal:
-            if num_queries == num_keys or all(reads_any_queries(config) for config, _ in self._groups):
+            if num_queries == num_keys or all(reads_any_queries(config) for config, _ in self.budgets):
                 return None
             return NEEDS_SELF_ATTENTION
         reasons = [
             _causal_refusal(config)
-            for config, _ in self._groups
+            for config, _ in self.budgets
             if num_keys is None or not covers(config, num_keys, None)
         ]
         return next((reason for reason in reasons if reason is not None), None)
@@ -263,7 +266,7 @@ class AstrocyteAttention(nn.Module):
         if self.exact:
             return Cost(num_keys, 2 * num_keys, 2 * num_keys)
         positions = products = 0.0
-        for config, heads in self._groups:
+        for config, heads in self.budgets:
             cost = count_cost(config, self.head_dim, num_queries, num_keys, causal, grid)
             positions += heads / self.num_heads * cost.positions
             products += heads / self.num_heads * cost.products
@@ -277,9 +280,9 @@ class AstrocyteAttention(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"
-        if len(self._groups) == 1:
+        if len(self.budgets) == 1:
             return f"{sizes}, {self.configs[0]}"
-        groups = [f"heads {[h for h, mine in enumerate(self.configs) if mine == c]}: {c}" for c, _ in self._groups]
+        groups = [f"heads {[h for h, mine in enumerate(self.configs) if mine == c]}: {c}" for c, _ in self.budgets]
         return "\n".join([sizes, *groups])
 
     def _attend(
@@ -331,12 +334,14 @@ class AstrocyteAttention(nn.Module):
         if self.exact:
             return _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
         options = (key_mask, causal, scale, grid, with_normaliser)
-        if len(self._groups) == 1:
+        if self.shares_keys and not all(covers(config, key.shape[2], None) for config, _ in self.budgets):
+            return self._stream(query, key, value, key_mask, scale, None)[:2]
+        if len(self.budgets) == 1 or self.shares_keys:
             return self._attend_alike(self.configs[0], query, key, value, *options)
         order, place = self.heads.on(query.device)
         parts = []
         first = 0
-        for config, count in self._groups:
+        for config, count in self.budgets:
             heads = order[first : first + count]
             first += count
             query_, key_, value_ = (x.index_select(1, heads) for x in (query, key, value))
@@ -372,28 +377,39 @@ class AstrocyteAttention(nn.Module):
         value: Tensor,
         key_mask: Tensor | None,
         scale: float,
-        memory: Memory | None,
-    ) -> tuple[Tensor, Tensor, Memory]:
-        config, heads, dtype = self.configs[0], key.shape[1], query.dtype
+        memories: Memories | None,
+    ) -> tuple[Tensor, Tensor, Memories]:
+        dtype, groups = query.dtype, query.shape[1] // key.shape[1]
         work = torch.promote_types(dtype, torch.float32)
         query, key, value = query.to(work) * scale, key.to(work), value.to(work)
         order = lengths = None
         if key_mask is not None and not bool(key_mask.all()):
             order, lengths = _sort(~key_mask)[0], key_mask.sum(1).cpu()
             query, key, value = (_in_order(x, order) for x in (query, key, value))
-        query = query.unflatten(1, (heads, -1))
-        memory = empty_memory(query, key, value) if memory is None else memory
-        out, log_p, memory = stream(query, key, value, memory, config.entries, config.near, lengths)
-        out, log_p = out.flatten(1, 2).to(dtype), log_p.flatten(1, 2)
+        if len(self.budgets) > 1:
+            heads, place = self.heads.on(query.device)
+            query = query.index_select(1, heads)
+            key, value = (x.index_select(1, heads[::groups] // groups) for x in (key, value))
+        query = query.unflatten(1, (-1, groups))
+        outs, logs, after, first = [], [], [], 0
+        for number, (config, count) in enumerate(self.budgets):
+            mine = slice(first, first := first + count // groups)
+            q, k, v = query[:, mine], key[:, mine], value[:, mine]
+            memory = empty_memory(q, k, v) if memories is None else each_of(memories)[number]
+            out, log_p, memory = stream(q, k, v, memory, config.entries, config.near, lengths)
+            outs.append(out.flatten(1, 2))
+            logs.append(log_p.flatten(1, 2))
+            after.append(memory)
+        out, log_p = (torch.cat(outs, 1), torch.cat(logs, 1)) if len(outs) > 1 else (outs[0], logs[0])
+        if len(self.budgets) > 1:
+            out, log_p = out.index_select(1, place), log_p.index_select(1, place)
         if order is not None:
             out, log_p = _put_back(order, out, log_p)
-        return out, log_p, memory
+        return out.to(dtype), log_p, after[0] if len(after) == 1 else tuple(after)
 
     def _causal(
         self, config: AstroConfig, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        if self.shares_keys:
-            return self._stream(query, key, value, key_mask, scale, None)[:2]
         assert self.hidden is not None
         query, key, weight, phase = self.hidden(query, key)
         num_queries, num_keys = query.shape[2], key.shape[2]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from astroattn.config import is_tiled
 from astroattn.ops.causal import CausalState
-from astroattn.ops.streaming import Memory
+from astroattn.ops.streaming import Memories, Memory, each_of
 
 if TYPE_CHECKING:
     from astroattn.attention import AstrocyteAttention
@@ -52,6 +52,9 @@ def check_call(
         _check_tensor(name, tensor, query, module.num_heads, module.shares_keys and name != "query")
     if key.shape[1] != value.shape[1]:
         raise ValueError(f"value: {value.shape[1]} heads; key has {key.shape[1]}")
+    groups = module.num_heads // key.shape[1]
+    if any(each != module.configs[head // groups * groups] for head, each in enumerate(module.configs) if groups > 1):
+        raise ValueError(f"key: {key.shape[1]} heads, each read by {groups}; these need one config, and theirs differ")
     for name, tensor in (("query", query), ("key", key)):
         if tensor.shape[3] != module.head_dim:
             raise ValueError(f"{name}: head dimension {tensor.shape[3]}; this module has head_dim={module.head_dim}")
@@ -98,26 +101,32 @@ def check_call(
         raise ValueError(f"query: on {query.device}; {LOST_WEIGHTS}")
 
 
-def check_memory(module: AstrocyteAttention, state: object, query: Tensor, key: Tensor, value: Tensor) -> Memory | None:
+def check_memories(
+    module: AstrocyteAttention, state: object, query: Tensor, key: Tensor, value: Tensor
+) -> Memories | None:
     """The state; TypeError or ValueError for one that is none, or of another module, batch, dimension or device."""
     if state is None:
         return None
-    if not isinstance(state, Memory):
+    budgets = module.budgets
+    wanted = isinstance(state, Memory if len(budgets) == 1 else tuple)
+    parts: tuple[object, ...] = each_of(state) if wanted else ()  # type: ignore[arg-type]
+    if len(parts) != len(budgets) or not all(isinstance(part, Memory) for part in parts):
         raise TypeError(f"state: {type(state).__name__}; expected what decode has returned, or None")
-    batch, heads, most = key.shape[0], key.shape[1], module.configs[0].entries
-    width, groups = state.key.shape[2], query.shape[1] // heads
-    expected = {
-        "key": (batch, heads, width, key.shape[3]),
-        "value": (batch, heads, width, value.shape[3]),
-        "log_weight": (batch, heads, width, groups),
-        "counts": (batch, 3),
-    }
-    _check_shapes(state, expected)
-    if width > most:
-        raise ValueError(f"state: {width} entries; this module has entries={most}")
-    if state.key.device != key.device:
-        raise ValueError(f"state: on {state.key.device}; key is on {key.device}")
-    return state
+    groups = query.shape[1] // key.shape[1]
+    for part, (config, count) in zip(each_of(state), budgets, strict=True):  # type: ignore[arg-type]
+        width, shape = part.key.shape[2], (key.shape[0], count // groups)
+        expected = {
+            "key": (*shape, width, key.shape[3]),
+            "value": (*shape, width, value.shape[3]),
+            "log_weight": (*shape, width, groups),
+            "counts": (key.shape[0], 3),
+        }
+        _check_shapes(part, expected)
+        if width > config.entries:
+            raise ValueError(f"state: {width} entries; this module has entries={config.entries}")
+        if part.key.device != key.device:
+            raise ValueError(f"state: on {part.key.device}; key is on {key.device}")
+    return state  # type: ignore[return-value]
 
 
 def check_state(module: AstrocyteAttention, state: object, query: Tensor, value: Tensor) -> CausalState | None:

@@ -179,6 +179,9 @@ def calibrate_model(
     cost: Annotated[
         float | None, typer.Option(help="Find the truest plan with at most this share of softmax's products.")
     ] = None,
+    entries: Annotated[
+        float | None, typer.Option(help="Find the truest plan of streaming memories with so many entries in the mean.")
+    ] = None,
     metric: Annotated[str, typer.Option(help=f"What the tolerance is of: auto, {', '.join(METRICS)}.")] = "auto",
     state: Annotated[
         Path | None, typer.Option(help="Keep what was measured in this .safetensors file, and go on from it.")
@@ -196,12 +199,14 @@ def calibrate_model(
     layers: Layers = None,
     seed: Annotated[int, typer.Option(help="Of the choice of items and of the bounds.")] = 0,
 ) -> None:
-    """Choose what every head does, for a tolerance or a cost, and verify it on items that were not used for that."""
+    """Choose what every head does, for a tolerance or a budget, and verify it on items that were not used for that."""
     found = _data(data, limit, half, batch_size, tokens, classes, pooling, size)
     recipe = override(open_recipe(model), {}, found, layers)
     _check_folder("out", out)
     loaded = recipe.load(weights, device, dtype)
-    plan = recipe.calibrate(loaded, tolerance=tolerance, cost=cost, metric=metric, seed=seed, state=state)
+    plan = recipe.calibrate(
+        loaded, tolerance=tolerance, cost=cost, entries=entries, metric=metric, seed=seed, state=state
+    )
     plan.save(out)
     print(plan)
 

@@ -134,7 +134,8 @@ def check_heads(configs: Iterable[AstroConfig]) -> tuple[AstroConfig, ...]:
 
     Raises:
         TypeError: one of them is no AstroConfig.
-        ValueError: there are none; they differ and one has a hidden layer with weights, which all heads share.
+        ValueError: there are none; they differ and one has a hidden layer with weights, which all heads share, or a
+            streaming memory, and not all do.
     """
     heads = tuple(configs)
     for head, config in enumerate(heads):
@@ -143,6 +144,7 @@ def check_heads(configs: Iterable[AstroConfig]) -> tuple[AstroConfig, ...]:
     if not heads:
         raise ValueError("config: no heads; needs one AstroConfig for each")
     own = next((config.hidden for config in heads if config.hidden not in MIXABLE), None)
-    if own is not None and len(set(heads)) > 1:
-        raise ValueError(f"config: heads that differ must be of {', '.join(MIXABLE)}; hidden={own!r} has weights")
+    if own is not None and len(set(heads)) > 1 and {config.hidden for config in heads} != {"streaming"}:
+        what = "is of whole modules" if own == "streaming" else "has weights"
+        raise ValueError(f"config: heads that differ must be of {', '.join(MIXABLE)}; hidden={own!r} {what}")
     return heads

@@ -104,6 +104,14 @@ class Plan:
             if mine != theirs:
                 raise ValueError("shares: must have the modules and heads of the plan, or be empty")
 
+    @property
+    def entries(self) -> float | None:
+        """The mean number of entries of a head's streaming memory; None where heads have other configs."""
+        configs = [config for heads in self.modules.values() for config in heads]
+        if any(config.hidden != "streaming" for config in configs):
+            return None
+        return sum(config.entries for config in configs) / len(configs)
+
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; every distinct config stands there once."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -187,7 +195,8 @@ class Plan:
         names = {config: _letters(number) for number, config in enumerate(configs)}
         count = sum(len(heads) for heads in self.modules.values())
         cost = "" if self.cost is None else f", {self.cost:.1%} of softmax's products"
-        lines = [f"plan for {self.model}: {len(self.modules)} modules, {count} heads{cost}"]
+        size = "" if self.entries is None else f", {self.entries:.4g} entries in the mean"
+        lines = [f"plan for {self.model}: {len(self.modules)} modules, {count} heads{size}{cost}"]
         lines += _table([row for name in self.modules for row in self._rows(name, names)])
         for config, letter in names.items():
             used = sum(heads.count(config) for heads in self.modules.values())
@@ -294,6 +303,8 @@ def _describe(config: AstroConfig) -> str:
     """What heads of this config do, as far as it differs from the default."""
     if config.hidden == "exact":
         return "softmax attention itself"
+    if config == AstroConfig(hidden="streaming", entries=config.entries):
+        return f"a streaming memory of {config.entries} entries"
     default = AstroConfig()
     pairs = [(each.name, getattr(config, each.name)) for each in fields(config)]
     changed = [f"{name}={value!r}" for name, value in pairs if value != getattr(default, name)]

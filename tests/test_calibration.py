@@ -408,8 +408,8 @@ def test_a_plan_that_changes_too_much_is_not_run_to_the_end(metric: str) -> None
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ValueError, "tolerance, cost: give exactly one"),
-        ({"cost": 0.5, "tolerance": 0.9}, ValueError, "tolerance, cost: give exactly one"),
+        ({}, ValueError, "tolerance, cost, entries: give exactly one"),
+        ({"cost": 0.5, "tolerance": 0.9}, ValueError, "tolerance, cost, entries: give exactly one"),
         ({"cost": 0}, ValueError, "cost: 0; must be above 0 and at most 1"),
         ({"cost": 1.5}, ValueError, "cost: 1.5; must be"),
         ({"cost": "1"}, TypeError, "cost: str; expected a number"),

@@ -170,7 +170,10 @@ def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "BERT", "--data", "TEXTS", "--size", "32"], "size: is for photos"),
         (["compare", "timm:test_vit", "--weights", "WEIGHTS", "--data", "TEXTS"], "not a readable, uncompressed tar"),
         (["calibrate", "BERT", "--data", "TEXTS", "--out", "no/such/a.json"], "out: there is no folder 'no/such'"),
-        (["calibrate", "BERT", "--data", "TEXTS", "--out", "a.json"], "tolerance, cost: give exactly one of them"),
+        (
+            ["calibrate", "BERT", "--data", "TEXTS", "--out", "a.json"],
+            "tolerance, cost, entries: give exactly one of them",
+        ),
         (["calibrate", "BERT", "--cost", "0.5", "--out", "a.json"], "data: say what to calibrate on"),
         (["calibrate", "BERT", "--data", "TEXTS", "--out", "a.json", "--limit", "8", "--tolerance", "0.9"], "so 11 in"),
         (["compare", "BERT", "--data", "TEXTS", "--plan", "no.json"], "plan: 'no.json': cannot read it"),

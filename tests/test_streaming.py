@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.config import ENTRIES_STEP, LEAST_ENTRIES
 from astroattn.ops import streaming
-from astroattn.ops.streaming import SINKS, Memory, block_of
+from astroattn.ops.streaming import SINKS, block_of
 
 HEADS, KEY_HEADS, DIM, COLUMNS = 6, 2, 8, 5
 
@@ -38,7 +39,7 @@ def attend_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def decode_in(
     core: AstrocyteAttention, tokens: Sequence[Tensor], cuts: Sequence[int], key_mask: Tensor | None = None
-) -> tuple[Tensor, Memory]:
+) -> tuple[Tensor, Any]:
     outs, memory, start = [], None, 0
     for size in cuts:
         now = slice(start, start + size)
@@ -46,7 +47,6 @@ def decode_in(
         out, memory = core.decode(*(x[:, :, now] for x in tokens), memory, key_mask=mask)
         outs.append(out)
         start += size
-    assert isinstance(memory, Memory)
     return torch.cat(outs, 2), memory
 
 
@@ -248,3 +248,35 @@ def test_the_cost_does_not_grow_with_the_length() -> None:
     assert short.products == long.products
     assert long.ratio == pytest.approx(short.ratio / 100)
     assert core.cost(64, 64, causal=True).ratio == 1
+
+
+def test_key_heads_may_differ_in_their_budgets() -> None:
+    query, key, value = make_tokens(120, batch=3)
+    groups = HEADS // KEY_HEADS
+    configs = [AstroConfig(hidden="streaming", entries=entries) for entries in (64, 32) for _ in range(groups)]
+    core = AstrocyteAttention(HEADS, DIM, configs)
+    mask = torch.arange(120) >= torch.tensor([[0], [13], [50]])
+    expected, log_p = [], []
+    for head, config in enumerate(configs[::groups]):
+        alone = AstrocyteAttention(groups, DIM, config)
+        one, mine = slice(head, head + 1), slice(head * groups, (head + 1) * groups)
+        out, log = alone.with_normaliser(query[:, mine], key[:, one], value[:, one], causal=True, key_mask=mask)
+        expected.append(out)
+        log_p.append(log)
+    out, log = core.with_normaliser(query, key, value, causal=True, key_mask=mask)
+    torch.testing.assert_close(out, torch.cat(expected, 1))
+    torch.testing.assert_close(log, torch.cat(log_p, 1))
+    out, memories = decode_in(core, (query, key, value), [7] * 17 + [1], mask)
+    torch.testing.assert_close(out, torch.cat(expected, 1))
+    assert [memory.key.shape[1:3] for memory in memories] == [(1, 64), (1, 32)]  # type: ignore[union-attr]
+    short = query[:, :, :40], key[:, :, :40], value[:, :, :40]
+    torch.testing.assert_close(core(*short, causal=True)[:, :groups], attend_softmax(*short)[:, :groups])
+    with pytest.raises(TypeError, match="state: Memory"):
+        core.decode(*short, state=memories[0])
+    with pytest.raises(ValueError, match="each read by 2; these need one config"):
+        core(query, key.repeat_interleave(3, 1)[:, ::2], value.repeat_interleave(3, 1)[:, ::2], causal=True)
+
+
+def test_a_module_streams_with_all_its_heads_or_none() -> None:
+    with pytest.raises(ValueError, match="hidden='streaming' is of whole modules"):
+        AstrocyteAttention(2, DIM, [AstroConfig(hidden="streaming"), AstroConfig(hidden="exact")])

@@ -169,11 +169,18 @@ def _gradients(reading: Tensor, calls: list[Noted], seed: int, directions: int) 
 
 
 def _reading(model: nn.Module, inputs: Any, outputs: Outputs, pooling: str) -> Tensor:
-    """What of the output counts: log-softmax logits, else the unit embedding, else the last hidden states."""
+    """What of the output counts: log-softmax logits, else the unit embedding, else the last hidden states.
+
+    Predictions of tokens, of a whole vocabulary, count by the root of their probability: half the mean square of v . dy
+    then is their KL divergence, to second order.
+    """
     mask = token_mask(inputs)
     if outputs.logits is not None:
         logits = outputs.logits.float().log_softmax(-1)
-        return logits if mask is None or logits.ndim == 2 else logits.masked_fill(~mask[..., None], 0)
+        if logits.ndim == 2:
+            return logits
+        logits = logits * logits.detach().mul(0.5).exp()
+        return logits if mask is None else logits.masked_fill(~mask[..., None], 0)
     if (states := frames(inputs, outputs)) is not None:
         return F.normalize(states.flatten(1), dim=-1)
     embedding = pool(model, outputs, mask, pooling)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import sqrt
 
-from astroattn.config import MIXABLE, AstroConfig
+from astroattn.config import ENTRIES_STEP, LEAST_ENTRIES, MIXABLE, AstroConfig
 
 EXACT = AstroConfig(hidden="exact")
 
 
 KEYS = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 NEURONS, FEW_NEURONS, FEWEST_NEURONS = 48, 16, 8
+ENTRIES = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # of a streaming memory
 WIDE_NEAR = 16  # tokens, for heads that look at their neighbours
 
 
@@ -35,16 +36,38 @@ def default_menu(num_tokens: int) -> list[AstroConfig]:
     ]
 
 
+def streaming_menu(num_tokens: int) -> list[AstroConfig]:
+    """The streaming memories that a key head chooses among for texts of so many tokens; the last holds all of one."""
+    sizes = [entries for entries in ENTRIES if entries < num_tokens]
+    return [AstroConfig(hidden="streaming", entries=entries) for entries in (*sizes, _whole(num_tokens))]
+
+
+def _whole(num_tokens: int) -> int:
+    return max(LEAST_ENTRIES, -(-num_tokens // ENTRIES_STEP) * ENTRIES_STEP)
+
+
+def check_streaming_menu(menu: Sequence[AstroConfig], num_tokens: int) -> list[AstroConfig]:
+    """The distinct configs of a menu by falling loss, the last for whole texts.
+
+    Raises:
+        ValueError: one is for more than a whole text, or not of hidden="streaming".
+    """
+    whole = AstroConfig(hidden="streaming", entries=_whole(num_tokens))
+    for number, config in enumerate(menu):
+        if config.hidden != "streaming":
+            raise ValueError(f"menu[{number}]: hidden={config.hidden!r} beside streaming memories; needs 'streaming'")
+        if config.entries > whole.entries:
+            raise ValueError(f"menu[{number}]: entries={config.entries}; these texts have at most {num_tokens} tokens")
+    return [*(config for config in dict.fromkeys(menu) if config.entries < whole.entries), whole]
+
+
 def check_menu(menu: Sequence[AstroConfig]) -> list[AstroConfig]:
     """The distinct configs of a menu, exact attention last.
 
     Raises:
-        TypeError: one is no AstroConfig.
         ValueError: one has weights of its own, so that heads cannot differ.
     """
     for number, config in enumerate(menu):
-        if not isinstance(config, AstroConfig):
-            raise TypeError(f"menu[{number}]: {type(config).__name__}; expected AstroConfig")
         if config.hidden not in MIXABLE:
             raise ValueError(f"menu[{number}]: hidden={config.hidden!r} has weights; must be {', '.join(MIXABLE)}")
     return [*dict.fromkeys(config for config in menu if config.hidden != "exact"), EXACT]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -11,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from astroattn.calibration.choice import Choice
 from astroattn.calibration.effects import DIRECTIONS, Measured, NotDifferentiable, exact, measure, noted
 from astroattn.calibration.items import Split, read, split, take
-from astroattn.calibration.menu import check_menu, default_menu
+from astroattn.calibration.menu import check_menu, check_streaming_menu, default_menu, streaming_menu
 from astroattn.calibration.state import State, identify
 from astroattn.calibration.verifying import Metric, Verifier, check_metric
-from astroattn.config import AstroConfig
+from astroattn.config import LEAST_ENTRIES, AstroConfig
 from astroattn.fidelity.calls import find_astrocytes
 from astroattn.fidelity.environment import describe_versions
 from astroattn.fidelity.metrics import Array
@@ -40,6 +41,7 @@ class Wish:
 
     tolerance: float | None
     cost: float | None
+    entries: float | None
     metric: Metric
     menu: Sequence[AstroConfig] | None
     where: Any
@@ -50,8 +52,15 @@ class Wish:
 
     def check(self) -> None:
         """Raise TypeError or ValueError for what does not fit."""
-        if (self.tolerance is None) == (self.cost is None):
-            raise ValueError("tolerance, cost: give exactly one of them")
+        if sum(each is not None for each in (self.tolerance, self.cost, self.entries)) != 1:
+            raise ValueError("tolerance, cost, entries: give exactly one of them")
+        if self.entries is not None and (isinstance(self.entries, bool) or not isinstance(self.entries, (int, float))):
+            raise TypeError(f"entries: {type(self.entries).__name__}; expected a number")
+        if self.entries is not None and not (isfinite(self.entries) and self.entries >= LEAST_ENTRIES):
+            raise ValueError(f"entries: {self.entries:g}; a streaming memory has at least {LEAST_ENTRIES}")
+        for number, config in enumerate(self.menu or ()):
+            if not isinstance(config, AstroConfig):
+                raise TypeError(f"menu[{number}]: {type(config).__name__}; expected AstroConfig")
         if self.cost is not None and (isinstance(self.cost, bool) or not isinstance(self.cost, (int, float))):
             raise TypeError(f"cost: {type(self.cost).__name__}; expected a number")
         if self.cost is not None and not (isfinite(self.cost) and 0 < self.cost <= 1):
@@ -70,22 +79,30 @@ def make_plan(model: nn.Module, batches: Iterable[Any], wish: Wish) -> Plan:
     unpatch(subject)
     where = within_encoder(subject, wish.where)
     kept = read(batches)
-    with patched(subject, AstroConfig(), where) as report:
-        length = _longest(subject, kept[0])
-        menu = check_menu(default_menu(length) if wish.menu is None else wish.menu)
+    base, metric = AstroConfig(), wish.metric
+    if streams := _streams(subject, wish, where):
+        base = AstroConfig(hidden="streaming")
+        metric = "kl" if metric == "auto" else metric
+    with patched(subject, base, where) as report:
+        length, groups = _look(subject, max(kept, key=_width))
+        if streams:
+            menu = check_streaming_menu(streaming_menu(length) if wish.menu is None else wish.menu, length)
+            least, most = min(config.entries for config in menu), menu[-1].entries
+            if wish.entries is not None and not least <= wish.entries <= most:
+                raise ValueError(f"entries: {wish.entries:g}; this menu has {least} to {most} here")
+        else:
+            menu = check_menu(default_menu(length) if wish.menu is None else wish.menu)
         parts = split(kept, length, wish.seed)
-    verifier = Verifier(
-        subject, parts.unseen, wish.metric, wish.tolerance, wish.pooling, wish.seed, progress=wish.progress
-    )
+    verifier = Verifier(subject, parts.unseen, metric, wish.tolerance, wish.pooling, wish.seed, progress=wish.progress)
     verifier.require_items(parts.wanted)
-    with patched(subject, AstroConfig(), where):
+    with patched(subject, base, where):
         cores = find_astrocytes(subject)
-        modules = {name.removesuffix(CORE).removesuffix("."): core.num_heads for name, core in cores.items()}
+        modules = {_owner(name): core.num_heads for name, core in cores.items()}
         known = identify(model, modules, menu, parts.choosing, seed=wish.seed, pooling=wish.pooling)
         state = State(wish.state, known)
         _measure(subject, parts, menu, wish, state)
         notes = [*state.notes, *_left_out(report, fallbacks(subject))]
-    maker = _Maker(subject, where, menu, modules, state.items, verifier, wish)
+    maker = _Maker(subject, where, menu, modules, state.items, verifier, groups)
     provenance = {
         "seed": wish.seed,
         "choosing_items": len(parts.choosing),
@@ -94,17 +111,57 @@ def make_plan(model: nn.Module, batches: Iterable[Any], wish: Wish) -> Plan:
         "menu": len(menu),
         "versions": describe_versions(),
     }
-    plan = maker.for_tolerance() if wish.cost is None else maker.for_cost(wish.cost)
+    if wish.cost is not None:
+        plan = maker.for_cost(wish.cost)
+    elif wish.entries is not None:
+        plan = maker.for_entries(wish.entries)
+    else:
+        plan = maker.for_tolerance()
     return replace(plan, provenance=provenance, notes=(*plan.notes, *notes))
 
 
-def _longest(subject: nn.Module, batch: Any) -> int:
-    """The most keys that a call of an astrocyte has for the first item."""
+def _streams(subject: nn.Module, wish: Wish, where: Any) -> bool:
+    """Whether streaming memories are to be chosen: where they were asked for, and where nothing else can be."""
+    if wish.menu is not None:
+        streams = any(config.hidden == "streaming" for config in wish.menu)
+        if wish.entries is not None and not streams:
+            raise ValueError(f"entries: {wish.entries:g}, but menu has no streaming memory")
+    else:
+        streams = wish.entries is not None or _only_streams(subject, where)
+    if streams and wish.cost is not None:
+        raise ValueError("cost: of products; a streaming memory has a number of entries: give entries or tolerance")
+    return streams
+
+
+def _only_streams(subject: nn.Module, where: Any) -> bool:
+    try:
+        with patched(subject, AstroConfig(), where):
+            return False
+    except ValueError as error:
+        with suppress(ValueError), patched(subject, AstroConfig(hidden="streaming"), where):
+            return True
+        raise error from None
+
+
+def _look(subject: nn.Module, batch: Any) -> tuple[int, dict[str, int]]:
+    """The most keys that a call of an astrocyte has for the first item; of each module, the queries to a key head."""
     with exact(subject), noted(subject) as calls, torch.no_grad():
         forward(subject, to_model(subject, take(batch, [0])))
     if not calls:
         raise ValueError("model: its astrocytes were not called; no call could be represented, or none was made")
-    return max(call.key.shape[2] for _, call, _ in calls)
+    groups = {_owner(each.name): each.call.query.shape[1] // each.call.key.shape[1] for each in calls}
+    return max(each.call.key.shape[2] for each in calls), groups
+
+
+def _owner(name: str) -> str:
+    """The name of the attention module of an astrocyte."""
+    return name.removesuffix(CORE).removesuffix(".")
+
+
+def _width(batch: Any) -> int:
+    """Tokens of the items of a batch, where it is of tokens."""
+    tensors = batch.values() if isinstance(batch, Mapping) else [batch]
+    return max((each.shape[1] for each in tensors if isinstance(each, Tensor) and each.ndim == 2), default=0)
 
 
 def _measure(subject: nn.Module, parts: Split, menu: list[AstroConfig], wish: Wish, state: State) -> None:
@@ -138,7 +195,11 @@ def _left_out(report: PatchReport, fallen: dict[str, dict[str, int]]) -> list[st
 
 
 class _Maker:
-    """Makes plans of what was measured, and verifies them."""
+    """Makes plans of what was measured, and verifies them.
+
+    What has a choice of its own is a unit: a head, or the query heads that read one key head of a streaming memory. A
+    mixture is paid in products, relative to softmax attention, or in entries, relative to the tokens of a text.
+    """
 
     def __init__(
         self,
@@ -148,7 +209,7 @@ class _Maker:
         modules: dict[str, int],
         items: Sequence[Measured],
         verifier: Verifier,
-        wish: Wish,
+        groups: Mapping[str, int],
     ) -> None:
         effect = torch.stack([item.effect for item in items]).mean(0)
         products = torch.stack([item.products for item in items]).sum(0)
@@ -158,15 +219,27 @@ class _Maker:
         self._modules = Counter(name for name, each in zip(names, called.tolist(), strict=True) if each)
         self._effect, self._products = effect[:, called].numpy(), products[:, called].numpy()
         self._softmax = softmax[called].numpy()
-        self._choice = Choice(self._effect, self._products, self._softmax)
-        self._subject, self._where, self._menu, self._verifier, self._wish = subject, where, menu, verifier, wish
+        sizes = [size for name, heads in self._modules.items() for size in [groups[name]] * (heads // groups[name])]
+        self._unit = np.repeat(np.arange(len(sizes)), sizes)  # of each head
+        firsts = np.flatnonzero(np.diff(self._unit, prepend=-1))
+        effects = np.add.reduceat(self._effect, firsts, axis=1)
+        self._streams = menu[-1].hidden == "streaming"
+        if self._streams:
+            entries = np.array([config.entries for config in menu], float)
+            self._choice = Choice(effects, np.repeat(entries[:, None], len(sizes), 1), np.full(len(sizes), entries[-1]))
+        else:
+            self._choice = Choice(effects, self._products, self._softmax)
+        self._subject, self._where, self._menu, self._verifier = subject, where, menu, verifier
 
     def for_cost(self, cost: float) -> Plan:
         """The truest plan for a cost."""
         if cost < self._choice.least:
             raise ValueError(f"cost: {cost:g}; the least that this menu has here is {self._choice.least:.4f}")
-        chosen = self._choice.within(cost)
-        return self._plan(chosen, self._verify(chosen, "verifying"))
+        return self._for_budget(cost)
+
+    def for_entries(self, entries: float) -> Plan:
+        """The truest plan with so many entries in the mean."""
+        return self._for_budget(entries / self._menu[-1].entries)
 
     def for_tolerance(self) -> Plan:
         """The cheapest plan that keeps the tolerance together with the next cheaper one, of `BUDGETS` costs.
@@ -180,7 +253,7 @@ class _Maker:
         def keeps(step: int) -> bool:
             chosen = self._choice.within(budgets[step])
             if chosen.tobytes() not in tried:
-                tried[chosen.tobytes()] = chosen, self._verify(chosen, f"verifying a cost of {budgets[step]:.0%}")
+                tried[chosen.tobytes()] = chosen, self._verify(chosen, f"verifying {budgets[step]:.0%}")
             return bool(tried[chosen.tobytes()][1].kept)
 
         broken, kept = -1, BUDGETS  # indices: the dearest that does not keep it, the cheapest that does
@@ -197,14 +270,20 @@ class _Maker:
         best = self._exact() if taken == BUDGETS else self._choice.within(budgets[taken])
         _, promise = tried.get(best.tobytes(), (best, self._verifier.certain()))
         failed = [each for each in tried.values() if not each[1].kept]
+        whole = "the tokens" if self._streams else "the cost"
         notes = [
-            f"at a cost of {self._choice.cost(chosen):.1%} the tolerance is not kept: "
+            f"at {self._choice.cost(chosen):.1%} of {whole} the tolerance is not kept: "
             f"{'at most' if self._falling else 'at least'} {self._bound(promise):.4f}"
             for chosen, promise in failed[-1:]
         ]
         if taken == BUDGETS:
-            notes.insert(0, "only exact attention keeps this tolerance, so the plan saves nothing")
+            what = "memories of whole texts keep" if self._streams else "exact attention keeps"
+            notes.insert(0, f"only {what} this tolerance, so the plan saves nothing")
         return self._plan(best, promise, notes)
+
+    def _for_budget(self, budget: float) -> Plan:
+        chosen = self._choice.within(budget)
+        return self._plan(chosen, self._verify(chosen, "verifying"))
 
     @property
     def _falling(self) -> bool:
@@ -214,19 +293,19 @@ class _Maker:
         return promise.high if self._falling else promise.low
 
     def _exact(self) -> Array:
-        return np.full(len(self._softmax), len(self._menu) - 1)
+        return np.full(self._unit[-1] + 1, len(self._menu) - 1)
 
     def _verify(self, chosen: Array, title: str) -> Promise:
         with patched(self._subject, Plan(model="", modules=self._heads(chosen)), self._where):
             return self._verifier.verify(self._subject, title)
 
     def _heads(self, chosen: Array) -> dict[str, tuple[AstroConfig, ...]]:
-        configs = iter([self._menu[number] for number in chosen])
+        configs = iter([self._menu[number] for number in chosen[self._unit]])
         return {name: tuple(next(configs) for _ in range(heads)) for name, heads in self._modules.items()}
 
     def _plan(self, chosen: Array, promise: Promise, notes: Sequence[str] = ()) -> Plan:
-        heads = np.arange(len(chosen))
-        effect, products = self._effect[chosen, heads], self._products[chosen, heads]
+        mine, heads = chosen[self._unit], np.arange(len(self._unit))
+        effect, products = self._effect[mine, heads], self._products[mine, heads]
         shares = iter(
             HeadShare(*map(float, values))
             for values in zip(
@@ -240,7 +319,7 @@ class _Maker:
             model=type(self._subject).__name__,
             modules=self._heads(chosen),
             shares={name: tuple(next(shares) for _ in range(count)) for name, count in self._modules.items()},
-            cost=self._choice.cost(chosen),
+            cost=float(products.sum() / self._softmax.sum()),
             promise=promise,
             notes=tuple(notes),
         )

@@ -12,10 +12,10 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from astroattn.calibration.effects import frames
+from astroattn.calibration.effects import exact, frames
 from astroattn.fidelity import metrics
 from astroattn.fidelity.metrics import Array
-from astroattn.fidelity.passes import Outputs, forward, pool, to_model, token_mask
+from astroattn.fidelity.passes import Outputs, count_items, forward, pool, to_model, token_mask
 from astroattn.plan import FALLING, METRICS, Promise
 
 LEVEL = 0.9  # confidence of each bound
@@ -26,8 +26,12 @@ Metric = str | Function
 
 
 class Kept(NamedTuple):
-    """What is kept of the original's outputs for a batch."""
+    """What is kept of the original's outputs for a batch.
 
+    Of models that predict tokens the logits are not: a vocabulary for every token. They are computed again.
+    """
+
+    items: int
     logits: Tensor | None
     embedding: Tensor | None
     outputs: Outputs | None  # for a function of the user alone
@@ -58,12 +62,17 @@ class Verifier:
         self._batches, self._pooling, self._seed, self._tolerance = batches, pooling, seed, tolerance
         self._metric, self._progress = metric, progress
         self._function = None if isinstance(metric, str) else metric
-        self._kept = [self._keep(original, batch) for batch in self._bar("original")]
-        if not all(part.isfinite().all() for kept in self._kept for part in kept[:2] if part is not None):
-            raise ValueError("model: the original itself puts out NaN or infinity")
-        self.items = sum(_count(kept) for kept in self._kept)
-        first = self._kept[0]
-        flat = first.logits is not None and first.logits.ndim == 2
+        self._kept: list[Kept] = []
+        for batch in self._bar("original"):
+            kept = self._keep(original, batch)
+            if not all(part.isfinite().all() for part in kept[1:3] if part is not None):
+                raise ValueError("model: the original itself puts out NaN or infinity")
+            if not self._kept:
+                first = kept
+            self._kept.append(kept._replace(logits=None) if _is_of_tokens(kept) else kept)
+        self.items = sum(kept.items for kept in self._kept)
+        self._again = _is_of_tokens(first)
+        flat = first.logits is not None and not self._again
         if metric == "auto":
             metric = "top1" if flat else "cosine"
         self.metric = metric if isinstance(metric, str) else getattr(metric, "__name__", "the given function")
@@ -99,6 +108,9 @@ class Verifier:
                 theirs = np.concatenate([_numpy(each.embedding) for each in self._kept[:number]])
                 values = metrics.compare_neighbours(np.concatenate(parts), theirs)
             else:
+                if self._again:
+                    with exact(patched):
+                        kept = kept._replace(logits=self._keep(patched, batch).logits)
                 parts.append(self._compare(mine, kept, batch))
                 values = np.concatenate(parts)
             if self._share and (values == 0).sum() > self._allowed:
@@ -132,7 +144,7 @@ class Verifier:
         logits = outputs.logits
         if logits is not None and logits.ndim > 2 and self._metric not in ("top1", "kl"):
             logits = None  # one prediction per token may be large
-        return Kept(logits, embedding, None if self._function is None else outputs)
+        return Kept(count_items(batch), logits, embedding, None if self._function is None else outputs)
 
     def _compare(self, mine: Kept, kept: Kept, batch: Any) -> Array:
         """The metric of each item of a batch; what is not finite is as bad as can be."""
@@ -140,10 +152,10 @@ class Verifier:
             assert mine.outputs is not None
             assert kept.outputs is not None
             values = np.asarray(torch.as_tensor(self._function(mine.outputs, kept.outputs)).detach().cpu(), dtype=float)
-            if values.shape != (_count(kept),) or not ((values >= 0) & (values <= 1)).all():
+            if values.shape != (kept.items,) or not ((values >= 0) & (values <= 1)).all():
                 raise ValueError(
                     f"metric: {self.metric} gave {values.shape} values from {values.min(initial=np.inf):g} to "
-                    f"{values.max(initial=-np.inf):g}; must be one in [0, 1] for each of {_count(kept)} items"
+                    f"{values.max(initial=-np.inf):g}; must be one in [0, 1] for each of {kept.items} items"
                 )
             return values
         if self.metric == "cosine":
@@ -210,8 +222,8 @@ def _compare_logits(mine: Tensor | None, theirs: Tensor | None, mask: Tensor | N
     return np.array(parts)
 
 
-def _count(kept: Kept) -> int:
-    return len(next(part for part in (kept.logits, kept.embedding) if part is not None))
+def _is_of_tokens(kept: Kept) -> bool:
+    return kept.logits is not None and kept.logits.ndim > 2
 
 
 def _numpy(tensor: Tensor | None) -> Array:

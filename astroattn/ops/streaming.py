@@ -61,7 +61,13 @@ class Memory(NamedTuple):
     counts: Tensor
 
 
+Memories = Memory | tuple[Memory, ...]  # one for all key heads, or one for each of their budgets
 ENTRIES = ("key", "value", "log_weight", "attention", "age", "block_attention")  # fields with W at dimension 2
+
+
+def each_of(memories: Memories) -> tuple[Memory, ...]:
+    """All of them."""
+    return (memories,) if isinstance(memories, Memory) else memories
 
 
 def block_of(entries: int) -> int:

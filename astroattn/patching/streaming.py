@@ -8,6 +8,7 @@ quantised layers, one that has tokens already) stays, and the model's own attent
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,23 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.ops.streaming import Memory, select_rows
+from astroattn.ops.causal import CausalState
+from astroattn.ops.streaming import Memories, Memory, each_of, select_rows
 from astroattn.patching.site import CORE, RECORD
 
 NO_ROLL_BACK = (
     "a streaming memory cannot forget its latest tokens, which are merged with others; assisted decoding and whatever "
     "else takes tokens back needs the model's own attention (astroattn.unpatch)"
 )
-FORMAT = "astroattn streaming memory 1"
+FORMAT = "astroattn streaming memory 2"
 
 
 class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
     """The memory of one attention module: `update` hands on the new tokens alone, which the astrocyte then writes.
 
     Attributes:
-        memory: what the tokens so far have left behind, None before the first. seen: tokens, padding included.
+        memory: what the tokens so far have left behind, None before the first; a tuple of memories where the budgets of
+            key heads differ. seen: tokens, padding included.
     """
 
     is_sliding = False
@@ -42,7 +45,7 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory: Memory | None = None
+        self.memory: Memories | None = None
         self.seen = 0
         self.owner: str | None = None  # the module that is about to hand over its tokens
 
@@ -80,15 +83,14 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let these rows of the batch, in this order, be the batch."""
-        if self.memory is not None:
-            self.memory = select_rows(self.memory, beam_idx)
+        self._replace(lambda memory: select_rows(memory, beam_idx))
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let each row be `repeats` rows."""
         if self.memory is not None:
-            self.reorder_cache(torch.arange(len(self.memory.counts)).repeat_interleave(repeats))
+            self.reorder_cache(torch.arange(len(each_of(self.memory)[0].counts)).repeat_interleave(repeats))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Raises RuntimeError, but where nothing is to be taken back."""
@@ -104,8 +106,13 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
         """Back to where it is used, when it is used."""
 
     def _move(self, device: torch.device) -> None:
-        if self.memory is not None:
-            self.memory = Memory(*[*(x.to(device) for x in self.memory[:-1]), self.memory.counts])
+        self._replace(lambda memory: Memory(*[*(x.to(device) for x in memory[:-1]), memory.counts]))
+
+    def _replace(self, change: Callable[[Memory], Memory]) -> None:
+        if isinstance(self.memory, Memory):
+            self.memory = change(self.memory)
+        elif self.memory is not None:
+            self.memory = tuple(map(change, self.memory))
 
     def attend(self, core: AstrocyteAttention, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Read and write the new tokens, as `AstrocyteAttention.decode`. If anything fails the memory is as it was.
@@ -118,7 +125,7 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
             answer, memory = core.decode(query, key, value, self.memory, **options)
         except ValueError as error:  # the call itself was found fit before
             raise ValueError(f"cache: it is not one of this model and this batch: {error}") from None
-        assert isinstance(memory, Memory)
+        assert not isinstance(memory, CausalState)
         self.memory = memory
         self.seen += key.shape[2]
         return answer
@@ -183,7 +190,8 @@ def save_memory(cache: Cache, path: str | Path) -> None:
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, StreamingLayer) or layer.memory is None:
             raise ValueError(f"cache: layer {index} is a {type(layer).__name__}; only streaming memories can be saved")
-        tensors |= {f"{index}.{name}": x.contiguous() for name, x in layer.memory._asdict().items()}
+        for number, memory in enumerate(each_of(layer.memory)):
+            tensors |= {f"{index}.{number}.{name}": x.contiguous() for name, x in memory._asdict().items()}
         seen.add(layer.seen)
     if len(seen) != 1:
         raise ValueError(f"cache: its layers have seen {sorted(seen)} tokens; expected one number, of one or more")
@@ -202,10 +210,12 @@ def load_memory(path: str | Path) -> Cache:
         about = file.metadata() or {}
         if about.get("format") != FORMAT:
             raise ValueError(f"path: {path} was not written by save_memory")
-        layers = []
+        layers, names = [], file.keys()
         for index in range(int(about["layers"])):
             layer = StreamingLayer()
-            layer.memory = Memory(*(file.get_tensor(f"{index}.{name}") for name in Memory._fields))
+            count = len({name.split(".")[1] for name in names if name.startswith(f"{index}.")})
+            parts = [Memory(*(file.get_tensor(f"{index}.{n}.{name}") for name in Memory._fields)) for n in range(count)]
+            layer.memory = parts[0] if count == 1 else tuple(parts)
             layer.seen, layer.is_initialized = int(about["seen"]), True
             layers.append(layer)
     return Cache(layers=layers)
