@@ -24,8 +24,15 @@ from astroattn.cost import Cost, budget_of, count_cost, count_window, covers, pr
 from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
 from astroattn.ops.layout import plain
-from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
-from astroattn.ops.streaming import Memory, empty_memory, stream
+from astroattn.ops.library import (
+    causal_attention,
+    decode,
+    linear_attention,
+    near_far_attention,
+    near_linear_attention,
+    stream,
+)
+from astroattn.ops.streaming import Memory, empty_memory
 from astroattn.ops.window import log_sum, window_attention
 
 
@@ -383,7 +390,9 @@ class AstrocyteAttention(nn.Module):
             query, key, value = (_in_order(x, order) for x in (query, key, value))
         query = query.unflatten(1, (heads, -1))
         memory = empty_memory(query, key, value) if memory is None else memory
-        out, log_p, memory = stream(query, key, value, memory, config.entries, config.near, lengths)
+        out, log_p, memory = stream(
+            query, key, value, memory, config.entries, config.near, lengths, backend=config.backend
+        )
         out, log_p = out.flatten(1, 2).to(dtype), log_p.flatten(1, 2)
         if order is not None:
             out, log_p = _put_back(order, out, log_p)
