@@ -1,6 +1,7 @@
 // Attention to a memory of fixed size: the mathematics of streaming.py, one key head of one sequence, token by token.
 //
-// The memory is copied into a room of its own, and out when the tokens are done. Every sum goes over entries and tokens
+// The memory is copied to where it grows: into the new tensors if they are large enough all the time, else into a room of
+// its own, and out when the tokens are done. Every sum goes over entries and tokens
 // in one order, so the bits do not depend on how a text is cut. The query heads that share a key head are read four at
 // a time (a quad), their logits side by side: c[4 n + r].
 #pragma once
@@ -23,16 +24,17 @@ struct StreamProblem {
     }
 };
 
-// As `Memory` in ops/streaming.py, but for the counts.
+// `Memory` in ops/streaming.py.
 struct StreamMemory {
     float *key, *value, *log_weight, *attention, *age, *block_attention, *query, *square, *output, *block_query,
         *block_square, *block_output, *weight;
+    int64_t* counts;
 };
 
 struct StreamTensors {
     const float *query, *key, *value;
-    float *out, *log_p;               // log_p [batch, heads, groups, tokens]
-    const int64_t *lengths, *counts;  // [batch], [batch, 3]
+    float *out, *log_p;      // log_p [batch, heads, groups, tokens]
+    const int64_t* lengths;  // [batch] or null: all tokens are real
     StreamMemory before, after;
 };
 
@@ -41,7 +43,8 @@ class Stream {
     const StreamTensors& t;
     const int64_t dim, columns, quads, room;  // room: four numbers for each entry, whole vectors
     int64_t stored = 0, written = 0;          // entries, and tokens of the block
-    float *key, *value, *log_weight, *attention, *age, *heard;  // heard: block_attention; log_weight [quads][room]
+    float *own_key, *own_value, *key, *value, *attention, *age, *heard;  // heard: block_attention
+    float* log_weight;                                                   // [quads][room]
     float *query, *square, *output, *block_query, *block_square, *block_output, weight = 0;
     float *q, *o, *logits, *shares, *zeros;                                              // of a token
     float *centre, *drive, *turned, *norms, *sizes, *off, *mass, *worst, *costs, *root;  // of a merger
@@ -57,8 +60,8 @@ public:
           quads((p.groups + 3) / 4),
           room(round_up(4 * p.entries, 4 * LANES)) {
         const int64_t all = round_up(p.entries, PANEL);
-        for (auto list : {&key, &turned}) arena.take(*list, p.entries * dim);
-        arena.take(value, p.entries * columns);
+        for (auto list : {&own_key, &turned}) arena.take(*list, p.entries * dim);
+        arena.take(own_value, p.entries * columns);
         for (auto list : {&log_weight, &drive}) arena.take(*list, quads * room);
         for (auto list : {&logits, &shares}) arena.take(*list, room);
         for (auto list : {&attention, &age, &heard, &norms, &sizes, &off, &mass, &worst}) arena.take(*list, all);
@@ -76,11 +79,15 @@ public:
 
     // All tokens of a key head.
     void run(int64_t sequence, int64_t head) {
-        const int64_t length = t.lengths[sequence];
+        const int64_t length = t.lengths ? t.lengths[sequence] : p.tokens, *counts = t.before.counts + 3 * sequence;
+        const int64_t first = (sequence * p.heads + head) * p.new_width;
         std::fill(zeros, zeros + columns, 0.0f);
         for (int i = 0; i < LANES; i++) lanes[i] = i;
-        stored = t.counts[3 * sequence];
-        written = t.counts[3 * sequence + 1];
+        stored = counts[0];
+        written = counts[1];
+        const bool fits = stored + length <= p.new_width;
+        key = fits && dim == p.dim ? t.after.key + first * dim : own_key;
+        value = fits && columns == p.value_dim ? t.after.value + first * columns : own_value;
         move<false>(t.before, sequence, head, p.old_width);
         for (int64_t n = 0; n < length; n++) {
             insert(sequence, head, n);
@@ -90,14 +97,22 @@ public:
         for (int64_t g = head * p.groups; g < (head + 1) * p.groups; g++)
             for (int64_t n = length; n < p.tokens; n++) put(sequence, g, n, zeros, -INFINITY);
         move<true>(t.after, sequence, head, p.new_width);
+        if (head > 0) return;
+        const int64_t now[] = {stored, written, counts[2] + length};
+        memcpy(t.after.counts + 3 * sequence, now, sizeof now);
     }
 
 private:
     // ---- in and out ----
 
-    // `rows` rows of a tensor, from it or to it; in the room they are padded with zeros.
+    // `rows` rows of a tensor, from it or to it, if they are not there; our own are padded with zeros.
     template <bool OUT>
     static void copy(float* tensor, float* own, int64_t rows, int64_t width, int64_t padded) {
+        if (tensor == own) return;
+        if (width == padded) {
+            width = padded = rows * width;
+            rows = 1;
+        }
         for (int64_t i = 0; i < rows; i++, tensor += width, own += padded) {
             memcpy(OUT ? tensor : own, OUT ? own : tensor, size_t(width) * sizeof(float));
             if (!OUT) std::fill(own + width, own + padded, 0.0f);

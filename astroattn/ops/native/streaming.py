@@ -32,18 +32,15 @@ class _Problem(ctypes.Structure):
     )
 
 
-_FIELDS = Memory._fields[:-1]
-
-
 class _Tensors(ctypes.Structure):
     """`StreamTensors` in streaming.h."""
 
     _fields_ = tuple(
         (name, POINTER)
         for name in (
-            *("query", "key", "value", "out", "log_p", "lengths", "counts"),
-            *(f"before_{name}" for name in _FIELDS),
-            *(f"after_{name}" for name in _FIELDS),
+            *("query", "key", "value", "out", "log_p", "lengths"),
+            *(f"before_{name}" for name in Memory._fields),
+            *(f"after_{name}" for name in Memory._fields),
         )
     )
 
@@ -59,35 +56,33 @@ def stream(
     batch, heads, groups, tokens, dim = query.shape
     query, key, value = map(dense_rows, (query.flatten(1, 2), key, value))
     before = Memory(*(x.contiguous() for x in memory))
-    lengths = torch.full((batch,), tokens, device="cpu") if lengths is None else lengths.contiguous()
-    block = block_of(entries)
-    counts = _advance(before.counts, lengths, entries, block)
-    width = max(stored for stored, _, _ in counts)
+    lengths = None if lengths is None else lengths.contiguous()
+    width = _width(before.counts, [tokens] * batch if lengths is None else lengths.tolist(), entries)
     after = Memory(
         *(x.new_empty(batch, heads, width, *x.shape[3:]) for x in before[: len(ENTRIES)]),
-        *map(torch.empty_like, before[len(ENTRIES) : -1]),
-        torch.tensor(counts, device="cpu"),
+        *map(torch.empty_like, before[len(ENTRIES) :]),
     )
     out = empty_rows(query, value.shape[-1])
     log_p = query.new_empty(batch, heads, groups, tokens)
+    block = block_of(entries)
     problem = _Problem(
         *(batch, heads, groups, tokens, dim, value.shape[-1], entries, newest, block, SINKS),
         *(before.key.shape[2], width, torch.get_num_threads()),
         *strides(query, key, value, out),
         *((1 - FORGETTING / entries) ** block, QUERY_DECAY**block, SECOND_ORDER, LEAST_MASS),
     )
-    tensors = (query, key, value, out, log_p, lengths, before.counts, *before[:-1], *after[:-1])
+    tensors = (query, key, value, out, log_p, lengths, *before, *after)
     run("astroattn_stream", problem, _Tensors(*pointers(*tensors)))
     return out.unflatten(1, (heads, groups)), log_p, after
 
 
-def _advance(counts: Tensor, lengths: Tensor, entries: int, block: int) -> list[tuple[int, int, int]]:
-    """The counts of each sequence after so many more tokens."""
-    rows = []
-    for (stored, written, seen), length in zip(counts.tolist(), lengths.tolist(), strict=True):
+def _width(counts: Tensor, lengths: list[int], entries: int) -> int:
+    """Entries of the sequence that has most, after so many more tokens."""
+    block, most = block_of(entries), 0
+    for (stored, written, _), length in zip(counts.tolist(), lengths, strict=True):
         blocks, rest = divmod(written + length, block)
         stored -= written  # at the start of the block
         if blocks:
             stored = min(stored + blocks * block, entries - block)
-        rows.append((stored + rest, rest, seen + length))
-    return rows
+        most = max(most, stored + rest)
+    return most
