@@ -104,7 +104,7 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
         """Back to where it is used, when it is used."""
 
     def _move(self, device: torch.device) -> None:
-        if self.memory is not None:
+        if self.memory is not None and self.memory.key.device != device:
             self.memory = Memory(*[*(x.to(device) for x in self.memory[:-1]), self.memory.counts])
 
     def attend(self, core: AstrocyteAttention, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
