@@ -202,6 +202,7 @@ def test_the_module_takes_the_kernel(dtype: torch.dtype, monkeypatch: pytest.Mon
     assert not calls
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap, one row after the other
 def test_derivatives_are_those_of_plain_pytorch() -> None:
     tokens = [torch.randn(1, h, 60, 8) for h in (6, 2, 2)]
     config = {"hidden": "streaming", "entries": 32}
