@@ -24,8 +24,15 @@ from astroattn.cost import Cost, budget_of, count_cost, count_window, covers, pr
 from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
 from astroattn.ops.layout import plain
-from astroattn.ops.library import causal_attention, decode, linear_attention, near_far_attention, near_linear_attention
-from astroattn.ops.streaming import Memories, each_of, empty_memory, stream
+from astroattn.ops.library import (
+    causal_attention,
+    decode,
+    linear_attention,
+    near_far_attention,
+    near_linear_attention,
+    stream,
+)
+from astroattn.ops.streaming import Memories, each_of, empty_memory
 from astroattn.ops.window import log_sum, window_attention
 
 
@@ -396,7 +403,7 @@ class AstrocyteAttention(nn.Module):
             mine = slice(first, first := first + count // groups)
             q, k, v = query[:, mine], key[:, mine], value[:, mine]
             memory = empty_memory(q, k, v) if memories is None else each_of(memories)[number]
-            out, log_p, memory = stream(q, k, v, memory, config.entries, config.near, lengths)
+            out, log_p, memory = stream(q, k, v, memory, config.entries, config.near, lengths, backend=config.backend)
             outs.append(out.flatten(1, 2))
             logs.append(log_p.flatten(1, 2))
             after.append(memory)

@@ -25,6 +25,7 @@ MODULES = {
     ("triton", "step"): "astroattn.ops.kernels.causal_step",
     ("native", "near_far"): "astroattn.ops.native.near_far",
     ("native", "linear"): "astroattn.ops.native.linear",
+    ("native", "streaming"): "astroattn.ops.native.streaming",
 }
 # Read once: a compiler can trace constants, but neither imports nor ctypes.
 _TRITON = find_spec("triton") is not None
@@ -44,7 +45,7 @@ def check_devices(tensors: Iterable[Any]) -> None:
 
 
 def choose_backend(backend: str, operation: str, query: Tensor, value: Tensor) -> str:
-    """The backend for an operation ("near_far", "linear", "causal", "near_linear") on such tensors.
+    """The backend for an operation ("near_far", "linear", "causal", "streaming" ...) on such tensors.
 
     "auto" takes Triton on a GPU and C++ on a CPU where they can run, else plain PyTorch. It warns once where the C++
     kernels would serve but are not there.

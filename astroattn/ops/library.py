@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from astroattn.ops import plain
+from astroattn.ops import plain, streaming
 from astroattn.ops.backends import check_devices, choose_backend, run_kernel
 from astroattn.ops.causal import CausalState
 from astroattn.ops.layout import Budget
 from astroattn.ops.rows import dense_rows, empty_rows
+from astroattn.ops.streaming import Memory
 
 
 def near_far_attention(
@@ -167,6 +169,34 @@ def decode(
     return out, state
 
 
+def stream(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory: Memory,
+    entries: int,
+    newest: int,
+    lengths: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Memory]:
+    """A memory of fixed size: `streaming.stream`, with its arguments and results.
+
+    The kernels have no derivatives and no graph: where one is wanted, plain PyTorch computes it.
+
+    Raises:
+        ValueError: as in `near_far_attention`.
+    """
+    backend = choose_backend(backend, "streaming", query, value)
+    check_devices((query, key, value, *memory[:-1]))
+    inputs = (query, key, value, memory, entries, newest, lengths)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *memory))
+    if backend == "torch" or differentiable or _in_graph() or _is_transformed():
+        return streaming.stream(*inputs)
+    out: tuple[Tensor, Tensor, Memory] = run_kernel(backend, "streaming", "stream", *inputs)
+    return out
+
+
 def _call(operator: Callable[..., Any], function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """How to call an operator: in eager mode with gradients, by a function that costs less and knows `torch.func`."""
     graph = _in_graph() or not torch.is_grad_enabled()
@@ -177,6 +207,11 @@ def _call(operator: Callable[..., Any], function: type[torch.autograd.Function])
 def _in_graph() -> bool:
     """Whether a graph is being made, of which an attention is one node: its steps depend on the numbers it is given."""
     return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _is_transformed() -> bool:
+    """Whether tensors may stand for others (`torch.func.vmap`) or carry tangents, which a kernel would not see."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 class _Once(torch.autograd.Function):

@@ -106,7 +106,8 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
         """Back to where it is used, when it is used."""
 
     def _move(self, device: torch.device) -> None:
-        self._replace(lambda memory: Memory(*[*(x.to(device) for x in memory[:-1]), memory.counts]))
+        if self.memory is not None and each_of(self.memory)[0].key.device != device:
+            self._replace(lambda memory: Memory(*[*(x.to(device) for x in memory[:-1]), memory.counts]))
 
     def _replace(self, change: Callable[[Memory], Memory]) -> None:
         if isinstance(self.memory, Memory):

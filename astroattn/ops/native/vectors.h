@@ -344,6 +344,13 @@ static inline vec largest_of_each(vec x) {
     else return largest_of_each<HALF / 2>(larger(x, shuffle(x, x, [](int i) { return i ^ HALF; })));
 }
 
+// For each of the rows: their sum.
+template <int HALF = LANES / 2>
+static inline vec sum_of_each(vec x) {
+    if constexpr (HALF < 4) return x;
+    else return sum_of_each<HALF / 2>(x + shuffle(x, x, [](int i) { return i ^ HALF; }));
+}
+
 // Rows at an index lie anywhere; they are asked for this many before they are needed.
 constexpr int64_t AHEAD = 8;
 static inline void ask_for(const float* row, int64_t dim) {
