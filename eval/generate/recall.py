@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,59 +28,59 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where the needle is, as a share of the tex
 NEEDLES = 4
 
 
+class Needle(NamedTuple):
+    """A text [1, N] with a needle at this depth, or None, whose last tokens are the digits of the answer."""
+
+    depth: float | None
+    text: Tensor
+    digits: int
+
+
 def measure(subject: Subject, names: tuple[str, ...], tokens: tuple[int, ...], count: int | None) -> Iterator[Any]:
     """One row per length, budget, cache and depth, the mean over `count` needles (None: 4).
 
     The first rows are the original's with its whole cache, and where the needle was never read: what a guess is worth.
     """
-    seeds = range(count or NEEDLES)
     for length in tokens:
-        for depth in (None, *DEPTHS):
-            name = UNREAD if depth is None else ORIGINAL
-            yield _score(subject, name, 0, length, depth, seeds)
+        seeds = range(count or NEEDLES)
+        told = [draw(subject, length, depth, seed) for depth in DEPTHS for seed in seeds]
+        untold = [draw(subject, length, None, seed) for seed in seeds]
+        yield from _score(subject, UNREAD, 0, untold)
+        yield from _score(subject, ORIGINAL, 0, told)
         for entries in subject.budgets:
             for name in names:
-                for depth in DEPTHS:
-                    yield _score(subject, name, entries, length, depth, seeds)
+                yield from _score(subject, name, entries, told)
 
 
-def draw(subject: Subject, length: int, depth: float | None, seed: int) -> tuple[Tensor, int]:
-    """A text [1, length] with a needle at this depth (None: without) that ends with the answer, of so many tokens."""
+def draw(subject: Subject, length: int, depth: float | None, seed: int) -> Needle:
+    """A needle of this seed in a text of so many tokens, or the question alone."""
     assert subject.encode is not None
     drawn = random.Random(seed)
     city, number = drawn.choice(CITIES), drawn.randrange(10_000, 100_000)
     needle, question = (subject.encode(part.format(city=city, number=number)) for part in (NEEDLE, QUESTION))
     answer = subject.encode(str(number))
+    needle = [] if depth is None else needle
     room = length - len(needle) - len(question) - len(answer)
     text = subject.texts[seed % len(subject.texts)][0]
     start = drawn.randrange(len(text) - room + 1)
     filler = text[start : start + room].tolist()
     split = round((depth or 0) * room)
-    told = [] if depth is None else needle
-    return torch.tensor([[*filler[:split], *told, *filler[split:], *question, *answer]]), len(answer)
+    text = torch.tensor([[*filler[:split], *needle, *filler[split:], *question, *answer]])
+    return Needle(depth, text, len(answer))
 
 
-def _score(subject: Subject, name: str, entries: int, length: int, depth: float | None, seeds: range) -> dict[str, Any]:
-    """A row: `log p` of the digits, each from the right ones before it, and how often the greedy answer is right.
+def _score(subject: Subject, name: str, entries: int, needles: list[Needle]) -> Iterator[dict[str, Any]]:
+    """A row per depth: `log p` of the digits, each from the right ones before it, and how often all were likeliest.
 
-    It is where each digit is the most likely one.
+    Then the greedy answer is the right one.
     """
-    drawn = [draw(subject, length, depth, seed) for seed in seeds]
-    states = read(subject, ORIGINAL if depth is None else name, entries, [text for text, _ in drawn])
-    log_p, exact = 0.0, 0
-    for (text, digits), mine in zip(drawn, states, strict=True):
-        predictions, answer = predict(subject.model, mine[-digits - 1 : -1]), text[0, -digits:]
-        log_p += float(predictions.gather(1, answer[:, None]).sum())
-        exact += int((predictions.argmax(1) == answer).all())
-    return rounded(
-        {
-            "model": subject.name,
-            "tokens": length,
-            "entries": entries,
-            "cache": name,
-            "depth": depth,
-            "exact": exact / len(drawn),
-            "log p": log_p / len(drawn),
-            "scored": len(drawn),
-        }
-    )
+    states = read(subject, ORIGINAL if name == UNREAD else name, entries, [needle.text for needle in needles])
+    scores: dict[float | None, list[tuple[float, bool]]] = {}
+    for needle, mine in zip(needles, states, strict=True):
+        predictions, answer = predict(subject.model, mine[-needle.digits - 1 : -1]), needle.text[0, -needle.digits :]
+        log_p = float(predictions.gather(1, answer[:, None]).sum())
+        scores.setdefault(needle.depth, []).append((log_p, bool((predictions.argmax(1) == answer).all())))
+    place = {"model": subject.name, "tokens": needles[0].text.shape[1], "entries": entries, "cache": name}
+    for depth, found in scores.items():
+        log_p, exact = (sum(each) / len(found) for each in zip(*found, strict=True))
+        yield rounded(place | {"depth": depth, "exact": exact, "log p": log_p, "scored": len(found)})
