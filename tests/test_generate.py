@@ -39,6 +39,15 @@ def subject() -> Subject:
     return Subject("tiny", model, texts, 60, (32,), {}, lambda text: [5 + ord(letter) % 94 for letter in text])
 
 
+def assert_drawn(task: str, rows: list[dict[str, Any]], lines: int) -> None:
+    """One panel with a line for each cache, all of which the legend names."""
+    (axes,) = plot({task: rows}).axes
+    assert task in axes.get_title()
+    assert axes.axison
+    assert len(axes.lines) == len(axes.get_legend().get_texts()) == lines
+    assert all(len(line.get_xdata()) for line in axes.lines)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_with_room_for_all_a_cache_is_softmax_and_without_it_knows_no_future(name: str) -> None:
     query, key, value = tokens()
@@ -100,7 +109,7 @@ def test_rows_have_every_cache_and_the_model_is_left_as_it_was() -> None:
     assert [row["cache"] for row in rows] == [*NAMES, OURS]
     assert all(row["scored"] == 2 * 59 and row["KL"] > 0 for row in rows)
     assert torch.equal(mine.model(mine.texts[0]).logits, before)
-    assert plot({"loss": rows}).axes
+    assert_drawn("loss", rows, len(NAMES) + 1)
     assert FORMATS["loss"](rows).count("\n") == len(NAMES) + 2
 
 
@@ -122,6 +131,7 @@ def test_distance_adds_up_to_the_loss() -> None:
     assert mean == pytest.approx(whole["nats above"], rel=1e-3)
     assert all(abs(row["nats above"]) < 1e-4 for row in rows if row["from"] < 28)  # the memory is not full yet
     assert FORMATS["distance"](rows).count("56 to 112") == 1
+    assert_drawn("distance", rows, 1)
 
 
 def test_a_needle_is_where_it_should_be_and_its_answer_last() -> None:
@@ -160,7 +170,7 @@ def test_recall_is_the_probability_of_the_answer_and_what_is_generated() -> None
     assert rows[1]["log p"] == pytest.approx(log_p, rel=1e-3)
     assert rows[1]["exact"] == right / 2
     assert FORMATS["recall"](rows).count("\n") == 2 + 3
-    assert plot({"recall": rows}).axes
+    assert_drawn("recall", rows, 4)
 
 
 def test_a_greedy_answer_counts_where_it_is_right() -> None:
@@ -194,7 +204,7 @@ def test_copy_says_what_a_first_reading_was_worth() -> None:
     roomy = list(copying.measure(dataclasses.replace(mine, budgets=(256,)), (OURS,), (16,), 2))
     assert abs(roomy[1]["lost"]) < 1e-3  # nothing was merged
     assert FORMATS["copy"](rows).count("\n") == 2 + 2
-    assert plot({"copy": rows}).axes
+    assert_drawn("copy", rows, 3)
 
 
 def test_steps_are_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +225,7 @@ def test_steps_are_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours[1]["growth"] == 1
     assert ours[3]["growth"] == pytest.approx(ours[3]["step ms"] / ours[1]["step ms"], rel=1e-3)
     assert FORMATS["speed"](rows).count("\n") == 1 + 2
-    assert plot({"speed": rows}).axes
+    assert_drawn("speed", rows, 2)
 
 
 @pytest.mark.parametrize("option", ["--cache", "--task", "--model"])

@@ -33,15 +33,15 @@ def plot(results: dict[str, list[Row]]) -> Figure:
     for task, rows in results.items():
         for model in dict.fromkeys(row["model"] for row in rows):
             panels.append((PANELS[task], [row for row in rows if row["model"] == model]))
-    columns = min(3, len(panels))
+    columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flat
-    for axes in grid:
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes, (panel, rows) in zip(grid, panels, strict=False):
-        axes.set_axis_on()
         panel(axes, rows)
+        axes.title.set_fontsize("medium")
         axes.grid(alpha=0.25)
         axes.legend(fontsize="x-small")
     return figure

@@ -24,7 +24,7 @@ from eval.generate.subjects import Subject
 CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Hanoi", "Cairo", "Quito", "Dublin", "Prague", "Athens")
 NEEDLE = "\n\nThe magic number of {city} is {number}.\n\n"
 QUESTION = "\n\nQuestion: What is the magic number of {city}?\nAnswer: The magic number of {city} is "
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where the needle is, as a share of the text
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.95)  # where the needle is, as a share of the text; last among the newest tokens
 NEEDLES = 4
 
 
