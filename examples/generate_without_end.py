@@ -1,8 +1,8 @@
 """Let a decoder read and write on and on with a memory of fixed size, and look at what the memory holds.
 
 Run it as a script (`python examples/generate_without_end.py --help`), or cell by cell in an editor that knows `# %%`.
-Give it the folder or the id of a decoder of transformers (`--model`), and a text to start from (`--text`); without them
-a tiny Llama with random weights writes nonsense, letter by letter, and no network is needed.
+Give it the folder or the id of a decoder of transformers with its tokenizer (`--model`), and a text to start from
+(`--text`); without them a tiny Llama with random weights writes nonsense, letter by letter, and needs no network.
 
 A decoder keeps the key and the value of every token it has read, so that its memory grows with the text. Patched with
 `hidden="streaming"` each key head keeps a fixed number of entries: the newest tokens as they are, the first four, which
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
+from torch.nn.functional import one_hot
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedModel as Decoder
 
@@ -56,13 +57,14 @@ def mark_tokens(core: AstrocyteAttention, tokens: int) -> None:
     """Give each token that a layer writes a mark: a column of its own in the values, in which it alone is not zero.
 
     Values that are merged become weighted means, and the marks with them: in the end those of an entry are the weights
-    of the tokens it is made of. They are too small to have a say in what is merged.
+    of the tokens it is made of. They are too small to have a say, but by rounding, in what is merged. They take room, a
+    column for every token of the text.
     """
     decode = core.decode
 
     def decode_marked(query: Tensor, key: Tensor, value: Tensor, state: Memory | None = None, **options: Any) -> Any:
         seen = 0 if state is None else int(state.counts[0, 2])
-        marks = MARK * torch.eye(tokens)[seen : seen + value.shape[2]].expand(*value.shape[:3], -1)
+        marks = MARK * one_hot(torch.arange(seen, seen + value.shape[2]), tokens).expand(*value.shape[:3], -1)
         out, memory = decode(query, key, torch.cat([value, marks.to(value)], -1), state, **options)
         return out[..., : value.shape[-1]], memory
 

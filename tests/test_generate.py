@@ -244,6 +244,7 @@ def test_the_command_refuses_what_a_text_does_not_have(monkeypatch: pytest.Monke
     assert "121" in result.output
     assert "120" in result.output
     assert run(main, "--task", "recall").exit_code == 2  # nobody takes part
+    assert "--limit" in run(main, "--task", "speed", "--limit", "1").output
     path = tmp_path / "rows.json"
     result = run(main, "--task", "copy", "--cache", OURS, "--limit", "1", "--json", str(path))
     assert result.exit_code == 0

@@ -62,6 +62,8 @@ def main(
         for name in given:
             if name not in known:
                 raise typer.BadParameter(f"{name!r}; must be one of {', '.join(known)}", param_hint=option)
+    if task == "speed" and (limit or caches):
+        raise typer.BadParameter("speed times the original and ours, on one text", param_hint="--limit, --cache")
     rows: list[dict[str, Any]] = []
     for name in models or LOADERS:
         subject = LOADERS[name]()
