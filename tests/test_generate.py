@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,15 @@ import transformers as t
 from scripts import run
 from torch import Tensor
 
-from eval.generate.__main__ import OURS, main, measure_loss, plot
+from eval.generate import copying, distance, loss, recall, speed
+from eval.generate.__main__ import TASKS, main
 from eval.generate.caches import NAMES, SCORES, Entries, attend
-from eval.generate.page import format_table
-from eval.generate.speed import measure_speed
+from eval.generate.figure import plot
+from eval.generate.page import FORMATS, MISSING, fill, load_results
+from eval.generate.reading import ORIGINAL, OURS, UNREAD, lose, predict, read
 from eval.generate.subjects import Subject
 
-ROOT = Path(__file__).parent.parent
-COMMITTED = ROOT / "docs" / "results" / "generate.json"
+PAGE = Path(__file__).parent.parent / "docs" / "generation.md"
 
 
 def tokens(count: int = 90) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +35,17 @@ def subject() -> Subject:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = t.LlamaConfig(**sizes, vocab_size=99, intermediate_size=64, initializer_range=0.3)
     texts = [torch.randint(5, 99, (1, 120), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    return Subject("tiny", t.LlamaForCausalLM(config).eval(), texts, 60, (32,))
+    model = t.LlamaForCausalLM(config).eval()
+    return Subject("tiny", model, texts, 60, (32,), {}, lambda text: [5 + ord(letter) % 94 for letter in text])
+
+
+def assert_drawn(task: str, rows: list[dict[str, Any]], lines: int) -> None:
+    """One panel with a line for each cache, all of which the legend names."""
+    (axes,) = plot({task: rows}).axes
+    assert task in axes.get_title()
+    assert axes.axison
+    assert len(axes.lines) == len(axes.get_legend().get_texts()) == lines
+    assert all(len(line.get_xdata()) for line in axes.lines)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,34 +87,184 @@ def test_scores_keep_what_their_papers_keep() -> None:
     assert {4, 5, 6, 7, 8, *range(30, 40)} <= kept["SnapKV-like"]
 
 
+def test_losses_are_those_of_whole_predictions() -> None:
+    mine = subject()
+    text = torch.cat(mine.texts, 1).repeat(1, 2)  # more tokens than are predicted at once
+    truth, states = (read(mine, name, 32, [text])[0] for name in (ORIGINAL, "window"))
+    losses = lose(mine.model, text, truth, states)
+    theirs = mine.model(text).logits[0, :-1].log_softmax(-1)
+    expected = F.cross_entropy(theirs, text[0, 1:], reduction="none")
+    torch.testing.assert_close(losses.original, expected)
+    ours = predict(mine.model, states)[:-1]
+    torch.testing.assert_close(losses.above, F.cross_entropy(ours, text[0, 1:], reduction="none") - expected)
+    torch.testing.assert_close(losses.kl, F.kl_div(ours, theirs, log_target=True, reduction="none").sum(1))
+    assert torch.equal(losses.same.bool(), theirs.argmax(1) == ours.argmax(1))
+    assert losses.above[:31].abs().max() < 1e-4 < losses.above.abs().max()
+
+
 def test_rows_have_every_cache_and_the_model_is_left_as_it_was() -> None:
     mine = subject()
     before = mine.model(mine.texts[0]).logits
-    rows = list(measure_loss(mine, (*NAMES, OURS)))
+    rows = list(loss.measure(mine, (*NAMES, OURS), (120,), None))
     assert [row["cache"] for row in rows] == [*NAMES, OURS]
     assert all(row["scored"] == 2 * 59 and row["KL"] > 0 for row in rows)
     assert torch.equal(mine.model(mine.texts[0]).logits, before)
-    assert plot(rows).axes
-    assert format_table(rows).count("\n") == len(NAMES) + 2
+    # the axis is logarithmic, and an untrained model may lose less than nothing
+    assert_drawn("loss", [row | {"nats above": abs(row["nats above"])} for row in rows], len(NAMES) + 1)
+    assert FORMATS["loss"](rows).count("\n") == len(NAMES) + 2
 
 
-def test_steps_are_timed_side_by_side() -> None:
-    rows = list(measure_speed(subject(), 1024))
-    original, ours = ([row for row in rows if row["cache"] == name] for name in ("original", OURS))
-    assert [row["tokens"] for row in original] == [row["tokens"] for row in ours] == [128, 256, 512, 1024]
-    assert original[-1]["cache MB"] > 7 * original[0]["cache MB"]
+def test_a_long_text_is_read_once_for_all_lengths() -> None:
+    mine = dataclasses.replace(subject(), budgets=(32, 64))
+    rows = {(row["entries"], row["tokens"]): row for row in loss.measure(mine, (OURS,), (120, 100), None)}
+    assert set(rows) == {(32, 100), (64, 100), (64, 120)}  # the smaller budget reads the shorter text alone
+    alone = next(loss.measure(dataclasses.replace(mine, budgets=(64,)), (OURS,), (100,), None))
+    assert alone == rows[64, 100]
+
+
+def test_distance_adds_up_to_the_loss() -> None:
+    mine = dataclasses.replace(subject(), start=0)
+    rows = list(distance.measure(mine, (OURS,), (112,), None))
+    assert [row["from"] for row in rows] == list(range(0, 112, 7))
+    whole = next(loss.measure(mine, (OURS,), (112,), None))
+    assert sum(row["scored"] for row in rows) == whole["scored"] == 2 * 111
+    mean = sum(row["nats above"] * row["scored"] for row in rows) / whole["scored"]
+    assert mean == pytest.approx(whole["nats above"], rel=1e-3)
+    assert all(abs(row["nats above"]) < 1e-4 for row in rows if row["from"] < 28)  # the memory is not full yet
+    assert FORMATS["distance"](rows).count("56 to 112") == 1
+    assert_drawn("distance", rows, 1)
+
+
+def test_a_needle_is_where_it_should_be_and_its_answer_last() -> None:
+    mine = dataclasses.replace(subject(), texts=[torch.full((1, 400), 98), torch.full((1, 400), 97)])
+    assert mine.encode is not None
+    for seed in (0, 1):
+        (_, text, digits), (_, untold, _) = (recall.draw(mine, 300, depth, seed) for depth in (0.5, None))
+        assert text.shape == untold.shape == (1, 300)
+        ids = text[0].tolist()
+        answer = ids[-digits:]
+        needle = mine.encode(recall.NEEDLE)[:6]
+        places = [place for place in range(300) if ids[place : place + 6] == needle]
+        assert len(places) == 1
+        assert places[0] == round(0.5 * ids.count(98 - seed))
+        assert sum(ids[place : place + digits] == answer for place in range(300)) == 2
+        ids = untold[0].tolist()
+        assert sum(ids[place : place + digits] == answer for place in range(300)) == 1
+
+
+def test_recall_is_the_probability_of_the_answer_and_what_is_generated() -> None:
+    mine = subject()
+    mine = dataclasses.replace(mine, texts=[text.repeat(1, 3) for text in mine.texts])
+    rows = list(recall.measure(mine, ("window", OURS), (180,), 2))
+    assert [(row["cache"], row["depth"]) for row in rows[:6]] == [
+        (UNREAD, None), *((ORIGINAL, depth) for depth in recall.DEPTHS)
+    ]  # fmt: skip
+    assert len(rows) == 6 + 2 * len(recall.DEPTHS)
+    log_p, right = 0.0, 0
+    for seed in (0, 1):
+        _, text, digits = recall.draw(mine, 180, 0.1, seed)
+        expected = mine.model(text).logits[0, -digits - 1 : -1].log_softmax(-1).detach()
+        log_p += float(expected.gather(1, text[0, -digits:, None]).sum()) / 2
+        prompt = text[:, :-digits]
+        written = mine.model.generate(prompt, max_new_tokens=digits, do_sample=False, pad_token_id=0, eos_token_id=None)
+        right += int(torch.equal(written, text))
+    assert rows[1]["log p"] == pytest.approx(log_p, rel=1e-3)
+    assert rows[1]["exact"] == right / 2
+    assert FORMATS["recall"](rows).count("\n") == 2 + 3
+    assert_drawn("recall", rows, 4)
+
+
+def test_a_greedy_answer_counts_where_it_is_right() -> None:
+    mine = subject()
+    mine.model.lm_head.weight.data.zero_()
+    mine = dataclasses.replace(mine, encode=lambda text: [0] * len(text))  # the first of equals is the most likely
+    rows = list(recall.measure(mine, (OURS,), (110,), 1))
+    assert all(row["exact"] == 1 for row in rows)
+    assert rows[0]["log p"] == pytest.approx(-5 * math.log(99), rel=1e-3)
+
+
+def test_copy_says_what_a_first_reading_was_worth() -> None:
+    mine = subject()
+    ours, other = copying.draw(mine, 16, 3), copying.draw(mine, 16, 3, repeated=False)
+    passage = slice(copying.LEAD, copying.LEAD + copying.PASSAGE)
+    assert torch.equal(ours[:, passage], ours[:, -copying.PASSAGE :])
+    assert not torch.equal(other[:, passage], other[:, -copying.PASSAGE :])
+    same = torch.ones_like(ours, dtype=torch.bool)
+    same[:, passage] = False
+    assert torch.equal(ours[same], other[same])
+    rows = list(copying.measure(mine, ("window", OURS), (16, 64), 2))
+    assert [(row["gap"], row["cache"]) for row in rows] == [
+        (gap, name) for gap in (16, 64) for name in (UNREAD, "window", OURS)
+    ]
+    for gap in (16, 64):
+        unread, *others = (row for row in rows if row["gap"] == gap)
+        assert unread["lost"] == 1
+        assert all(
+            row["lost"] == pytest.approx(row["nats above"] / unread["nats above"], rel=1e-3, abs=1e-3) for row in others
+        )
+    roomy = list(copying.measure(dataclasses.replace(mine, budgets=(256,)), (OURS,), (16,), 2))
+    assert abs(roomy[1]["lost"]) < 1e-3  # nothing was merged
+    assert FORMATS["copy"](rows).count("\n") == 2 + 2
+    assert_drawn("copy", rows, 3)
+
+
+def test_steps_are_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "STEPS", 24)
+    monkeypatch.setattr(speed, "FIRST", 64)
+    assert speed.lengths_up_to(300) == [64, 128, 256, 300]
+    monkeypatch.setattr(speed, "ORIGINAL_MOST", 256)
+    rows = list(speed.measure(subject(), (OURS,), (300,), None))
+    original, ours = ([row for row in rows if row["cache"] == name] for name in (ORIGINAL, OURS))
+    assert [row["tokens"] for row in original] == [64, 128, 256]
+    assert [row["tokens"] for row in ours] == [64, 128, 256, 300]
+    # keys and values of every token: 2 layers, 2 key heads of 8, float32
+    assert [row["cache MB"] for row in original] == [
+        pytest.approx(row["tokens"] * 2 * 2 * 2 * 8 * 4 / 1e6) for row in original
+    ]
     assert ours[-1]["cache MB"] < 1.2 * ours[0]["cache MB"]
+    assert ours[0]["growth"] is None
+    assert ours[1]["growth"] == 1
+    assert ours[3]["growth"] == pytest.approx(ours[3]["step ms"] / ours[1]["step ms"], rel=1e-3)
+    assert FORMATS["speed"](rows).count("\n") == 1 + 2
+    assert_drawn("speed", rows, 2)
 
 
-def test_the_command_says_what_it_can_do() -> None:
-    result = run(main, "--cache", "none")
+@pytest.mark.parametrize("option", ["--cache", "--task", "--model"])
+def test_the_command_says_what_it_can_do(option: str) -> None:
+    result = run(main, option, "none")
     assert result.exit_code == 2
     assert "'none'" in result.output
 
 
-def test_the_page_has_the_committed_figures() -> None:
-    rows = json.loads(COMMITTED.read_text("utf-8"))["rows"]
-    assert format_table(rows) in (ROOT / "docs" / "generation.md").read_text("utf-8")
+def test_the_command_refuses_what_a_text_does_not_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = dataclasses.replace(subject(), tokens={"copy": (16,), "loss": (120,)})
+    monkeypatch.setattr("eval.generate.__main__.LOADERS", {"tiny": lambda: mine})
+    result = run(main, "--task", "loss", "--tokens", "121")
+    assert result.exit_code == 2
+    assert "121" in result.output
+    assert "120" in result.output
+    assert run(main, "--task", "recall").exit_code == 2  # nobody takes part
+    assert "--limit" in run(main, "--task", "speed", "--limit", "1").output
+    path = tmp_path / "rows.json"
+    result = run(main, "--task", "copy", "--cache", OURS, "--limit", "1", "--json", str(path))
+    assert result.exit_code == 0
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    assert [row["cache"] for row in rows] == [UNREAD, OURS]
+    assert {row["scored"] for row in rows} == {copying.PASSAGE - 1}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_page_has_the_committed_figures(task: str) -> None:
+    results, page = load_results(), PAGE.read_text("utf-8")
+    assert fill(page, results) == page
+    assert fill(page, {}).count(MISSING) == len(TASKS)
+    if task not in results:
+        pytest.skip("not measured yet")
+    assert FORMATS[task](results[task]) in page
+
+
+def test_what_the_page_says_of_the_loss() -> None:
+    rows = [row for row in load_results()["loss"] if row["tokens"] <= loss.SHORT]
     for entries, most in ((32, 0.06), (64, 0.013), (128, 0.004)):
         assert find(rows, "stories260K", entries)[OURS]["nats above"] <= most
     for entries, least in ((64, 0.79), (128, 0.87), (256, 0.93)):

@@ -1,21 +1,128 @@
-"""The table of docs/generation.md, made from the committed rows."""
+"""The tables and the figure of docs/generation.md, made from the rows in docs/results.
+
+python -m eval.generate.page
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import typer
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table: a line per cache, a column per model and budget; nats above the original, and agreement."""
-    columns = list(dict.fromkeys((row["model"], row["tokens"], row["entries"]) for row in rows))
-    titles = [f"{model}, {tokens:,} tokens: {entries} entries" for model, tokens, entries in columns]
-    lines = ["| cache | " + " | ".join(titles) + " |", "| --- " * (len(columns) + 1) + "|"]
-    found = {(row["model"], row["tokens"], row["entries"], row["cache"]): row for row in rows}
+from eval.common import write_figure
+from eval.generate.distance import BUCKETS
+from eval.generate.figure import Row, about, of_largest, plot
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+MISSING = "(not measured yet)"
+
+
+def format_loss(rows: list[Row]) -> str:
+    """A line per cache, a column per model, length and budget; nats above the original, and agreement."""
+
+    def column(row: Row) -> str:
+        return f"{row['model']}, {row['tokens']:,} tokens: {row['entries']} entries"
+
+    cells = {(row["cache"], column(row)): f"{row['nats above']:.3f} ({row['agreement']:.3f})" for row in rows}
+    return _table("cache", {column(row): column(row) for row in rows}, cells)
+
+
+def format_distance(rows: list[Row]) -> str:
+    """A line per cache, a column from the start of the text to a sixteenth, and for each time as much; nats above."""
+    rows = of_largest(rows, "entries", "tokens")
+    width = min(row["from"] for row in rows if row["from"])
+    edges = [0, width, 2 * width, 4 * width, 8 * width, BUCKETS * width]
+    spans = list(pairwise(edges))
+    columns = {first: f"{first:,} to {last:,}" for first, last in spans}
+    cells = {}
     for name in dict.fromkeys(row["cache"] for row in rows):
-        cells = [_cell(found.get((*column, name))) for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        for first, last in spans:
+            mine = [row for row in rows if row["cache"] == name and first <= row["from"] < last]
+            mean = sum(row["nats above"] * row["scored"] for row in mine) / sum(row["scored"] for row in mine)
+            cells[name, first] = f"{mean:.3f}"
+    return _table(about(rows), columns, cells)
+
+
+def format_recall(rows: list[Row]) -> str:
+    """A line per cache, a column per depth; the share of right answers, and the log-probability of the digits."""
+    rows = of_largest(rows, "entries", "tokens")
+    depths = sorted({row["depth"] for row in rows if row["depth"] is not None})
+    cells = {
+        (row["cache"], depth): f"{row['exact']:.2f} ({row['log p']:.1f})"
+        for row in rows
+        for depth in ([row["depth"]] if row["depth"] is not None else depths)
+    }
+    return _table(about(rows), {depth: f"depth {depth:.0%}" for depth in depths}, cells)
+
+
+def format_copy(rows: list[Row]) -> str:
+    """A line per cache, a column per gap; nats above the original, and the share of what there is to lose."""
+    rows = of_largest(rows, "entries")
+    columns = {row["gap"]: f"after {row['gap']:,} tokens" for row in rows}
+    cells = {(row["cache"], row["gap"]): f"{row['nats above']:.2f} ({row['lost']:.0%})" for row in rows}
+    return _table(about(rows), columns, cells)
+
+
+def format_speed(rows: list[Row]) -> str:
+    """A line per model and budget, a column per length; milliseconds and megabytes. The last is the growth."""
+
+    def line(row: Row) -> str:
+        return f"{row['model']}, {row['cache']}" + (f", {row['entries']} entries" if row["entries"] else "")
+
+    columns: dict[Any, str] = {tokens: f"{tokens:,}" for tokens in sorted({row["tokens"] for row in rows})}
+    cells = {(line(row), row["tokens"]): f"{row['step ms']:.2f} ({row['cache MB']:.2f})" for row in rows}
+    for row in rows:  # the longest of a line comes last
+        if row["growth"] is not None:
+            cells[line(row), "growth"] = f"{row['growth']:.2f}"
+    return _table("ms a token (MB)", columns | {"growth": "growth"}, cells)
+
+
+def _table(corner: str, columns: dict[Any, str], cells: dict[tuple[str, Any], str]) -> str:
+    """A Markdown table with a column per key of `columns`; cells by line and column."""
+    lines = [f"| {corner} | " + " | ".join(columns.values()) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for name in dict.fromkeys(line for line, _ in cells):
+        lines.append(f"| {name} | " + " | ".join(cells.get((name, column), "-") for column in columns) + " |")
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    return "-" if row is None else f"{row['nats above']:.3f} ({row['agreement']:.3f})"
+FORMATS: dict[str, Callable[[list[Row]], str]] = {
+    "loss": format_loss,
+    "distance": format_distance,
+    "recall": format_recall,
+    "copy": format_copy,
+    "speed": format_speed,
+}
+
+
+def load_results() -> dict[str, list[Row]]:
+    """The committed rows of each task that was measured."""
+    paths = {task: DOCS / "results" / f"generate_{task}.json" for task in FORMATS}
+    return {task: json.loads(path.read_text("utf-8"))["rows"] for task, path in paths.items() if path.exists()}
+
+
+def fill(page: str, results: dict[str, list[Row]]) -> str:
+    """The page with the table of each task between its two marks, `<!-- task -->` and `<!-- end -->`."""
+    for task, table in FORMATS.items():
+        text = table(results[task]) if task in results else MISSING
+        parts = re.split(rf"(?<=<!-- {task} -->\n).*?(?=\n<!-- end -->)", page, flags=re.DOTALL)
+        if len(parts) != 2:
+            raise ValueError(f"page: it has {len(parts) - 1} places for {task!r}; one is needed")
+        page = text.join(parts)
+    return page
+
+
+def main() -> None:
+    """Write docs/generation.md and docs/figures/generate.png anew."""
+    results = load_results()
+    page = DOCS / "generation.md"
+    page.write_text(fill(page.read_text("utf-8"), results), encoding="utf-8")
+    write_figure(DOCS / "figures" / "generate.png", plot(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

