@@ -10,7 +10,7 @@ from torch import Tensor
 
 from astroattn.config import is_tiled
 from astroattn.ops.causal import CausalState
-from astroattn.ops.streaming import Memory
+from astroattn.ops.streaming import Memory, block_of
 
 if TYPE_CHECKING:
     from astroattn.attention import AstrocyteAttention
@@ -105,18 +105,33 @@ def check_memory(module: AstrocyteAttention, state: object, query: Tensor, key: 
     if not isinstance(state, Memory):
         raise TypeError(f"state: {type(state).__name__}; expected what decode has returned, or None")
     batch, heads, most = key.shape[0], key.shape[1], module.configs[0].entries
-    width, groups = state.key.shape[2], query.shape[1] // heads
+    width, groups, dim, columns = state.key.shape[2], query.shape[1] // heads, key.shape[3], value.shape[3]
+    entries, means = (batch, heads, width), {"query": (groups, dim), "square": (dim,), "output": (columns,)}
     expected = {
-        "key": (batch, heads, width, key.shape[3]),
-        "value": (batch, heads, width, value.shape[3]),
-        "log_weight": (batch, heads, width, groups),
+        "key": (*entries, dim),
+        "value": (*entries, columns),
+        "log_weight": (*entries, groups),
         "counts": (batch, 3),
+        "weight": (batch,),
+        **dict.fromkeys(("attention", "age", "block_attention"), entries),
+        **{name: (batch, heads, *shape) for name, shape in means.items()},
+        **{f"block_{name}": (batch, heads, *shape) for name, shape in means.items()},
     }
     _check_shapes(state, expected)
+    work = torch.promote_types(query.dtype, torch.float32)
+    for name, x in zip(state._fields, state, strict=True):
+        if x.dtype != (needed := torch.long if name == "counts" else work):
+            raise ValueError(f"state: {name} of {x.dtype}; these tokens need {needed}")
     if width > most:
         raise ValueError(f"state: {width} entries; this module has entries={most}")
     if state.key.device != key.device:
         raise ValueError(f"state: on {state.key.device}; key is on {key.device}")
+    block = block_of(most)
+    for stored, written, _ in state.counts.tolist():
+        whole = stored - written  # at the start of the block
+        if not (0 <= written < block and whole % block == 0 and 0 <= whole <= most - block and stored <= width):
+            came = f"{stored} entries, {written} tokens of a block"
+            raise ValueError(f"state: counts say {came}; this module with entries={most} has blocks of {block}")
     return state
 
 
