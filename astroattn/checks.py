@@ -10,7 +10,7 @@ from torch import Tensor
 
 from astroattn.config import is_tiled
 from astroattn.ops.causal import CausalState
-from astroattn.ops.streaming import Memories, Memory, each_of
+from astroattn.ops.streaming import Memories, Memory, block_of, each_of
 
 if TYPE_CHECKING:
     from astroattn.attention import AstrocyteAttention
@@ -114,19 +114,40 @@ def check_memories(
         raise TypeError(f"state: {type(state).__name__}; expected what decode has returned, or None")
     groups = query.shape[1] // key.shape[1]
     for part, (config, count) in zip(each_of(state), budgets, strict=True):  # type: ignore[arg-type]
-        width, shape = part.key.shape[2], (key.shape[0], count // groups)
-        expected = {
-            "key": (*shape, width, key.shape[3]),
-            "value": (*shape, width, value.shape[3]),
-            "log_weight": (*shape, width, groups),
-            "counts": (key.shape[0], 3),
-        }
-        _check_shapes(part, expected)
-        if width > config.entries:
-            raise ValueError(f"state: {width} entries; this module has entries={config.entries}")
-        if part.key.device != key.device:
-            raise ValueError(f"state: on {part.key.device}; key is on {key.device}")
+        _check_memory(part, config.entries, count // groups, query, key, value)
     return state  # type: ignore[return-value]
+
+
+def _check_memory(memory: Memory, most: int, heads: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """ValueError for a memory that is not one of so many key heads with at most so many entries, and these tokens."""
+    batch, groups, dim, columns = key.shape[0], query.shape[1] // key.shape[1], key.shape[3], value.shape[3]
+    width = memory.key.shape[2]
+    entries, means = (batch, heads, width), {"query": (groups, dim), "square": (dim,), "output": (columns,)}
+    expected = {
+        "key": (*entries, dim),
+        "value": (*entries, columns),
+        "log_weight": (*entries, groups),
+        "counts": (batch, 3),
+        "weight": (batch,),
+        **dict.fromkeys(("attention", "age", "block_attention"), entries),
+        **{name: (batch, heads, *shape) for name, shape in means.items()},
+        **{f"block_{name}": (batch, heads, *shape) for name, shape in means.items()},
+    }
+    _check_shapes(memory, expected)
+    work = torch.promote_types(query.dtype, torch.float32)
+    for name, x in zip(memory._fields, memory, strict=True):
+        if x.dtype != (needed := torch.long if name == "counts" else work):
+            raise ValueError(f"state: {name} of {x.dtype}; these tokens need {needed}")
+    if width > most:
+        raise ValueError(f"state: {width} entries; this module has entries={most}")
+    if memory.key.device != key.device:
+        raise ValueError(f"state: on {memory.key.device}; key is on {key.device}")
+    block = block_of(most)
+    for stored, written, _ in memory.counts.tolist():
+        whole = stored - written  # at the start of the block
+        if not (0 <= written < block and whole % block == 0 and 0 <= whole <= most - block and stored <= width):
+            came = f"{stored} entries, {written} tokens of a block"
+            raise ValueError(f"state: counts say {came}; this module with entries={most} has blocks of {block}")
 
 
 def check_state(module: AstrocyteAttention, state: object, query: Tensor, value: Tensor) -> CausalState | None:

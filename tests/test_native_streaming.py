@@ -142,6 +142,9 @@ def test_threads_and_layout_do_not_matter_and_the_given_memory_stays() -> None:
             torch.set_num_threads(number)
             again = native.stream(*other, given, *sizes)
             assert all(map(torch.equal, (*again[:2], *again[2]), (out, log_p, *first)))
+        with torch.device("meta"):  # the caller's default
+            again = native.stream(*inputs, memory, *sizes)
+        assert torch.equal(again[0], out)
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, memory, before))

@@ -211,6 +211,20 @@ def test_bad_input_is_one_clear_error() -> None:
     wider = make_core(64).decode(query, key, value)[1]
     with pytest.raises(ValueError, match="state: 40 entries; this module has entries=32"):
         core.decode(query, key, value, wider)
+    for match, changes in (
+        ("state: square of shape", {"square": memory.square[..., :3]}),
+        ("state: age of torch.float32; these tokens need torch.float64", {"age": memory.age.float()}),
+        (
+            "state: counts say 99 entries, 0 tokens of a block; this module with entries=32 has blocks of 4",
+            {"counts": memory.counts.new_tensor([[99, 0, 99]] * 2)},
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            core.decode(query, key, value, memory._replace(**changes))
+    with pytest.raises(
+        ValueError, match="28 entries, 0 tokens of a block; this module with entries=64 has blocks of 8"
+    ):
+        make_core(64).decode(query, key, value, core.decode(query, key, value)[1])
     with pytest.raises(ValueError, match="key: 4 heads; the module's num_heads=6 must be a multiple"):
         core.decode(query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1))
     with pytest.raises(ValueError, match="value: 1 heads; key has 2"):
