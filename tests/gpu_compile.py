@@ -110,7 +110,29 @@ def near_far(dim: int, dtype: str, *, num_hidden: int = 64, tile: int = 64) -> N
     near_far_forward(q, k, v, None, budget, dim**-0.5)
 
 
-SOURCES: list[Callable[[], Iterator[tuple[str, Case]]]] = [causal_cases, near_far_cases, static_cases]
+def streaming_cases() -> Iterator[tuple[str, Case]]:
+    """The streaming memory: the step of one token, and many tokens."""
+    for count in (1, 512):
+        for dim in (64, 128, 256):
+            yield f"streaming D={dim} entries=128 N={count}", partial(streaming, dim, 128, 4, count)
+        yield f"streaming D=80 entries=32 heads=1 N={count}", partial(streaming, 80, 32, 1, count)
+        yield f"streaming D=64 entries=1024 heads=71 N={count}", partial(streaming, 64, 1024, 71, count)
+
+
+def streaming(dim: int, entries: int, groups: int, count: int) -> None:
+    from astroattn.ops.kernels.streaming import open_memory, stream_in_place
+    from astroattn.ops.streaming import empty_memory
+
+    query, key, value = (torch.zeros(1, 8, *shape, dim) for shape in ((groups, count), (count,), (count,)))
+    stream_in_place(query, key, value, open_memory(empty_memory(query, key, value), entries), entries // 2)
+
+
+SOURCES: list[Callable[[], Iterator[tuple[str, Case]]]] = [
+    causal_cases,
+    near_far_cases,
+    static_cases,
+    streaming_cases,
+]
 
 
 def cases(*parts: str) -> dict[str, Case]:
