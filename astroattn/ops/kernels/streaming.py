@@ -29,9 +29,10 @@ SECOND_ORDER = tl.constexpr(streaming.SECOND_ORDER)
 LEAST_MASS = tl.constexpr(streaming.LEAST_MASS)
 HIGHEST = tl.constexpr(torch.finfo(torch.float32).max)
 LEAST = tl.constexpr(16)  # rows of a product's operand
+COLUMNS = tl.constexpr(32)  # of keys and values that are compared at once
 
-QUERIES, TILE = 64, 64  # rows of queries (at most, unless a token has more), and entries, that are taken at once
-NUMBERS = 8192  # of a tile of keys or values, at most
+QUERIES, TILE = 64, 32  # rows of queries (at most, unless a token has more), and entries, that are taken at once
+NUMBERS = 8192  # of a tile of queries, at most
 
 
 class Sizes(NamedTuple):
@@ -176,41 +177,23 @@ def end_block(memory, z, size):
 
 
 @triton.jit
-def load_candidates(memory, z, index, there, size):
-    """Keys, values, attention and age of entries."""
+def load_part(x, z, index, there, column):
+    """Some columns of the rows of entries."""
+    place = start_of(x, 0, z) + index.to(tl.int64)[:, None] * x.row + column[None, :]
+    return tl.load(place, mask=there[:, None] & (column < x.DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def masses(memory, z, index, there, size):
+    """The attention that entries have had of late."""
     place = z * size.WIDTH + index
-    attention = tl.load(memory.attention + place, mask=there, other=0.0)
     age = tl.load(memory.age + place, mask=there, other=1.0)
-    return load_keys(memory, z, index, there), load_values(memory, z, index, there), attention, age
+    return tl.load(memory.attention + place, mask=there, other=0.0) / age + LEAST_MASS
 
 
 @triton.jit
-def distances(x, y, metric):
-    """Squared distances between rows, each axis times its metric."""
-    mine, theirs = tl.sum(x * x * metric[None, :], 1), tl.sum(y * y * metric[None, :], 1)
-    both = mine[:, None] + theirs[None, :] - 2 * product(x * metric[None, :], tl.trans(y), tl.float32)
-    return tl.where(both < 0, 0.0, both)  # a NaN stays one
-
-
-@triton.jit
-def costs(mine, theirs, metric, centre):
-    """What joining costs [mine, theirs]; candidates as they are loaded."""
-    mass, other = mine[2] / mine[3] + LEAST_MASS, theirs[2] / theirs[3] + LEAST_MASS
-    off = mine[1] - centre[None, :]
-    off_other = theirs[1] - centre[None, :]
-    part = mass[:, None] / (mass[:, None] + other[None, :])
-    turn = distances(mine[0], theirs[0], metric)
-    apart = distances(mine[1], theirs[1], tl.zeros_like(centre) + 1)
-    lever = part * tl.sum(off * off, 1)[:, None] + (1 - part) * tl.sum(off_other * off_other, 1)[None, :]
-    lever -= part * (1 - part) * apart
-    mu = part * other[None, :]
-    return mu * mu * turn * (apart + turn * SECOND_ORDER * tl.where(lever < 0, 0.0, lever))
-
-
-@triton.jit
-def metric_of(memory, z, weight):
+def metric_of(memory, z, weight, column):
     """The queries' second moments, the same for the two axes of a rotary plane."""
-    column = tl.arange(0, memory.key.PADDED)
     there = column < memory.key.DIM
     square = tl.load(memory.square + z * memory.key.DIM + column, mask=there, other=0.0)
     if memory.key.DIM % 2 == 0:
@@ -220,24 +203,76 @@ def metric_of(memory, z, weight):
 
 
 @triton.jit
-def choose(memory, z, metric, centre, size):
+def costs(memory, z, mine, there, other, other_there, weight, size):
+    """What joining entries costs [mine, other]."""
+    turn = tl.zeros([mine.shape[0], other.shape[0]], tl.float32)
+    for start in range(0, memory.key.DIM, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        metric = metric_of(memory, z, weight, column)[None, :]
+        x, y = load_part(memory.key, z, mine, there, column), load_part(memory.key, z, other, other_there, column)
+        turn += tl.sum(x * x * metric, 1)[:, None] + tl.sum(y * y * metric, 1)[None, :]
+        turn -= 2 * product(x * metric, tl.trans(y), tl.float32)
+    alike = tl.zeros([mine.shape[0], other.shape[0]], tl.float32)
+    off = tl.zeros([mine.shape[0]], tl.float32)
+    other_off = tl.zeros([other.shape[0]], tl.float32)
+    for start in range(0, memory.value.DIM, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        place = memory.output + z * memory.value.DIM + column
+        centre = (tl.load(place, mask=column < memory.value.DIM, other=0.0) / weight)[None, :]
+        x = load_part(memory.value, z, mine, there, column) - centre
+        y = load_part(memory.value, z, other, other_there, column) - centre
+        off += tl.sum(x * x, 1)
+        other_off += tl.sum(y * y, 1)
+        alike += product(x, tl.trans(y), tl.float32)
+    mass, other_mass = masses(memory, z, mine, there, size)[:, None], masses(memory, z, other, other_there, size)[None, :]
+    part = mass / (mass + other_mass)
+    turn = tl.where(turn < 0, 0.0, turn)  # a NaN stays one
+    apart = off[:, None] + other_off[None, :] - 2 * alike
+    apart = tl.where(apart < 0, 0.0, apart)
+    lever = part * off[:, None] + (1 - part) * other_off[None, :] - part * (1 - part) * apart
+    mu = part * other_mass
+    return mu * mu * turn * (apart + turn * SECOND_ORDER * tl.where(lever < 0, 0.0, lever))
+
+
+@triton.jit
+def drives(memory, z, index, there, weight, size):
+    """b + u.k of entries, for the mean u of each query head [entries, query heads]."""
+    places, wanted = log_weights(memory, z, index, there, size)
+    drive = tl.load(places, mask=wanted, other=0.0)
+    for start in range(0, memory.key.DIM, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        mean = load_means(memory, z, weight, column, size)
+        drive += product(load_part(memory.key, z, index, there, column), tl.trans(mean), tl.float32)
+    return drive
+
+
+@triton.jit
+def load_means(memory, z, weight, column, size):
+    """Some columns of the mean query u of each query head [query heads, columns]."""
+    head = tl.arange(0, size.MANY if size.MANY > LEAST else LEAST)
+    place = (z * size.HEADS + head)[:, None] * memory.key.DIM + column[None, :]
+    wanted = (head < size.HEADS)[:, None] & (column < memory.key.DIM)[None, :]
+    return tl.load(memory.query + place, mask=wanted, other=0.0) / weight
+
+
+@triton.jit
+def choose(memory, z, weight, size):
     """The entries that join others [LEAST], CANDIDATES in places beyond a block: those whose joining costs least.
 
     The sums of the block are empty now; their places hold what joining costs meanwhile.
     """
     for first in range(0, size.CANDIDATES, size.TILE):
         index = first + tl.arange(0, size.TILE)
-        mine = load_candidates(memory, z, index, index < size.CANDIDATES, size)
+        there = index < size.CANDIDATES
         least = tl.full([size.TILE], float("inf"), tl.float32)
         for start in range(0, first + size.TILE, size.TILE):
             other = start + tl.arange(0, size.TILE)
-            theirs = load_candidates(memory, z, other, other < size.CANDIDATES, size)
+            cost = costs(memory, z, index, there, other, other < size.CANDIDATES, weight, size)
             earlier = (other[None, :] < index[:, None]) & (other >= SINKS)[None, :]
-            cost = costs(mine, theirs, metric, centre)
             least = tl.minimum(least, tl.min(tl.where(earlier, cost, float("inf")), 1))
         # as many as a block can always be chosen, whatever overflows
         least = tl.where(index > SINKS, tl.where(least < HIGHEST, least, HIGHEST), float("inf"))
-        tl.store(memory.block_attention + z * size.WIDTH + index, least, mask=index < size.CANDIDATES)
+        tl.store(memory.block_attention + z * size.WIDTH + index, least, mask=there)
     tl.debug_barrier()
     index = tl.arange(0, size.ALL)
     there = index < size.CANDIDATES
@@ -255,27 +290,23 @@ def choose(memory, z, metric, centre, size):
 
 
 @triton.jit
-def find_hosts(memory, z, gone, mean, metric, centre, size):
+def find_hosts(memory, z, gone, weight, size):
     """Which entries these join [LEAST], and the log mass of all candidates at the mean query, for each query head."""
     leaving = tl.arange(0, LEAST) < size.BLOCK
-    mine = load_candidates(memory, z, gone, leaving, size)
     nearest = tl.full([LEAST], float("inf"), tl.float32)
     into = tl.zeros([LEAST], tl.int32)
-    best = tl.full([mean.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([mean.shape[0]], tl.float32)
+    best = tl.full([size.MANY if size.MANY > LEAST else LEAST], float("-inf"), tl.float32)
+    total = tl.zeros([size.MANY if size.MANY > LEAST else LEAST], tl.float32)
     for first in range(0, size.CANDIDATES, size.TILE):
         index = first + tl.arange(0, size.TILE)
         there = index < size.CANDIDATES
-        theirs = load_candidates(memory, z, index, there, size)
+        cost = costs(memory, z, gone, leaving, index, there, weight, size)
         stays = tl.sum((gone[:, None] == index[None, :]).to(tl.int32), 0) == 0
-        cost = costs(mine, theirs, metric, centre)
         cost = tl.where((there & stays & (index >= SINKS))[None, :], cost, float("inf"))
         low, at = tl.min(cost, 1), tl.argmin(cost, 1) + first
         into = tl.where(low < nearest, at, into)
         nearest = tl.where(low < nearest, low, nearest)
-        places, wanted = log_weights(memory, z, index, there, size)
-        drive = tl.load(places, mask=wanted, other=0.0) + product(theirs[0], tl.trans(mean), tl.float32)
-        drive = tl.where(there[:, None], drive, float("-inf"))
+        drive = tl.where(there[:, None], drives(memory, z, index, there, weight, size), float("-inf"))
         high = tl.maximum(best, tl.max(drive, 0))
         total = total * tl.exp(best - high) + tl.sum(tl.exp(drive - high[None, :]), 0)
         best = high
@@ -336,7 +367,9 @@ def close_gaps(memory, z, gone, size):
         index = first + tl.arange(0, size.TILE)
         source = index + tl.sum((left[:, None] <= index[None, :]).to(tl.int32), 0)
         moved = (index < size.WIDTH - size.BLOCK) & (source > index)
-        keys, values, attention, age = load_candidates(memory, z, source, moved, size)
+        keys, values = load_keys(memory, z, source, moved), load_values(memory, z, source, moved)
+        attention = tl.load(memory.attention + z * size.WIDTH + source, mask=moved)
+        age = tl.load(memory.age + z * size.WIDTH + source, mask=moved)
         places, wanted = log_weights(memory, z, source, moved, size)
         weights = tl.load(places, mask=wanted)
         tl.debug_barrier()  # a tile's sources lie behind all earlier tiles
@@ -351,16 +384,9 @@ def close_gaps(memory, z, gone, size):
 @triton.jit
 def merge(memory, z, weight, size):
     """Let as many entries as a block has join others, and close the gaps; all room is taken before."""
-    column, columns = tl.arange(0, memory.key.PADDED), tl.arange(0, memory.value.PADDED)
-    head = tl.arange(0, size.MANY if size.MANY > LEAST else LEAST)
-    place = (z * size.HEADS + head)[:, None] * memory.key.DIM + column[None, :]
-    wanted = (head < size.HEADS)[:, None] & (column < memory.key.DIM)[None, :]
-    mean = tl.load(memory.query + place, mask=wanted, other=0.0) / weight
-    place = z * memory.value.DIM + columns
-    centre = tl.load(memory.output + place, mask=columns < memory.value.DIM, other=0.0) / weight
-    metric = metric_of(memory, z, weight)
-    gone = choose(memory, z, metric, centre, size)
-    into, mass = find_hosts(memory, z, gone, mean, metric, centre, size)
+    gone = choose(memory, z, weight, size)
+    into, mass = find_hosts(memory, z, gone, weight, size)
+    mean = load_means(memory, z, weight, tl.arange(0, memory.key.PADDED), size)
     rank = tl.arange(0, LEAST)
     for number in range(size.BLOCK):
         one = rank == number
@@ -510,11 +536,10 @@ def _flat_rows(x: Tensor) -> Any:
 def _sizes(entries: int, newest: int, groups: int, count: int, widest: int) -> Sizes:
     block = block_of(entries)
     many = power_of_2(groups, least=1)
-    tokens = 1 if count == 1 else max(min(block, QUERIES // many), 1)
+    tokens = 1 if count == 1 else max(min(block, min(QUERIES, NUMBERS // power_of_2(widest)) // many), 1)
     candidates = entries - max(newest - block, 0)
     fast, slow = (1 - FORGETTING / entries) ** block, QUERY_DECAY**block
     many = max(many, LEAST.value // tokens)
-    tile = min(TILE, NUMBERS // power_of_2(widest))
     return Sizes(
-        *map(tl.constexpr, (entries, candidates, block, fast, slow, groups, many, tokens, tile, power_of_2(candidates)))
+        *map(tl.constexpr, (entries, candidates, block, fast, slow, groups, many, tokens, TILE, power_of_2(candidates)))
     )
