@@ -9,7 +9,6 @@ have a fixed order. There are no gradients here: those are `ops.streaming`'s.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -24,11 +23,11 @@ from astroattn.ops.kernels.streaming_merge import (
     LEAST,
     Sizes,
     end_block,
-    entry_part,
-    load_part,
+    load_keys,
     load_values,
     log_weights,
     merge,
+    store_entries,
 )
 from astroattn.ops.rows import dense_rows
 from astroattn.ops.streaming import ENTRIES, FORGETTING, QUERY_DECAY, Memory, block_of
@@ -53,8 +52,7 @@ def insert(key, value, memory, b, h, z, done, stored, take, size):
     there = token < take
     keys = load_rows(key, start_of(key, b, h), done + token, there)
     values = load_rows(value, start_of(value, b, h), done + token, there)
-    store_rows(memory.key, start_of(memory.key, 0, z), stored + token, there, keys)
-    store_rows(memory.value, start_of(memory.value, 0, z), stored + token, there, values)
+    store_entries(memory, z, stored + token, there, keys, values, size)
     place = z * size.WIDTH + stored + token
     zero = tl.zeros([size.TOKENS], tl.float32)
     tl.store(memory.attention + place, zero, mask=there)
@@ -73,9 +71,9 @@ def logits_of(query, start, token, real, memory, z, index, last, end, size):
     logits = tl.load(memory.log_weight + place, mask=there[None, :] & (head < size.HEADS)[:, None], other=0.0)
     for first in range(0, query.DIM, size.COLUMNS):
         column = first + tl.arange(0, size.COLUMNS)
-        q = load_part(query, start, token, real, column)
-        k = entry_part(memory.key, z, index, there, column)
-        logits += product(q, tl.trans(k), tl.float32)
+        place = start + token.to(tl.int64)[:, None] * query.row + column[None, :]
+        q = tl.load(place, mask=real[:, None] & (column < query.DIM)[None, :], other=0.0).to(tl.float32)
+        logits += product(q, tl.trans(load_keys(memory, z, index, there, column, size)), tl.float32)
     return tl.where(there[None, :] & (index[None, :] <= last[:, None]), logits, float("-inf"))
 
 
@@ -99,12 +97,13 @@ def read(query, memory, out, log_p, b, h, z, done, stored, take, count, size):
     log = best + tl.log(total)
     tl.store(log_p + (z * size.HEADS + head) * count + done + token, log, mask=real)
 
-    o = tl.zeros([size.MANY * size.TOKENS, memory.value.PADDED], tl.float32)
+    o = tl.zeros([size.MANY * size.TOKENS, size.VALUE_PADDED], tl.float32)
     for first in range(0, end, size.TILE):
         index = first + tl.arange(0, size.TILE)
         logits = logits_of(query, start, done + token, real, memory, z, index, last, end, size)
         shares = tl.where(real[:, None], tl.exp(logits - log[:, None]), 0.0)
-        o += product(shares, load_values(memory, z, index, index < end), tl.float32)
+        values = load_values(memory, z, index, index < end, tl.arange(0, size.VALUE_PADDED), size)
+        o += product(shares, values, tl.float32)
         add_to(memory.block_attention, z * size.WIDTH + index, index < end, tl.sum(shares, 0) / size.HEADS)
     to = out.data + b * out.batch + (h * size.HEADS + head) * out.head
     store_rows(out, to[:, None], done + token, real, o)
@@ -202,10 +201,9 @@ def stream_in_place(
     if lengths is not None:
         out.zero_()
         log_p.fill_(-torch.inf)
-    state = buffers._replace(key=_flat_rows(buffers.key), value=_flat_rows(buffers.value))
     stream_kernel[(batch * heads,)](
-        *(*map(rows_of, (query, key, value)), state, rows_of(out), log_p, lengths, count, heads),
-        _sizes(buffers.key.shape[2], newest, groups, count, widest),
+        *(*map(rows_of, (query, key, value)), buffers, rows_of(out), log_p, lengths, count, heads),
+        _sizes(buffers.key.shape[2], newest, groups, count, query.shape[-1], value.shape[-1]),
         num_warps=8,
         num_stages=1,  # what is loaded ahead may have been stored since
     )
@@ -259,14 +257,9 @@ def _counts_after(counts: Tensor, lengths: Tensor | int, entries: int) -> Tensor
     return torch.stack([whole + rest, rest, seen + lengths], 1)
 
 
-def _flat_rows(x: Tensor) -> Any:
-    """Of contiguous buffers [B, H, W, D], as one batch of B H heads."""
-    return rows_of(x.flatten(0, 1)[None])
-
-
 @cache
-def _sizes(entries: int, newest: int, groups: int, count: int, widest: int) -> Sizes:
-    block, widest = block_of(entries), power_of_2(widest)
+def _sizes(entries: int, newest: int, groups: int, count: int, dim: int, dv: int) -> Sizes:
+    block, widest = block_of(entries), power_of_2(max(dim, dv))
     many, candidates = power_of_2(groups, least=1), entries - max(newest - block, 0)
     tokens = 1 if count == 1 else max(min(block, min(QUERIES, NUMBERS // widest) // many), 1)
     sizes = Sizes(
@@ -275,6 +268,10 @@ def _sizes(entries: int, newest: int, groups: int, count: int, widest: int) -> S
         BLOCK=block,
         FAST=(1 - FORGETTING / entries) ** block,
         SLOW=QUERY_DECAY**block,
+        DIM=dim,
+        PADDED=power_of_2(dim),
+        VALUE_DIM=dv,
+        VALUE_PADDED=power_of_2(dv),
         HEADS=groups,
         MANY=max(many, LEAST.value // tokens),
         MEANS=max(many, LEAST.value),

@@ -1,9 +1,8 @@
 """Triton: what a streaming memory does at the end of a block (`kernels.streaming` launches it).
 
 A block's sums go into the running means; where all room is taken, some entries join others and the gaps are closed. The
-entries of a sequence and key head, z, lie in buffers of fixed size; their keys and values are those of one batch with
-as many heads as there are z. What is stored is read by other threads, hence the barriers; and where several
-threads hold the same number, none may store it before all have read it.
+entries of a sequence and key head, z, lie in buffers of fixed size. What is stored is read by other threads, hence the
+barriers; and where several threads hold the same number, none may store it before all have read it.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ import triton
 import triton.language as tl
 
 from astroattn.ops import streaming
-from astroattn.ops.kernels.causal_forward import start_of
 from astroattn.ops.kernels.features import product
-from astroattn.ops.kernels.rows import load_rows, store_rows
 
 SINKS = tl.constexpr(streaming.SINKS)
 SECOND_ORDER = tl.constexpr(streaming.SECOND_ORDER)
@@ -34,6 +31,10 @@ class Sizes(NamedTuple):
     BLOCK: Any
     FAST: Any  # what is left, after a block, of the attention an entry has had
     SLOW: Any  # and of the statistics of queries and outputs
+    DIM: Any  # of keys
+    PADDED: Any  # DIM, a power of two
+    VALUE_DIM: Any
+    VALUE_PADDED: Any
     HEADS: Any  # query heads of a key head
     MANY: Any  # HEADS, a power of two, so that with TOKENS a product has rows enough
     MEANS: Any  # HEADS, a power of two, 16 or more
@@ -44,25 +45,30 @@ class Sizes(NamedTuple):
 
 
 @triton.jit
-def load_part(x, start, index, there, column):
-    """Some columns of rows that begin at `start`, float32."""
-    place = start + index.to(tl.int64)[:, None] * x.row + column[None, :]
-    return tl.load(place, mask=there[:, None] & (column < x.DIM)[None, :], other=0.0).to(tl.float32)
+def place_rows(x, z, index, there, column, DIM: tl.constexpr, size):
+    """Where columns of the keys or values of entries lie, and which of them there are."""
+    place = x + (z * size.WIDTH + index)[:, None] * DIM + column[None, :]
+    return place, there[:, None] & (column < DIM)[None, :]
 
 
 @triton.jit
-def entry_part(x, z, index, there, column):
-    return load_part(x, start_of(x, 0, z), index, there, column)
+def load_keys(memory, z, index, there, column, size):
+    place, wanted = place_rows(memory.key, z, index, there, column, size.DIM, size)
+    return tl.load(place, mask=wanted, other=0.0)
 
 
 @triton.jit
-def load_keys(memory, z, index, there):
-    return load_rows(memory.key, start_of(memory.key, 0, z), index, there)
+def load_values(memory, z, index, there, column, size):
+    place, wanted = place_rows(memory.value, z, index, there, column, size.VALUE_DIM, size)
+    return tl.load(place, mask=wanted, other=0.0)
 
 
 @triton.jit
-def load_values(memory, z, index, there):
-    return load_rows(memory.value, start_of(memory.value, 0, z), index, there)
+def store_entries(memory, z, index, there, keys, values, size):
+    place, wanted = place_rows(memory.key, z, index, there, tl.arange(0, size.PADDED), size.DIM, size)
+    tl.store(place, keys.to(tl.float32), mask=wanted)
+    place, wanted = place_rows(memory.value, z, index, there, tl.arange(0, size.VALUE_PADDED), size.VALUE_DIM, size)
+    tl.store(place, values.to(tl.float32), mask=wanted)
 
 
 @triton.jit
@@ -93,15 +99,15 @@ def end_block(memory, z, size):
         age = tl.load(memory.age + place, mask=there, other=0.0)
         tl.debug_barrier()
         tl.store(memory.age + place, age * size.FAST + (1 - size.FAST), mask=there)
-    column, head = tl.arange(0, memory.key.PADDED), tl.arange(0, size.MANY)
-    there = column < memory.key.DIM
-    place = (z * size.HEADS + head)[:, None] * memory.key.DIM + column[None, :]
+    column, head = tl.arange(0, size.PADDED), tl.arange(0, size.MANY)
+    there = column < size.DIM
+    place = (z * size.HEADS + head)[:, None] * size.DIM + column[None, :]
     wanted = (head < size.HEADS)[:, None] & there[None, :]
     fold(memory.query, memory.block_query, place, wanted, size.SLOW, size.BLOCK)
-    fold(memory.square, memory.block_square, z * memory.key.DIM + column, there, size.SLOW, size.BLOCK)
-    column = tl.arange(0, memory.value.PADDED)
-    there = column < memory.value.DIM
-    fold(memory.output, memory.block_output, z * memory.value.DIM + column, there, size.SLOW, size.BLOCK)
+    fold(memory.square, memory.block_square, z * size.DIM + column, there, size.SLOW, size.BLOCK)
+    column = tl.arange(0, size.VALUE_PADDED)
+    there = column < size.VALUE_DIM
+    fold(memory.output, memory.block_output, z * size.VALUE_DIM + column, there, size.SLOW, size.BLOCK)
 
 
 @triton.jit
@@ -113,13 +119,13 @@ def masses(memory, z, index, there, size):
 
 
 @triton.jit
-def metric_of(memory, z, weight, column):
+def metric_of(memory, z, weight, column, size):
     """The queries' second moments, the same for the two axes of a rotary plane."""
-    there = column < memory.key.DIM
-    square = tl.load(memory.square + z * memory.key.DIM + column, mask=there, other=0.0)
-    if memory.key.DIM % 2 == 0:
-        twin = (column + memory.key.DIM // 2) % memory.key.DIM
-        square = 0.5 * (square + tl.load(memory.square + z * memory.key.DIM + twin, mask=there, other=0.0))
+    there = column < size.DIM
+    square = tl.load(memory.square + z * size.DIM + column, mask=there, other=0.0)
+    if size.DIM % 2 == 0:
+        twin = (column + size.DIM // 2) % size.DIM
+        square = 0.5 * (square + tl.load(memory.square + z * size.DIM + twin, mask=there, other=0.0))
     return square / weight
 
 
@@ -127,22 +133,22 @@ def metric_of(memory, z, weight, column):
 def costs(memory, z, mine, there, other, other_there, weight, size):
     """What joining entries costs [mine, other]."""
     turn = tl.zeros([mine.shape[0], other.shape[0]], tl.float32)
-    for start in range(0, memory.key.DIM, size.COLUMNS):
+    for start in range(0, size.DIM, size.COLUMNS):
         column = start + tl.arange(0, size.COLUMNS)
-        metric = metric_of(memory, z, weight, column)[None, :]
-        x = entry_part(memory.key, z, mine, there, column)
-        y = entry_part(memory.key, z, other, other_there, column)
+        metric = metric_of(memory, z, weight, column, size)[None, :]
+        x = load_keys(memory, z, mine, there, column, size)
+        y = load_keys(memory, z, other, other_there, column, size)
         turn += tl.sum(x * x * metric, 1)[:, None] + tl.sum(y * y * metric, 1)[None, :]
         turn -= 2 * product(x * metric, tl.trans(y), tl.float32)
     alike = tl.zeros([mine.shape[0], other.shape[0]], tl.float32)
     off = tl.zeros([mine.shape[0]], tl.float32)
     other_off = tl.zeros([other.shape[0]], tl.float32)
-    for start in range(0, memory.value.DIM, size.COLUMNS):
+    for start in range(0, size.VALUE_DIM, size.COLUMNS):
         column = start + tl.arange(0, size.COLUMNS)
-        place = memory.output + z * memory.value.DIM + column
-        centre = (tl.load(place, mask=column < memory.value.DIM, other=0.0) / weight)[None, :]
-        x = entry_part(memory.value, z, mine, there, column) - centre
-        y = entry_part(memory.value, z, other, other_there, column) - centre
+        place = memory.output + z * size.VALUE_DIM + column
+        centre = (tl.load(place, mask=column < size.VALUE_DIM, other=0.0) / weight)[None, :]
+        x = load_values(memory, z, mine, there, column, size) - centre
+        y = load_values(memory, z, other, other_there, column, size) - centre
         off += tl.sum(x * x, 1)
         other_off += tl.sum(y * y, 1)
         alike += product(x, tl.trans(y), tl.float32)
@@ -162,10 +168,10 @@ def drives(memory, z, index, there, weight, size):
     """b + u.k of entries, for the mean u of each query head [entries, query heads]."""
     places, wanted = log_weights(memory, z, index, there, size)
     drive = tl.load(places, mask=wanted, other=0.0)
-    for start in range(0, memory.key.DIM, size.COLUMNS):
+    for start in range(0, size.DIM, size.COLUMNS):
         column = start + tl.arange(0, size.COLUMNS)
         mean = load_means(memory, z, weight, column, size)
-        drive += product(entry_part(memory.key, z, index, there, column), tl.trans(mean), tl.float32)
+        drive += product(load_keys(memory, z, index, there, column, size), tl.trans(mean), tl.float32)
     return drive
 
 
@@ -173,8 +179,8 @@ def drives(memory, z, index, there, weight, size):
 def load_means(memory, z, weight, column, size):
     """Some columns of the mean query u of each query head [query heads, columns]."""
     head = tl.arange(0, size.MEANS)
-    place = (z * size.HEADS + head)[:, None] * memory.key.DIM + column[None, :]
-    wanted = (head < size.HEADS)[:, None] & (column < memory.key.DIM)[None, :]
+    place = (z * size.HEADS + head)[:, None] * size.DIM + column[None, :]
+    wanted = (head < size.HEADS)[:, None] & (column < size.DIM)[None, :]
     return tl.load(memory.query + place, mask=wanted, other=0.0) / weight
 
 
@@ -245,12 +251,12 @@ def log_sum(x, y):
 @triton.jit
 def load_entry(memory, z, index, mean, size):
     """Key, value, b + u.k for each query head u, attention and age of an entry."""
-    head, column = tl.arange(0, mean.shape[0]), tl.arange(0, memory.key.PADDED)
+    head, column = tl.arange(0, mean.shape[0]), tl.arange(0, size.PADDED)
     place = (z * size.WIDTH + index).to(tl.int64)
-    key = tl.load(memory.key.data + place * memory.key.DIM + column, mask=column < memory.key.DIM, other=0.0)
+    key = tl.load(memory.key + place * size.DIM + column, mask=column < size.DIM, other=0.0)
     b = tl.load(memory.log_weight + place * size.HEADS + head, mask=head < size.HEADS, other=0.0)
-    column = tl.arange(0, memory.value.PADDED)
-    value = tl.load(memory.value.data + place * memory.value.DIM + column, mask=column < memory.value.DIM, other=0.0)
+    column = tl.arange(0, size.VALUE_PADDED)
+    value = tl.load(memory.value + place * size.VALUE_DIM + column, mask=column < size.VALUE_DIM, other=0.0)
     drive = b + tl.sum(mean * key[None, :], 1)
     return key, value, drive, tl.load(memory.attention + place), tl.load(memory.age + place)
 
@@ -260,7 +266,7 @@ def join(memory, z, gone, into, mean, mass, size):
     """Let one entry join another; where several join the same one, they do so one after the other."""
     key, value, drive, attention, age = load_entry(memory, z, gone, mean, size)
     host_key, host_value, host_drive, host_attention, host_age = load_entry(memory, z, into, mean, size)
-    head, column = tl.arange(0, mean.shape[0]), tl.arange(0, memory.key.PADDED)
+    head, column = tl.arange(0, mean.shape[0]), tl.arange(0, size.PADDED)
     # the heads share keys and values: an entry's part in theirs is the mean of its part in each head's mass
     part = tl.where(head < size.HEADS, drive - mass, float("-inf"))
     host_part = tl.where(head < size.HEADS, host_drive - mass, float("-inf"))
@@ -272,10 +278,10 @@ def join(memory, z, gone, into, mean, mass, size):
     b = log_sum(drive, host_drive) - tl.sum(mean * key[None, :], 1)
     tl.debug_barrier()  # all threads have read what is stored now
     place = (z * size.WIDTH + into).to(tl.int64)
-    tl.store(memory.key.data + place * memory.key.DIM + column, key, mask=column < memory.key.DIM)
+    tl.store(memory.key + place * size.DIM + column, key, mask=column < size.DIM)
     tl.store(memory.log_weight + place * size.HEADS + head, b, mask=head < size.HEADS)
-    column = tl.arange(0, memory.value.PADDED)
-    tl.store(memory.value.data + place * memory.value.DIM + column, value, mask=column < memory.value.DIM)
+    column = tl.arange(0, size.VALUE_PADDED)
+    tl.store(memory.value + place * size.VALUE_DIM + column, value, mask=column < size.VALUE_DIM)
     tl.store(memory.attention + place, attention + host_attention)
     tl.store(memory.age + place, tl.maximum(age, host_age))
     tl.debug_barrier()
@@ -290,14 +296,14 @@ def close_gaps(memory, z, gone, size):
         index = first + tl.arange(0, size.TILE)
         source = index + tl.sum((left[:, None] <= index[None, :]).to(tl.int32), 0)
         moved = (index < size.WIDTH - size.BLOCK) & (source > index)
-        keys, values = load_keys(memory, z, source, moved), load_values(memory, z, source, moved)
+        keys = load_keys(memory, z, source, moved, tl.arange(0, size.PADDED), size)
+        values = load_values(memory, z, source, moved, tl.arange(0, size.VALUE_PADDED), size)
         attention = tl.load(memory.attention + z * size.WIDTH + source, mask=moved)
         age = tl.load(memory.age + z * size.WIDTH + source, mask=moved)
         places, wanted = log_weights(memory, z, source, moved, size)
         weights = tl.load(places, mask=wanted)
         tl.debug_barrier()  # a tile's sources lie behind all earlier tiles
-        store_rows(memory.key, start_of(memory.key, 0, z), index, moved, keys)
-        store_rows(memory.value, start_of(memory.value, 0, z), index, moved, values)
+        store_entries(memory, z, index, moved, keys, values, size)
         tl.store(memory.attention + z * size.WIDTH + index, attention, mask=moved)
         tl.store(memory.age + z * size.WIDTH + index, age, mask=moved)
         places, wanted = log_weights(memory, z, index, moved, size)
@@ -309,7 +315,7 @@ def merge(memory, z, weight, size):
     """Let as many entries as a block has join others, and close the gaps; all room is taken before."""
     gone = choose(memory, z, weight, size)
     into, mass = find_hosts(memory, z, gone, weight, size)
-    mean = load_means(memory, z, weight, tl.arange(0, memory.key.PADDED), size)
+    mean = load_means(memory, z, weight, tl.arange(0, size.PADDED), size)
     rank = tl.arange(0, LEAST)
     for number in range(size.BLOCK):
         one = rank == number
