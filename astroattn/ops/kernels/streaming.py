@@ -71,8 +71,8 @@ def logits_of(query, start, token, real, memory, z, index, last, end, size):
     logits = tl.load(memory.log_weight + place, mask=there[None, :] & (head < size.HEADS)[:, None], other=0.0)
     for first in range(0, query.DIM, size.COLUMNS):
         column = first + tl.arange(0, size.COLUMNS)
-        place = start + token.to(tl.int64)[:, None] * query.row + column[None, :]
-        q = tl.load(place, mask=real[:, None] & (column < query.DIM)[None, :], other=0.0).to(tl.float32)
+        at = start + token.to(tl.int64)[:, None] * query.row + column[None, :]
+        q = tl.load(at, mask=real[:, None] & (column < query.DIM)[None, :], other=0.0).to(tl.float32)
         logits += product(q, tl.trans(load_keys(memory, z, index, there, column, size)), tl.float32)
     return tl.where(there[None, :] & (index[None, :] <= last[:, None]), logits, float("-inf"))
 
