@@ -43,6 +43,7 @@ STAGES = {
     "near + far kernels": Stage((*TESTS, "tests/test_kernels_near_far.py"), 90),
     "static kernels": Stage((*TESTS, "tests/test_kernels_static.py"), 90),
     "causal kernels": Stage((*TESTS, "tests/test_kernels_causal.py"), 90),
+    "streaming kernels": Stage((*TESTS, "tests/test_kernels_streaming.py"), 90),
     "operators": Stage((*TESTS, "tests/test_library.py"), 90),
     "attention to 4,096": Stage((*BENCHMARK, "--only", "attention", "--limit", "4096"), 90, measures=True),
     "attention to 65,536": Stage((*BENCHMARK, "--only", "attention", "--limit", "65536"), 120, measures=True),

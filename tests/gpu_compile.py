@@ -110,7 +110,34 @@ def near_far(dim: int, dtype: str, *, num_hidden: int = 64, tile: int = 64) -> N
     near_far_forward(q, k, v, None, budget, dim**-0.5)
 
 
-SOURCES: list[Callable[[], Iterator[tuple[str, Case]]]] = [causal_cases, near_far_cases, static_cases]
+def streaming_cases() -> Iterator[tuple[str, Case]]:
+    """The streaming memory: the step of one token, and many tokens."""
+    for count in (1, 512):
+        for dim in (64, 128, 256):
+            yield f"streaming D={dim} entries=128 N={count}", partial(streaming, dim, 128, 4, count)
+        yield (
+            f"streaming D=80 entries=32 heads=1 bfloat16 mask N={count}",
+            partial(streaming, 80, 32, 1, count, "bfloat16", masked=True),
+        )
+        yield f"streaming D=64 entries=1024 heads=71 N={count}", partial(streaming, 64, 1024, 71, count)
+
+
+def streaming(dim: int, entries: int, groups: int, count: int, dtype: str = "float32", *, masked: bool = False) -> None:
+    from astroattn.ops.kernels.streaming import open_memory, stream_in_place
+    from astroattn.ops.streaming import empty_memory
+
+    shapes = ((groups, count), (count,), (count,))
+    tokens = [torch.zeros(1, 8, *shape, dim, dtype=getattr(torch, dtype)) for shape in shapes]
+    lengths = torch.tensor([count]) if masked else None
+    stream_in_place(*tokens, open_memory(empty_memory(*tokens), entries), entries // 2, lengths)
+
+
+SOURCES: list[Callable[[], Iterator[tuple[str, Case]]]] = [
+    causal_cases,
+    near_far_cases,
+    static_cases,
+    streaming_cases,
+]
 
 
 def cases(*parts: str) -> dict[str, Case]:

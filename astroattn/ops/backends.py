@@ -23,6 +23,7 @@ MODULES = {
     ("triton", "linear"): "astroattn.ops.kernels.static",
     ("triton", "causal"): "astroattn.ops.kernels.causal",
     ("triton", "step"): "astroattn.ops.kernels.causal_step",
+    ("triton", "streaming"): "astroattn.ops.kernels.streaming",
     ("native", "near_far"): "astroattn.ops.native.near_far",
     ("native", "linear"): "astroattn.ops.native.linear",
     ("native", "streaming"): "astroattn.ops.native.streaming",
