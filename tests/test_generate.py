@@ -15,12 +15,13 @@ import transformers as t
 from scripts import run
 from torch import Tensor
 
-from eval.generate import copying, distance, loss, recall, speed
+from astroattn import Plan, patched
+from eval.generate import copying, distance, loss, plans, recall, speed
 from eval.generate.__main__ import TASKS, main
 from eval.generate.caches import NAMES, SCORES, Entries, attend
 from eval.generate.figure import plot
 from eval.generate.page import FORMATS, MISSING, fill, load_results
-from eval.generate.reading import ORIGINAL, OURS, UNREAD, lose, predict, read
+from eval.generate.reading import ORIGINAL, OURS, PLANNED, UNREAD, lose, predict, read
 from eval.generate.subjects import Subject
 
 PAGE = Path(__file__).parent.parent / "docs" / "generation.md"
@@ -36,7 +37,9 @@ def subject() -> Subject:
     config = t.LlamaConfig(**sizes, vocab_size=99, intermediate_size=64, initializer_range=0.3)
     texts = [torch.randint(5, 99, (1, 120), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     model = t.LlamaForCausalLM(config).eval()
-    return Subject("tiny", model, texts, 60, (32,), {}, lambda text: [5 + ord(letter) % 94 for letter in text])
+    return Subject(
+        "tiny", model, texts, 60, (32,), {}, lambda: texts, lambda text: [5 + ord(letter) % 94 for letter in text]
+    )
 
 
 def assert_drawn(task: str, rows: list[dict[str, Any]], lines: int) -> None:
@@ -112,6 +115,25 @@ def test_rows_have_every_cache_and_the_model_is_left_as_it_was() -> None:
     # the axis is logarithmic, and an untrained model may lose less than nothing
     assert_drawn("loss", [row | {"nats above": abs(row["nats above"])} for row in rows], len(NAMES) + 1)
     assert FORMATS["loss"](rows).count("\n") == len(NAMES) + 2
+
+
+def test_a_planned_memory_is_that_of_its_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = subject()
+    batches = [torch.randint(5, 99, (4, 50), generator=torch.Generator().manual_seed(3))]
+    monkeypatch.setattr(plans, "FOLDER", tmp_path)
+    monkeypatch.setattr(plans, "LOADERS", {"tiny": lambda: dataclasses.replace(mine, samples=lambda: list(batches))})
+    with pytest.raises(ValueError, match="cannot read it"):
+        read(mine, PLANNED, 40, mine.texts)
+    result = run(plans.main, "--entries", "40", "--folder", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    plan = Plan.load(tmp_path / "tiny_40.json")
+    assert plan.entries is not None
+    assert 32 < plan.entries <= 40
+    with patched(mine.model, plan), torch.no_grad():
+        expected = [mine.model.base_model(text, use_cache=False).last_hidden_state[0] for text in mine.texts]
+    found, alike = read(mine, PLANNED, 40, mine.texts), read(mine, OURS, 40, mine.texts)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found[0], alike[0])
 
 
 def test_a_long_text_is_read_once_for_all_lengths() -> None:

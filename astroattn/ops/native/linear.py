@@ -81,7 +81,7 @@ def linear_attention_forward(
     weight, phase, key_mask = _constants(weight, phase, key_mask)
     problem = _describe(query, key, value, out, weight, activation, scale_root)
     tensors = (query, key, value, weight, phase, key_mask, out, log_p, kv_state, z_state, top)
-    run("astroattn_linear", problem, _Tensors(*pointers(*tensors)))
+    run("linear", problem, _Tensors(*pointers(*tensors)))
     return out, log_p, kv_state, z_state, top
 
 
@@ -118,7 +118,7 @@ def linear_attention_backward(
     problem = _describe(query, key, value, out, weight, activation, scale_root)
     tensors = (query, key, value, weight, phase, key_mask, out, log_p, kv_state, z_state, top)
     gradients = _Gradients(*pointers(d_out, d_log_p, *grads, d_weight), *strides(d_out, *grads))
-    run("astroattn_linear_backward", problem, _Tensors(*pointers(*tensors)), gradients)
+    run("linear_backward", problem, _Tensors(*pointers(*tensors)), gradients)
     return *grads, None if d_weight is None else d_weight.to(dtype)
 
 

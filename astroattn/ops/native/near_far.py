@@ -75,7 +75,7 @@ def near_far_forward(
     problem = _describe(query, key, value, out, budget, most, scale)
     curve = None if budget.grid is None else _curve(*budget.grid)
     tensors = query, key, value, lengths, layouts, curve, out, log_p, order, winners, mass, keys
-    run("astroattn_near_far", problem, _Tensors(*pointers(*tensors)))
+    run("near_far", problem, _Tensors(*pointers(*tensors)))
     return out, log_p, order, winners, mass, keys
 
 
@@ -107,7 +107,7 @@ def near_far_backward(
     problem = _describe(query, key, value, out, budget, keys.shape[-1], scale)
     tensors = _Tensors(*pointers(query, key, value, lengths, layouts, None, out, log_p, order, winners, mass, keys))
     gradients = _Gradients(*pointers(d_out, d_log_p, *grads), *strides(d_out, *grads))
-    run("astroattn_near_far_backward", problem, tensors, gradients)
+    run("near_far_backward", problem, tensors, gradients)
     return grads
 
 

@@ -72,7 +72,7 @@ def stream(
         *((1 - FORGETTING / entries) ** block, QUERY_DECAY**block, SECOND_ORDER, LEAST_MASS),
     )
     tensors = (query, key, value, out, log_p, lengths, *before, *after)
-    run("astroattn_stream", problem, _Tensors(*pointers(*tensors)))
+    run("stream", problem, _Tensors(*pointers(*tensors)))
     return out.unflatten(1, (heads, groups)), log_p, after
 
 
