@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.ops import streaming as plain
 from astroattn.ops.streaming import ENTRIES, Memory, empty_memory
 
@@ -243,3 +244,17 @@ def test_in_the_sizes_of_real_models(dim: int, groups: int) -> None:
     assert errors[0] <= 1.02 * errors[1]
     constant = stream(*tokens._replace(value=torch.ones_like(tokens.value)), empty_memory(*tokens), 128, 64)[0]
     torch.testing.assert_close(constant, torch.ones_like(constant), rtol=2e-5, atol=2e-5)
+
+
+def test_a_module_takes_the_backend_that_it_is_told(device: str) -> None:
+    tokens = draw(device, 45, heads=2, groups=2)
+    query, key, value = tokens.query.flatten(1, 2), tokens.key, tokens.value
+    config = AstroConfig(hidden="streaming", entries=32, backend="triton")
+    core = AstrocyteAttention(4, 8, config)
+    with torch.no_grad():
+        expected = AstrocyteAttention(4, 8, AstroConfig(hidden="streaming", entries=32))(
+            query.double(), key.double(), value.double(), causal=True
+        )
+        first, memory = core.decode(query[:, :, :40], key[:, :, :40], value[:, :, :40])
+        rest, _ = core.decode(query[:, :, 40:], key[:, :, 40:], value[:, :, 40:], memory)
+    torch.testing.assert_close(torch.cat([first, rest], 2).double(), expected, rtol=2e-5, atol=2e-5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -261,5 +263,15 @@ def test_without_a_build_the_reason_is_given(tmp_path: Path, monkeypatch: pytest
     assert "astroattn.ops.native.build" in library.refusal(torch.float32)
     (tmp_path / "kernels_default.so").write_bytes(b"not a library")
     assert "cannot be loaded" in library.refusal(torch.float32)
+    cc = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if cc is not None:  # a build of before the kernels had this function
+        source = tmp_path / "old.c"
+        source.write_text("int astroattn_near_far(void) { return 0; }")
+        old = tmp_path / "old"
+        old.mkdir()
+        subprocess.run([cc, "-shared", "-fPIC", "-o", str(old / "kernels_default.so"), str(source)], check=True)
+        monkeypatch.setattr(library, "FOLDER", old)
+        assert "of an older version" in library.refusal(torch.float32)
+        monkeypatch.setattr(library, "FOLDER", tmp_path)
     with pytest.raises(RuntimeError, match="cannot be loaded"):
         forward(draw(50, 16, 16), None, {"exact_keys": 8})
