@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import astroattn
 from astroattn import AstroConfig, Plan
@@ -34,6 +41,24 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     core.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(bert: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A decoder with the tokenizer of `bert`."""
+    folder = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    LlamaForCausalLM(LlamaConfig(vocab_size=28, initializer_range=0.3, **sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def long_texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("texts") / "long.txt"
+    letters = np.random.default_rng(1).choice(list("abcdefghij"), (12, 60))
+    path.write_text("\n".join(" ".join(line) for line in letters))
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +178,21 @@ def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in text
     assert "cpu kernels" in text
     assert "encoder.layer.1.attention.self" in text
+
+
+def test_a_decoder_is_calibrated_and_compared(
+    llama: str, long_texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, result = tmp_path / "plan.json", tmp_path / "result.json"
+    assert run("calibrate", llama, "--data", long_texts, "--entries", "40", "--out", str(plan)) == 0
+    assert "entries in the mean" in capsys.readouterr().out
+    found = Plan.load(plan)
+    assert found.entries is not None
+    assert 32 < found.entries <= 40
+    assert run("compare", llama, "--data", long_texts, "--plan", str(plan), "--json", str(result)) == 0
+    assert json.loads(result.read_text())
+    assert run("calibrate", llama, "--data", long_texts, "--entries", "4", "--out", str(plan)) == 2
+    assert "entries: 4; a streaming memory has at least 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

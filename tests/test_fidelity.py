@@ -23,9 +23,11 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
-from astroattn import AstroConfig, AstrocyteAttention
+from astroattn import AstroConfig, AstrocyteAttention, Plan
 from astroattn.fidelity import Fidelity, Value, compare, control_configs, metrics
 from astroattn.fidelity.calls import find_astrocytes
 from astroattn.fidelity.resources import measure_memory
@@ -229,6 +231,25 @@ def test_controls_stand_beside_every_result() -> None:
     assert all(name in text for name in CONTROLS)
     with pytest.raises(KeyError, match="'spearman' was not measured"):
         result.value("spearman")
+
+
+def test_a_decoder_with_streaming_memories_is_compared_without_a_cache() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": 28}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    model = LlamaForCausalLM(config).eval()
+    batches = [{"input_ids": torch.randint(0, 28, (4, 60))}]
+    memory = AstroConfig(hidden="streaming", entries=32)
+    plan = Plan(model="", modules={f"model.layers.{layer}.self_attn": (memory,) * 4 for layer in range(2)})
+    for choice in (memory, plan):
+        result = compare(model, batches, choice, progress=False)
+        assert list(result.rows) == ["original", "patched", "uniform", "newest and mean", "random"]
+        assert result.rows["patched"].values["positions"].value == 32
+        assert result.rows["newest and mean"].values["positions"].value == 33
+        errors = {title: row.values["kl"].value for title, row in result.rows.items() if title != "original"}
+        assert errors["patched"] == min(errors.values())
+        assert all(min(layer.together_error) > 0 for layer in result.layers)
+        assert not any("no near field" in note for note in result.notes)
 
 
 def test_control_configs() -> None:

@@ -79,7 +79,8 @@ def compare(
         pooling: how hidden states become an embedding: `"mean"` over real tokens, `"cls"`, `"model"` (its own), or
             `"auto"`: `mean` for text, `model` for photos. Recordings have no embedding: their frames are compared.
         diagnose: number of batches, from the first, that are also measured per layer and head.
-        controls: also measure uniform attention, the near field alone and random features with the same m.
+        controls: also measure uniform attention, the near field alone and random features with the same m; beside
+            streaming memories as many newest tokens, with the mean of all older ones ("newest and mean").
         seed: of the bootstrap intervals.
         name, data: names of the model and of the inputs, for the tables.
         progress: show a progress bar.
@@ -137,7 +138,7 @@ def compare(
         raise ValueError(f"transcripts: {len(transcripts)}, but there are {items} items")
     rows, notes = _summarise(subjects, labels, scores, transcripts, seed)
     notes += _patch_notes(subjects["patched"])
-    if controls and "near alone" not in subjects:
+    if controls and not {"near alone", "newest and mean"} & subjects.keys():
         notes.append("the config has no near field, so there is no control with the near field alone")
     return Fidelity(
         model=name or type(model).__name__,
@@ -160,17 +161,20 @@ def _same_modules(subject: Subject) -> Callable[[str, nn.Module], bool]:
 
 def control_configs(config: AstroConfig | Plan) -> dict[str, AstroConfig]:
     """The controls that every comparison shows beside `config`; beside a plan, those of its widest heads."""
-    if isinstance(config, Plan):
-        heads = [head for heads in config.modules.values() for head in heads if head.hidden != "exact"]
-        near = max((head.near for head in heads), default=0)
-        config = AstroConfig(near=near, num_hidden=max((head.num_hidden for head in heads), default=1))
+    heads = [config] if isinstance(config, AstroConfig) else [head for mine in config.modules.values() for head in mine]
+    heads = [head for head in heads if head.hidden != "exact"]
     controls = {"uniform": AstroConfig(hidden="random", activation="constant", num_hidden=1, near=0)}
+    if entries := max((head.entries for head in heads if head.hidden == "streaming"), default=0):
+        controls["newest and mean"] = replace(controls["uniform"], near=entries)
+        return controls | {"random": AstroConfig(hidden="random", near=0)}
+    if isinstance(config, Plan):
+        near, neurons = (max((getattr(head, name) for head in heads), default=0) for name in ("near", "num_hidden"))
+        config = AstroConfig(near=near, num_hidden=max(neurons, 1))
     if config.near:
         controls["near alone"] = replace(config, hidden="none", exact_keys=0)
     # Where the length decides how many neurons there are, random features get the most that can be.
     neurons = MOST_HIDDEN if config.num_hidden == BY_LENGTH else config.num_hidden
-    controls["random"] = AstroConfig(hidden="random", num_hidden=neurons, near=0, seed=config.seed)
-    return controls
+    return controls | {"random": AstroConfig(hidden="random", num_hidden=neurons, near=0, seed=config.seed)}
 
 
 def _summarise(
