@@ -185,7 +185,7 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
                 _keep_learned(getattr(each.module, CORE), before[each.name])
         _settle(model)
     if all(site_of(each.module) is None for each in selected):
-        report = _report(model, found, selected, reasons, note)
+        report = _report(model, found, selected, reasons, "there is no astrocyte to check")
         raise ValueError(f"model: none of the selected attention modules can be patched\n{report}")
     return reasons, note
 

@@ -26,7 +26,7 @@ from eval.common import FigureOption, JsonOption, LimitOption, print_rows, write
 from eval.generate import copying, distance, loss, recall, speed
 from eval.generate.caches import NAMES
 from eval.generate.figure import plot
-from eval.generate.reading import OURS, PLANNED
+from eval.generate.reading import OURS, PLANNED, WITH_PLAN
 from eval.generate.subjects import LOADERS, Subject
 
 Measure = Callable[[Subject, tuple[str, ...], tuple[int, ...], int | None], Iterator[dict[str, Any]]]
@@ -51,14 +51,16 @@ def main(
     models: Annotated[list[str] | None, typer.Option("--model", help=f"Of {', '.join(LOADERS)}; all if none.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Lengths in place of the task's own.", min=64)] = None,
     entries: Annotated[list[int] | None, typer.Option(help="Budgets in place of the model's own.")] = None,
-    caches: Annotated[list[str] | None, typer.Option("--cache", help=f"Of {', '.join(CACHES)}.")] = None,
+    caches: Annotated[
+        list[str] | None, typer.Option("--cache", help=f"Of {', '.join(CACHES)}; the others, too, with {WITH_PLAN!r}.")
+    ] = None,
 ) -> None:
     """Compare caches of fixed size on pretrained decoders."""
     names = tuple(caches) if caches else CACHES
     for option, given, known in (
         ("--task", [task], TASKS),
         ("--model", models or [], LOADERS),
-        ("--cache", names, CACHES),
+        ("--cache", names, (*CACHES, *(name + WITH_PLAN for name in NAMES))),
     ):
         for name in given:
             if name not in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from eval.generate.reading import ORIGINAL, OURS, PLANNED, UNREAD
+from eval.generate.reading import ORIGINAL, OURS, UNREAD, WITH_PLAN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 COLOURS = {
     OURS: "#D55E00",
-    PLANNED: "#882255",
     ORIGINAL: "black",
     UNREAD: "#999999",
     "window": "#0072B2",
@@ -134,5 +133,6 @@ def about(rows: list[Row]) -> str:
 
 
 def _style(name: str) -> dict[str, Any]:
-    wide = {"linewidth": 2.5} if name in (OURS, PLANNED) else {"linewidth": 1}
-    return {"color": COLOURS[name], "marker": "o", "markersize": 3, "label": name} | wide
+    cache = name.removesuffix(WITH_PLAN)
+    line = {"linewidth": 2.5 if cache == OURS else 1, "linestyle": "-" if cache == name else "--"}
+    return {"color": COLOURS[cache], "marker": "o", "markersize": 3, "label": name} | line

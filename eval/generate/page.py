@@ -100,9 +100,12 @@ FORMATS: dict[str, Callable[[list[Row]], str]] = {
 
 
 def load_results() -> dict[str, list[Row]]:
-    """The committed rows of each task that was measured."""
-    paths = {task: DOCS / "results" / f"generate_{task}.json" for task in FORMATS}
-    return {task: json.loads(path.read_text("utf-8"))["rows"] for task, path in paths.items() if path.exists()}
+    """The committed rows of each task that was measured, in one file or several (`generate_loss_stories.json` ...)."""
+    results: dict[str, list[Row]] = {}
+    for task in FORMATS:
+        for path in sorted((DOCS / "results").glob(f"generate_{task}*.json")):
+            results.setdefault(task, []).extend(json.loads(path.read_text("utf-8"))["rows"])
+    return results
 
 
 def fill(page: str, results: dict[str, list[Row]]) -> str:

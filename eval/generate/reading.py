@@ -19,11 +19,12 @@ from eval.generate.plans import load_plan
 from eval.generate.subjects import Subject
 
 ORIGINAL, OURS = "original", "astroattn"
-PLANNED = "astroattn, planned"  # each key head with a budget of its own, so many entries in the mean
+WITH_PLAN = ", planned"  # of any cache: each key head with a budget of its own, so many entries in the mean
+PLANNED = OURS + WITH_PLAN
 UNREAD = "never read"  # the original, where what it is asked for was not in the text
 PEER = "eval_cache"  # the name of the attention function below
 PIECE = 256  # tokens whose predictions are held at once: those of 8,192 would take gigabytes
-_settings: dict[str, Any] = {}
+_peer: dict[str, Any] = {}  # its name, and the number of entries of each key head, by layer
 
 
 def _attention(
@@ -32,9 +33,15 @@ def _attention(
     """What transformers calls for a peer: a whole text without padding."""
     heads, _, dim = key.shape[1:]
     scale = dim**-0.5 if scaling is None else scaling
-    query = (query * scale).unflatten(1, (heads, -1)).flatten(0, 1)
-    out = attend(query=query, key=key.flatten(0, 1), value=value.flatten(0, 1), **_settings)
-    return out.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2), None
+    query = (query * scale).unflatten(1, (heads, -1))
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    sizes: list[int] = _peer["sizes"](module, heads)
+    for size in set(sizes):
+        mine = [head for head, each in enumerate(sizes) if each == size]
+        rows = (x[:, mine].flatten(0, 1) for x in (query, key, value))
+        part = attend(_peer["name"], *rows, size=size, block=block_of(size))
+        out[:, mine] = part.unflatten(0, (-1, len(mine)))
+    return out.flatten(1, 2).transpose(1, 2), None
 
 
 AttentionInterface.register(PEER, _attention)
@@ -43,14 +50,21 @@ AttentionInterface.register(PEER, _attention)
 @contextmanager
 def with_cache(subject: Subject, name: str, entries: int) -> Iterator[None]:
     """Its model with such a cache of so many entries, for texts without padding."""
-    model = subject.model
+    model, plan = subject.model, load_plan(subject.name, entries) if name.endswith(WITH_PLAN) else None
     if name in (OURS, PLANNED):
-        config = AstroConfig(hidden="streaming", entries=entries)
-        with astroattn.patched(model, config if name == OURS else load_plan(subject.name, entries)):
+        with astroattn.patched(model, plan or AstroConfig(hidden="streaming", entries=entries)):
             yield
         return
+    names = {id(module): path for path, module in model.named_modules()}
+
+    def sizes(module: nn.Module, heads: int) -> list[int]:
+        if plan is None:
+            return [entries] * heads
+        configs = plan.modules[names[id(module)]]
+        return [config.entries for config in configs[:: len(configs) // heads]]
+
     before = model.config._attn_implementation
-    _settings.update(name=name, size=entries, block=block_of(entries))
+    _peer.update(name=name.removesuffix(WITH_PLAN), sizes=sizes)
     model.set_attn_implementation(PEER)
     try:
         yield
