@@ -1,9 +1,9 @@
 // Attention to a memory of fixed size: the mathematics of streaming.py, one key head of one sequence, token by token.
 //
-// The memory is copied to where it grows: into the new tensors if they are large enough all the time, else into a room of
-// its own, and out when the tokens are done. Every sum goes over entries and tokens
-// in one order, so the bits do not depend on how a text is cut. The query heads that share a key head are read four at
-// a time (a quad), their logits side by side: c[4 n + r].
+// The memory is copied to where it grows: into the new tensors if they are large enough all the time, else into a room
+// of its own, and out when the tokens are done. Every sum goes over entries and tokens in one order, so the bits do not
+// depend on how a text is cut. The query heads that share a key head are read four at a time (a quad), their logits
+// side by side: c[4 n + r].
 #pragma once
 
 #include <algorithm>
@@ -282,8 +282,8 @@ private:
         return int32_t(best);
     }
 
-    // costs[i][j] for j < i, infinite for sinks j; worst: the least of each i. No number, or one that is too large, costs
-    // as much as a number can.
+    // costs[i][j] for j < i, infinite for sinks j; worst: the least of each i. No number, or one that is too large,
+    // costs as much as a number can.
     void measure(int64_t count) {
         const int64_t width = round_up(p.entries, PANEL), half = p.dim / 2;
         for (int64_t d = 0; d < dim; d++) root[d] = square[d] / weight;
