@@ -23,7 +23,7 @@ from transformers import (
 
 import astroattn
 from astroattn import AstroConfig, AstrocyteAttention, Plan
-from astroattn.calibration import calibrate, default_menu, effects, planning, verifying
+from astroattn.calibration import calibrate, default_menu, effects, maker, verifying
 from astroattn.calibration.choice import Choice
 from astroattn.calibration.items import split
 from astroattn.config import MIXABLE
@@ -221,13 +221,13 @@ def test_the_plan_for_a_tolerance_is_one_whose_cheaper_neighbour_keeps_it_too(mo
     """The cheapest of all that keep it was picked by its luck on the items it was tried on."""
     kept = {}
 
-    def verify(self: planning._Maker, chosen: Any, title: str) -> Any:
+    def verify(self: maker.Maker, chosen: Any, title: str) -> Any:
         promise = original(self, chosen, title)
         kept[round(self._choice.cost(chosen), 9)] = promise.kept
         return promise
 
-    original = planning._Maker._verify
-    monkeypatch.setattr(planning._Maker, "_verify", verify)
+    original = maker.Maker._verify
+    monkeypatch.setattr(maker.Maker, "_verify", verify)
     plan = plan_for(make_bert(), make_batches(64), tolerance=0.8)
     assert plan.cost is not None
     assert plan.cost < 1

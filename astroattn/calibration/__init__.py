@@ -37,8 +37,9 @@ def calibrate(
 
     A few items choose: they run once through the original, and its gradients say to first order what each config of the
     menu would do to the output if one head had it, E (v . dy)^2 over directions v of the output y (the log-softmax
-    logits, else the unit embedding, else the last hidden states). The plan has the least sum of these effects plus
-    lambda times cost. All other items verify: the model as a whole, patched by the plan, beside the original.
+    logits, of tokens times the root of their probabilities; else the unit embedding, else the last hidden states). The
+    plan has the least sum of these effects plus lambda times cost. All other items verify: the model as a whole,
+    patched by the plan, beside the original.
 
     With `tolerance` plans of several costs are verified, and that is taken whose bound, of 90 % confidence, is within
     it, and whose next cheaper neighbour's is: the cheapest of all that are within it owes that to luck on these items.

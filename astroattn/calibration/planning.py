@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,29 +9,25 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from astroattn.calibration.choice import Choice
-from astroattn.calibration.effects import DIRECTIONS, Measured, NotDifferentiable, exact, measure, noted
+from astroattn.calibration.effects import DIRECTIONS, NotDifferentiable, exact, measure, noted
 from astroattn.calibration.items import Split, read, split, take
+from astroattn.calibration.maker import Maker
 from astroattn.calibration.menu import check_menu, check_streaming_menu, default_menu, streaming_menu
 from astroattn.calibration.state import State, identify
 from astroattn.calibration.verifying import Metric, Verifier, check_metric
 from astroattn.config import LEAST_ENTRIES, AstroConfig
 from astroattn.fidelity.calls import find_astrocytes
 from astroattn.fidelity.environment import describe_versions
-from astroattn.fidelity.metrics import Array
 from astroattn.fidelity.passes import POOLINGS, forward, to_model
 from astroattn.fidelity.speech import within_encoder
 from astroattn.fidelity.subject import left_exact, share_weights
 from astroattn.patching import PatchReport, fallbacks, patched, unpatch
 from astroattn.patching.site import CORE
-from astroattn.plan import FALLING, HeadShare, Plan, Promise
-
-BUDGETS = 15  # costs of which the cheapest that keeps a tolerance is searched, in equal ratios; the last is exact
+from astroattn.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ def make_plan(model: nn.Module, batches: Iterable[Any], wish: Wish) -> Plan:
         state = State(wish.state, known)
         _measure(subject, parts, menu, wish, state)
         notes = [*state.notes, *_left_out(report, fallbacks(subject))]
-    maker = _Maker(subject, where, menu, modules, state.items, verifier, groups)
+    maker = Maker(subject, where, menu, modules, state.items, verifier, groups)
     provenance = {
         "seed": wish.seed,
         "choosing_items": len(parts.choosing),
@@ -192,134 +187,3 @@ def _left_out(report: PatchReport, fallen: dict[str, dict[str, int]]) -> list[st
         notes.append(f"{len(names)} attention modules are exact and not in the plan: {', '.join(names)}")
     return notes + [f"{name}: some calls are answered by the model's own attention: {', '.join(why)}"
                     for name, why in fallen.items()]  # fmt: skip
-
-
-class _Maker:
-    """Makes plans of what was measured, and verifies them.
-
-    What has a choice of its own is a unit: a head, or the query heads that read one key head of a streaming memory. A
-    mixture is paid in products, relative to softmax attention, or in entries, relative to the tokens of a text.
-    """
-
-    def __init__(
-        self,
-        subject: nn.Module,
-        where: Any,
-        menu: list[AstroConfig],
-        modules: dict[str, int],
-        items: Sequence[Measured],
-        verifier: Verifier,
-        groups: Mapping[str, int],
-    ) -> None:
-        effect = torch.stack([item.effect for item in items]).mean(0)
-        products = torch.stack([item.products for item in items]).sum(0)
-        softmax = torch.stack([item.softmax for item in items]).sum(0)
-        called = softmax > 0  # a module that no item calls stays exact, as it is not in the plan
-        names = [name for name, heads in modules.items() for _ in range(heads)]
-        self._modules = Counter(name for name, each in zip(names, called.tolist(), strict=True) if each)
-        self._effect, self._products = effect[:, called].numpy(), products[:, called].numpy()
-        self._softmax = softmax[called].numpy()
-        sizes = [size for name, heads in self._modules.items() for size in [groups[name]] * (heads // groups[name])]
-        self._unit = np.repeat(np.arange(len(sizes)), sizes)  # of each head
-        firsts = np.flatnonzero(np.diff(self._unit, prepend=-1))
-        effects = np.add.reduceat(self._effect, firsts, axis=1)
-        self._streams = menu[-1].hidden == "streaming"
-        if self._streams:
-            entries = np.array([config.entries for config in menu], float)
-            self._choice = Choice(effects, np.repeat(entries[:, None], len(sizes), 1), np.full(len(sizes), entries[-1]))
-        else:
-            self._choice = Choice(effects, self._products, self._softmax)
-        self._subject, self._where, self._menu, self._verifier = subject, where, menu, verifier
-
-    def for_cost(self, cost: float) -> Plan:
-        """The truest plan for a cost."""
-        if cost < self._choice.least:
-            raise ValueError(f"cost: {cost:g}; the least that this menu has here is {self._choice.least:.4f}")
-        return self._for_budget(cost)
-
-    def for_entries(self, entries: float) -> Plan:
-        """The truest plan with so many entries in the mean."""
-        return self._for_budget(entries / self._menu[-1].entries)
-
-    def for_tolerance(self) -> Plan:
-        """The cheapest plan that keeps the tolerance together with the next cheaper one, of `BUDGETS` costs.
-
-        The cheapest that keeps it was picked on the verifying items as the luckiest of all that were tried.
-        """
-        least = min(self._choice.least, 1.0)
-        budgets = [least ** (1 - step / BUDGETS) for step in range(BUDGETS)]
-        tried: dict[bytes, tuple[Array, Promise]] = {}
-
-        def keeps(step: int) -> bool:
-            chosen = self._choice.within(budgets[step])
-            if chosen.tobytes() not in tried:
-                tried[chosen.tobytes()] = chosen, self._verify(chosen, f"verifying {budgets[step]:.0%}")
-            return bool(tried[chosen.tobytes()][1].kept)
-
-        broken, kept = -1, BUDGETS  # indices: the dearest that does not keep it, the cheapest that does
-        while kept - broken > 1:
-            middle = (broken + kept) // 2
-            if keeps(middle):
-                kept = middle
-            else:
-                broken = middle
-        # another plan, for several costs may give the same
-        cheapest = None if kept == BUDGETS else self._choice.within(budgets[kept]).tobytes()
-        dearer = (s for s in range(kept + 1, BUDGETS) if self._choice.within(budgets[s]).tobytes() != cheapest)
-        taken = next((step for step in dearer if keeps(step)), BUDGETS)
-        best = self._exact() if taken == BUDGETS else self._choice.within(budgets[taken])
-        _, promise = tried.get(best.tobytes(), (best, self._verifier.certain()))
-        failed = [each for each in tried.values() if not each[1].kept]
-        whole = "the tokens" if self._streams else "the cost"
-        notes = [
-            f"at {self._choice.cost(chosen):.1%} of {whole} the tolerance is not kept: "
-            f"{'at most' if self._falling else 'at least'} {self._bound(promise):.4f}"
-            for chosen, promise in failed[-1:]
-        ]
-        if taken == BUDGETS:
-            what = "memories of whole texts keep" if self._streams else "exact attention keeps"
-            notes.insert(0, f"only {what} this tolerance, so the plan saves nothing")
-        return self._plan(best, promise, notes)
-
-    def _for_budget(self, budget: float) -> Plan:
-        chosen = self._choice.within(budget)
-        return self._plan(chosen, self._verify(chosen, "verifying"))
-
-    @property
-    def _falling(self) -> bool:
-        return self._verifier.metric in FALLING
-
-    def _bound(self, promise: Promise) -> float:
-        return promise.high if self._falling else promise.low
-
-    def _exact(self) -> Array:
-        return np.full(self._unit[-1] + 1, len(self._menu) - 1)
-
-    def _verify(self, chosen: Array, title: str) -> Promise:
-        with patched(self._subject, Plan(model="", modules=self._heads(chosen)), self._where):
-            return self._verifier.verify(self._subject, title)
-
-    def _heads(self, chosen: Array) -> dict[str, tuple[AstroConfig, ...]]:
-        configs = iter([self._menu[number] for number in chosen[self._unit]])
-        return {name: tuple(next(configs) for _ in range(heads)) for name, heads in self._modules.items()}
-
-    def _plan(self, chosen: Array, promise: Promise, notes: Sequence[str] = ()) -> Plan:
-        mine, heads = chosen[self._unit], np.arange(len(self._unit))
-        effect, products = self._effect[mine, heads], self._products[mine, heads]
-        shares = iter(
-            HeadShare(*map(float, values))
-            for values in zip(
-                products / self._softmax,
-                products / products.sum(),
-                effect / max(effect.sum(), np.finfo(float).tiny),
-                strict=True,
-            )
-        )
-        return Plan(
-            model=type(self._subject).__name__,
-            modules=self._heads(chosen),
-            shares={name: tuple(next(shares) for _ in range(count)) for name, count in self._modules.items()},
-            cost=float(products.sum() / self._softmax.sum()),
-            promise=promise,
-            notes=tuple(notes),
-        )
