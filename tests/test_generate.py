@@ -44,10 +44,11 @@ def subject() -> Subject:
 
 def assert_drawn(task: str, rows: list[dict[str, Any]], lines: int) -> None:
     """One panel with a line for each cache, all of which the legend names."""
-    (axes,) = plot({task: rows}).axes
+    figure = plot({task: rows})
+    (axes,) = figure.axes
     assert task in axes.get_title()
     assert axes.axison
-    assert len(axes.lines) == len(axes.get_legend().get_texts()) == lines
+    assert len(axes.lines) == len(figure.legends[0].get_texts()) == lines
     assert all(len(line.get_xdata()) for line in axes.lines)
 
 
@@ -302,10 +303,28 @@ def test_what_the_page_says_of_the_loss() -> None:
         alike = {name: value for name, value in found.items() if not name.endswith(WITH_PLAN)}
         assert min(alike, key=lambda name: alike[name]) == OURS
         assert found[PLANNED] == min(found.values())
-        if len([name for name in found if name.endswith(WITH_PLAN)]) > 1:
-            assert all(
-                value < alike[name.removesuffix(WITH_PLAN)] for name, value in found.items() if name not in alike
-            )
+
+
+def test_what_the_page_says_of_plans() -> None:
+    ratios = []
+    for entries in (64, 128, 256):
+        row = find(load_results()["loss"], "SmolLM2-135M", entries)
+        found = {name: row[name]["nats above"] for name in row}
+        planned = {name: found[name] for name in found if name.endswith(WITH_PLAN) and name != PLANNED}
+        assert len(planned) == 4
+        assert all(
+            value < found[name.removesuffix(WITH_PLAN)] for name, value in planned.items() if "window" not in name
+        )
+        ratios.append(f"{min(planned.values()) / found[PLANNED]:.1f}")
+    assert f"loses {ratios[0]}, {ratios[1]} and {ratios[2]} times" in " ".join(PAGE.read_text("utf-8").split())
+
+
+def test_what_the_page_says_of_the_distance() -> None:
+    """In the second half of the texts, as at every place that the table has beyond the first."""
+    rows = [row for row in load_results()["distance"] if row["from"] >= row["tokens"] // 2]
+    lost = {name: [row["nats above"] for row in rows if row["cache"] == name] for name in (*NAMES, OURS, PLANNED)}
+    mean = {name: sum(values) / len(values) for name, values in lost.items()}
+    assert sorted(mean, key=lambda name: mean[name])[:2] == [PLANNED, OURS]
 
 
 def test_the_readme_says_what_was_measured() -> None:

@@ -43,7 +43,9 @@ def plot(results: dict[str, list[Row]]) -> Figure:
         panel(axes, rows)
         axes.title.set_fontsize("medium")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize="x-small")
+    found = [axes.get_legend_handles_labels() for axes in grid]
+    labels = {label: line for lines, names in found for line, label in zip(lines, names, strict=True)}
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize="small")
     return figure
 
 

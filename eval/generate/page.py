@@ -64,7 +64,10 @@ def format_copy(rows: list[Row]) -> str:
     """A line per cache, a column per gap; nats above the original, and the share of what there is to lose."""
     rows = of_largest(rows, "entries")
     columns = {row["gap"]: f"after {row['gap']:,} tokens" for row in rows}
-    cells = {(row["cache"], row["gap"]): f"{row['nats above']:.2f} ({row['lost']:.0%})" for row in rows}
+    cells = {}
+    for row in rows:
+        nats, lost = round(row["nats above"], 2) + 0.0, round(row["lost"], 2) + 0.0  # not -0
+        cells[row["cache"], row["gap"]] = f"{nats:.2f} ({lost:.0%})"
     return _table(about(rows), columns, cells)
 
 
