@@ -319,6 +319,14 @@ def test_what_the_page_says_of_plans() -> None:
     assert f"loses {ratios[0]}, {ratios[1]} and {ratios[2]} times" in " ".join(PAGE.read_text("utf-8").split())
 
 
+def test_what_the_page_says_of_the_speed() -> None:
+    rows = load_results()["speed"]
+    step = {(row["cache"], row["tokens"]): row["step ms"] for row in rows if row["model"] == "SmolLM2-135M"}
+    assert all(row["growth"] <= 1.1 for row in rows if row["cache"] == OURS and row["growth"] is not None)
+    assert step[OURS, 1024] > step[ORIGINAL, 1024]
+    assert all(step[OURS, tokens] < step[ORIGINAL, tokens] for tokens in (4096, 8192))
+
+
 def test_what_the_page_says_of_the_distance() -> None:
     """In the second half of the texts, as at every place that the table has beyond the first."""
     rows = [row for row in load_results()["distance"] if row["from"] >= row["tokens"] // 2]
