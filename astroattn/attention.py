@@ -32,7 +32,7 @@ from astroattn.ops.library import (
     near_linear_attention,
     stream,
 )
-from astroattn.ops.streaming import Memories, each_of, empty_memory
+from astroattn.ops.streaming import Memories, each_of, empty_memory, together
 from astroattn.ops.window import log_sum, window_attention
 
 
@@ -404,15 +404,15 @@ class AstrocyteAttention(nn.Module):
             q, k, v = query[:, mine], key[:, mine], value[:, mine]
             memory = empty_memory(q, k, v) if memories is None else each_of(memories)[number]
             out, log_p, memory = stream(q, k, v, memory, config.entries, config.near, lengths, backend=config.backend)
-            outs.append(out.flatten(1, 2))
-            logs.append(log_p.flatten(1, 2))
+            out, log_p = out.flatten(1, 2), log_p.flatten(1, 2)
+            outs.append(out)
+            logs.append(log_p)
             after.append(memory)
-        out, log_p = (torch.cat(outs, 1), torch.cat(logs, 1)) if len(outs) > 1 else (outs[0], logs[0])
         if len(self.budgets) > 1:
-            out, log_p = out.index_select(1, place), log_p.index_select(1, place)
+            out, log_p = (torch.cat(parts, 1).index_select(1, place) for parts in (outs, logs))
         if order is not None:
             out, log_p = _put_back(order, out, log_p)
-        return out.to(dtype), log_p, after[0] if len(after) == 1 else tuple(after)
+        return out.to(dtype), log_p, together(after)
 
     def _causal(
         self, config: AstroConfig, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float

@@ -53,20 +53,22 @@ def llama(bert: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def long_texts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("texts") / "long.txt"
-    letters = np.random.default_rng(1).choice(list("abcdefghij"), (12, 60))
+def write_texts(folder: Path, words: int) -> str:
+    """A file of twelve texts of so many words, each a letter."""
+    letters = np.random.default_rng(0).choice(list("abcdefghij"), (12, words))
+    path = folder / "texts.txt"
     path.write_text("\n".join(" ".join(line) for line in letters))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def long_texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_texts(tmp_path_factory.mktemp("texts"), 60)
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("texts") / "texts.txt"
-    letters = np.random.default_rng(0).choice(list("abcdefghij"), (12, 20))
-    path.write_text("\n".join(" ".join(line) for line in letters))
-    return str(path)
+    return write_texts(tmp_path_factory.mktemp("texts"), 20)
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,11 @@ def each_of(memories: Memories) -> tuple[Memory, ...]:
     return (memories,) if isinstance(memories, Memory) else memories
 
 
+def together(parts: list[Memory]) -> Memories:
+    """The other way round: one by itself, several as a tuple."""
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
 def block_of(entries: int) -> int:
     """Tokens that are written before the memory makes room: the fewer the truer and the dearer."""
     return BLOCK if entries >= SMALL else SMALL_BLOCK

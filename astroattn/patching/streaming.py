@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from astroattn.attention import AstrocyteAttention
 from astroattn.ops.causal import CausalState
-from astroattn.ops.streaming import Memories, Memory, each_of, select_rows
+from astroattn.ops.streaming import Memories, Memory, each_of, select_rows, together
 from astroattn.patching.site import CORE, RECORD
 
 NO_ROLL_BACK = (
@@ -110,10 +110,8 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
             self._replace(lambda memory: Memory(*[*(x.to(device) for x in memory[:-1]), memory.counts]))
 
     def _replace(self, change: Callable[[Memory], Memory]) -> None:
-        if isinstance(self.memory, Memory):
-            self.memory = change(self.memory)
-        elif self.memory is not None:
-            self.memory = tuple(map(change, self.memory))
+        if self.memory is not None:
+            self.memory = together([change(memory) for memory in each_of(self.memory)])
 
     def attend(self, core: AstrocyteAttention, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Read and write the new tokens, as `AstrocyteAttention.decode`. If anything fails the memory is as it was.
@@ -216,7 +214,7 @@ def load_memory(path: str | Path) -> Cache:
             layer = StreamingLayer()
             count = len({name.split(".")[1] for name in names if name.startswith(f"{index}.")})
             parts = [Memory(*(file.get_tensor(f"{index}.{n}.{name}") for name in Memory._fields)) for n in range(count)]
-            layer.memory = parts[0] if count == 1 else tuple(parts)
+            layer.memory = together(parts)
             layer.seen, layer.is_initialized = int(about["seen"]), True
             layers.append(layer)
     return Cache(layers=layers)

@@ -18,10 +18,11 @@ def measure(subject: Subject, names: tuple[str, ...], tokens: tuple[int, ...], c
     No cache knows the future, so a text is read once, at its full length. That is done with the largest budget; the
     others read the shortest length.
     """
+    whole = read(subject, ORIGINAL, 0, [text[:, : max(tokens)] for text in subject.texts[:count]])
     for entries in subject.budgets:
         lengths = sorted(tokens)[: len(tokens) if entries == max(subject.budgets) else 1]
         texts = [text[:, : lengths[-1]] for text in subject.texts[:count]]
-        truth = read(subject, ORIGINAL, 0, texts)
+        truth = [states[: lengths[-1]] for states in whole]
         for name in names:
             states = read(subject, name, entries, texts)
             losses = [lose(subject.model, *each) for each in zip(texts, truth, states, strict=True)]
