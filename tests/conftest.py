@@ -45,6 +45,14 @@ def data_dir() -> Path:
     return path
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a kernel of Triton is tested: in the interpreter, or on a GPU."""
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a CUDA device")
+    return request.param
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked `gpu` where there is no CUDA device."""
     if torch.cuda.is_available():

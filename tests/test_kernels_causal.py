@@ -29,13 +29,6 @@ from astroattn.ops.kernels.causal import (
 NAMES = ("out", "log_p", "query", "key", "value", "weight")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a CUDA device")
-    return request.param
-
-
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small blocks and chunks, so that short sequences have several."""

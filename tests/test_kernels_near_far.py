@@ -18,13 +18,6 @@ from astroattn.ops.kernels import near_far
 SMALL = [name for name in CASES if CASES[name][0] < 400 and name != "padding"]  # the interpreter is slow
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a CUDA device")
-    return request.param
-
-
 def forward(name: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     tokens, dim, value_dim, changes, lengths = CASES[name]
     inputs = [x.to(device, dtype) for x in draw(tokens, dim, value_dim)]

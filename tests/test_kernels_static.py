@@ -21,13 +21,6 @@ from astroattn.ops.kernels import static
 from astroattn.ops.kernels.static import linear_attention_backward, linear_attention_forward
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a CUDA device")
-    return request.param
-
-
 class Problem(NamedTuple):
     """Inputs, and weights of the sum of results that is differentiated."""
 

@@ -21,13 +21,6 @@ from astroattn.ops.kernels import streaming
 from astroattn.ops.kernels.streaming import close_memory, open_memory, stream, stream_in_place
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a CUDA device")
-    return request.param
-
-
 class Tokens(NamedTuple):
     """[B, H, G, N, D], [B, H, N, D], [B, H, N, Dv]."""
 
