@@ -3,34 +3,47 @@
     report = astroattn.patch(model)     # in place
     astroattn.unpatch(model)            # bit for bit the original again
 
-Importing it imports torch and nothing heavier.
+Importing it imports nothing; the first use of a name imports torch, and nothing heavier.
 """
 
-from astroattn.attention import AstrocyteAttention
-from astroattn.calibration import calibrate
-from astroattn.checkpoint import from_pretrained, load, save
-from astroattn.config import AstroConfig
-from astroattn.cost import Cost
-from astroattn.distillation import DistillReport, distill
-from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
-from astroattn.plan import Plan
-from astroattn.version import __version__
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AstroConfig",
-    "AstrocyteAttention",
-    "Cost",
-    "DistillReport",
-    "PatchReport",
-    "Plan",
-    "__version__",
-    "calibrate",
-    "distill",
-    "fallbacks",
-    "from_pretrained",
-    "load",
-    "patch",
-    "patched",
-    "save",
-    "unpatch",
-]
+from astroattn.imports import lazily
+from astroattn.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from astroattn.attention import AstrocyteAttention as AstrocyteAttention
+    from astroattn.calibration import calibrate as calibrate
+    from astroattn.checkpoint import from_pretrained as from_pretrained
+    from astroattn.checkpoint import load as load
+    from astroattn.checkpoint import save as save
+    from astroattn.config import AstroConfig as AstroConfig
+    from astroattn.cost import Cost as Cost
+    from astroattn.distillation import DistillReport as DistillReport
+    from astroattn.distillation import distill as distill
+    from astroattn.patching import PatchReport as PatchReport
+    from astroattn.patching import fallbacks as fallbacks
+    from astroattn.patching import patch as patch
+    from astroattn.patching import patched as patched
+    from astroattn.patching import unpatch as unpatch
+    from astroattn.plan import Plan as Plan
+
+_HOMES = {
+    "AstroConfig": "config",
+    "AstrocyteAttention": "attention",
+    "Cost": "cost",
+    "DistillReport": "distillation",
+    "PatchReport": "patching",
+    "Plan": "plan",
+    "calibrate": "calibration",
+    "distill": "distillation",
+    "fallbacks": "patching",
+    "from_pretrained": "checkpoint",
+    "load": "checkpoint",
+    "patch": "patching",
+    "patched": "patching",
+    "save": "checkpoint",
+    "unpatch": "patching",
+}
+__all__ = ["__version__", *_HOMES]
+__getattr__, __dir__ = lazily(__name__, _HOMES)

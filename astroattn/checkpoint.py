@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from astroattn.config import AstroConfig
+from astroattn.imports import needs
 from astroattn.patching import PatchReport, patch, restored_on_error, unpatch
 from astroattn.patching.place import find_place
 from astroattn.patching.record import (
@@ -112,9 +113,12 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
 
     Raises:
         ValueError: nothing is there; it was not saved from a patched model; a file is damaged.
+        ImportError: transformers is not installed.
     """
-    import transformers
     from safetensors import SafetensorError
+
+    with needs("eval"):
+        import transformers
 
     source = str(source)
     options = {"revision": revision, "trust_remote_code": False}
@@ -310,7 +314,8 @@ def _find(source: str, name: str, revision: str | None) -> Path | None:
         return path if path.exists() else None
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise OSError("there is no such folder")
-    from transformers.utils import cached_file
+    with needs("eval"):
+        from transformers.utils import cached_file
 
     found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)

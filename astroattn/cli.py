@@ -1,4 +1,7 @@
-"""The command line: `astroattn patch`, `astroattn compare`, `astroattn calibrate`, `astroattn info`."""
+"""The command line: `astroattn patch`, `compare`, `calibrate`, `info`, `recipes`.
+
+Commands import what they need themselves, so that help and errors of usage come at once.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 import astroattn
+from astroattn.choices import DTYPES, POOLINGS, PYTHON_DOCS
 from astroattn.config import HIDDEN, TILES
-from astroattn.data import PYTHON_DOCS
-from astroattn.fidelity.environment import describe_cpu_kernels, describe_device, describe_versions
-from astroattn.fidelity.figure import check_path
-from astroattn.fidelity.passes import POOLINGS
 from astroattn.plan import METRICS
-from astroattn.recipes import DTYPES, open_recipe, override
 
 app = typer.Typer(
     help="Replace the self-attention of pretrained models by neuron-astrocyte networks, and see what it cost.",
@@ -32,8 +30,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL|RECIPE",
-        help="A transformers id or folder, timm:NAME, package:NAME (a Python package with a model in it), or a recipe"
-        " (.toml).",
+        help="A transformers id or folder, timm:NAME, package:NAME (a Python package with a model in it), or a recipe:"
+        " a .toml file, or a name that `astroattn recipes` lists.",
     ),
 ]
 Weights = Annotated[
@@ -111,6 +109,8 @@ def patch_model(
     seed: Seed = None,
 ) -> None:
     """Patch a model and show what became of every attention module."""
+    from astroattn.recipes import open_recipe, override
+
     settings = _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed)
     recipe = override(open_recipe(model), settings, {"size": size}, layers, plan)
     report = recipe.patch(recipe.load(weights, device, dtype))
@@ -150,6 +150,8 @@ def compare_model(
     seed: Seed = None,
 ) -> None:
     """Run a model and its patched copy on the same inputs and show what changed, beside three controls."""
+    from astroattn.recipes import open_recipe, override
+
     recipe = override(
         open_recipe(model),
         _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed),
@@ -158,6 +160,8 @@ def compare_model(
         plan,
     )
     if figure:
+        from astroattn.fidelity.figure import check_path
+
         check_path(figure)
     _check_folder("json", json_path)
     result = recipe.compare(recipe.load(weights, device, dtype), diagnose=diagnose, seed=seed or 0)
@@ -200,6 +204,8 @@ def calibrate_model(
     seed: Annotated[int, typer.Option(help="Of the choice of items and of the bounds.")] = 0,
 ) -> None:
     """Choose what every head does, for a tolerance or a budget, and verify it on items that were not used for that."""
+    from astroattn.recipes import open_recipe, override
+
     found = _data(data, limit, half, batch_size, tokens, classes, pooling, size)
     recipe = override(open_recipe(model), {}, found, layers)
     _check_folder("out", out)
@@ -220,6 +226,11 @@ def show_info(
     device: Device = None,
 ) -> None:
     """Show versions and devices and, for a model, its attention modules and what patching makes of them."""
+    import torch
+
+    from astroattn.fidelity.environment import describe_cpu_kernels, describe_device, describe_versions
+    from astroattn.recipes import open_recipe
+
     for package, version in describe_versions().items():
         print(f"{package:<14}{version or 'not installed'}")
     names = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -229,6 +240,16 @@ def show_info(
     if model:
         recipe = open_recipe(model)
         print(recipe.patch(recipe.load(weights, device)))
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the recipes that come with the library; their names stand where MODEL|RECIPE is asked for."""
+    from astroattn.recipes import find_recipes, load_recipe
+
+    found = find_recipes()
+    for name, path in found.items():
+        print(f"{name:<{max(map(len, found)) + 2}}{load_recipe(path).title}")
 
 
 def _settings(
@@ -284,10 +305,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends in one line on stderr and exit code 2."""
     try:
         app(arguments)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"astroattn: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from astroattn.imports import needs
 from astroattn.patching.saving import RECORD_KEY
 
 # the auto class of transformers that keeps the head, by what the name of the architecture ends in
@@ -81,6 +82,7 @@ def load_model(
 
     Raises:
         ValueError: a spec, file or size that cannot be loaded, saying why.
+        ImportError: transformers or timm is not installed.
     """
     if size is not None and size < 1:
         raise ValueError(f"size: must be at least 1 pixel, got {size}")
@@ -115,7 +117,8 @@ def find_package_folder(package: str) -> Path:
 
 
 def _load_timm(spec: str, name: str, weights: str | Path | None, size: int | None) -> LoadedModel:
-    import timm
+    with needs("eval"):
+        import timm
 
     try:
         model = timm.create_model(name)
@@ -178,8 +181,9 @@ def _load_strictly(model: nn.Module, name: str, path: Path) -> None:
 
 
 def _load_transformers(spec: str, source: str, size: int | None) -> LoadedModel:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+    with needs("eval"):
+        import transformers
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
     local = Path(source).is_dir()
     if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
@@ -287,10 +291,13 @@ def _with_feature_extractor(
 
 def resample(samples: NDArray[Any], given: int, wanted: int) -> NDArray[Any]:
     """A recording [T] at another rate, in samples per second, by polyphase filtering."""
-    from scipy.signal import resample_poly
+    if given == wanted:
+        return samples
+    with needs("eval"):
+        from scipy.signal import resample_poly
 
     common = math.gcd(given, wanted)
-    resampled: NDArray[Any] = resample_poly(samples, wanted // common, given // common) if given != wanted else samples
+    resampled: NDArray[Any] = resample_poly(samples, wanted // common, given // common)
     return resampled
 
 

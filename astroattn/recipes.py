@@ -6,21 +6,24 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
 
 from astroattn.calibration import calibrate
+from astroattn.choices import DTYPES
 from astroattn.config import AstroConfig
 from astroattn.data import Data, load_data
-from astroattn.fidelity import Fidelity, compare
 from astroattn.models import LoadedModel, load_model
 from astroattn.patching import PatchReport, patch
 from astroattn.plan import Plan
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+if TYPE_CHECKING:
+    from astroattn.fidelity import Fidelity
+
 NOT_MEASURED = "not measured here"
 
 
@@ -87,7 +90,10 @@ class Recipe:
         if dtype not in DTYPES:
             raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return load_model(self.id, weights=weights, size=self.data.size, dtype=DTYPES[dtype], device=device)
+        try:
+            return load_model(self.id, weights=weights, size=self.data.size, dtype=getattr(torch, dtype), device=device)
+        except ValueError as error:
+            raise ValueError(f"{error}{_similar(self.id)}") from None
 
     def patch(self, loaded: LoadedModel) -> PatchReport:
         """Patch the model in place."""
@@ -103,6 +109,8 @@ class Recipe:
         progress: bool = True,
     ) -> Fidelity:
         """Compare the model with a patched copy on the data of the recipe."""
+        from astroattn.fidelity import compare  # needs more than patching does
+
         data, found = self.data, self._read_data(loaded, "compare")
         return compare(
             loaded.model,
@@ -169,10 +177,23 @@ class Recipe:
         )
 
 
+def find_recipes() -> dict[str, Path]:
+    """The recipes that come with the library, by their names: installed inside it, in a checkout beside it."""
+    package = Path(__file__).parent
+    inside = package / "patches"
+    folder = inside if inside.is_dir() else package.parent / "patches"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
 def open_recipe(model: str) -> Recipe:
-    """A recipe file by its path (it ends in .toml), or the default settings for the model of that name."""
+    """A recipe by the path of its file (it ends in .toml) or by its name, or the default settings for a model.
+
+    A folder of the name of a recipe is a model, as any folder is.
+    """
     if model.endswith(".toml"):
         return load_recipe(model)
+    if model in (known := find_recipes()) and not Path(model).is_dir():
+        return load_recipe(known[model])
     return Recipe(id=model, library="timm" if model.startswith("timm:") else "transformers")
 
 
@@ -210,11 +231,18 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"recipe: cannot read {str(path)!r}: {error}") from None
+        raise ValueError(f"recipe: cannot read {str(path)!r}: {error}{_similar(Path(path).name)}") from None
     try:
         return parse_recipe(table, Path(path).parent)
     except (TypeError, ValueError) as error:
         raise ValueError(f"recipe: {Path(path).name}: {error}") from None
+
+
+def _similar(name: str) -> str:
+    """What to add where nothing of this name was found; ids of the hub and of libraries are no names of recipes."""
+    plain = name.removesuffix(".toml").lower().replace("-", "_")
+    close = [] if re.search("[/:]", name) else get_close_matches(plain, find_recipes())
+    return f"; there is a recipe {' and a recipe '.join(map(repr, close))}" if close else ""
 
 
 def parse_recipe(table: Mapping[str, Any], folder: Path | None = None) -> Recipe:

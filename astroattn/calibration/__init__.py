@@ -75,6 +75,7 @@ def calibrate(
         TypeError: an argument or a batch of the wrong type.
         ValueError: an argument that does not fit; too few items for such a tolerance (the message says how many are
             needed); a cost that no plan of the menu has; a state of other arguments; an original that puts out NaN.
+        ImportError: what the extra "eval" brings is not installed.
     """
     from astroattn.calibration.planning import Wish, make_plan  # heavier than torch
 

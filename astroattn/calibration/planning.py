@@ -19,10 +19,11 @@ from astroattn.calibration.maker import Maker
 from astroattn.calibration.menu import check_menu, check_streaming_menu, default_menu, streaming_menu
 from astroattn.calibration.state import State, identify
 from astroattn.calibration.verifying import Metric, Verifier, check_metric
+from astroattn.choices import POOLINGS
 from astroattn.config import LEAST_ENTRIES, AstroConfig
 from astroattn.fidelity.calls import find_astrocytes
 from astroattn.fidelity.environment import describe_versions
-from astroattn.fidelity.passes import POOLINGS, forward, to_model
+from astroattn.fidelity.passes import forward, to_model
 from astroattn.fidelity.speech import within_encoder
 from astroattn.fidelity.subject import left_exact, share_weights
 from astroattn.patching import PatchReport, fallbacks, patched, unpatch

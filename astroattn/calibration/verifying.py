@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,7 +15,11 @@ from astroattn.calibration.effects import exact, frames
 from astroattn.fidelity import metrics
 from astroattn.fidelity.metrics import Array
 from astroattn.fidelity.passes import Outputs, count_items, forward, pool, to_model, token_mask
+from astroattn.imports import needs
 from astroattn.plan import FALLING, METRICS, Promise
+
+with needs("eval"):
+    from scipy import stats
 
 LEVEL = 0.9  # confidence of each bound
 LEAST_ITEMS = 8  # for the mean of a metric that is not a share

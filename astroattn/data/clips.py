@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from astroattn.imports import needs
+
 TRANSCRIPTS = "transcripts.tsv"
 
 
@@ -26,7 +28,8 @@ class Clip:
 
     def open(self) -> tuple[NDArray[np.float32], int]:
         """Samples [T] of -1 to 1, the mean of all channels, and samples per second; ValueError where it is no .wav."""
-        from scipy.io import wavfile
+        with needs("eval"):
+            from scipy.io import wavfile
 
         try:
             with warnings.catch_warnings():  # other chunks than sound (tags, cues) are passed over

@@ -11,6 +11,7 @@ from typing import Any
 from astroattn.data.clips import Clip
 from astroattn.data.photos import Photo
 from astroattn.data.texts import Texts, read_records
+from astroattn.imports import needs
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 TRANSCRIPT_COLUMNS = ("text", "transcription", "transcript", "sentence")  # of a dataset of speech
@@ -24,7 +25,8 @@ def read_dataset(source: str, limit: int | None) -> list[Photo] | list[Clip] | T
         source: `NAME` or `NAME:SPLIT`; NAME is an id on the hub, a folder, or a CSV, JSON, Parquet or text file.
         limit: most rows to read; None is all.
     """
-    import datasets
+    with needs("eval"):
+        import datasets
 
     name, _, split = source.partition(":")
     builder = BUILDERS.get(Path(name).suffix.lower()) if Path(name).is_file() else None

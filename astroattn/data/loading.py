@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from astroattn.choices import PYTHON_DOCS
 from astroattn.data import clips, photos, texts
 from astroattn.data.clips import Clip
 from astroattn.data.hub import read_dataset
 from astroattn.data.photos import Photo
 from astroattn.data.texts import Texts
 
-PYTHON_DOCS = "python-docs"
 DATASETS = "datasets:"
 HALVES = {"even": 0, "odd": 1}
 FINDERS: dict[str, Callable[[Path], list[Photo] | list[Clip]]] = {

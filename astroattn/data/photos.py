@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from astroattn.imports import needs
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
@@ -24,7 +26,8 @@ class Photo:
 
     def open(self) -> Any:
         """The photo as an RGB image of PIL; ValueError where its bytes are no image."""
-        from PIL import Image
+        with needs("eval"):
+            from PIL import Image
 
         try:
             return Image.open(io.BytesIO(self.read())).convert("RGB")

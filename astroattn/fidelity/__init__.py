@@ -1,8 +1,28 @@
 """What changed when attention was replaced: per head, per layer, embeddings, logits, task, time, memory, cost."""
 
-from astroattn.fidelity.comparison import compare, control_configs
-from astroattn.fidelity.diagnosis import LayerFidelity
-from astroattn.fidelity.metrics import METRICS, Metric, Value
-from astroattn.fidelity.result import Fidelity, Row
+from typing import TYPE_CHECKING
 
-__all__ = ["METRICS", "Fidelity", "LayerFidelity", "Metric", "Row", "Value", "compare", "control_configs"]
+from astroattn.imports import lazily
+
+if TYPE_CHECKING:
+    from astroattn.fidelity.comparison import compare as compare
+    from astroattn.fidelity.comparison import control_configs as control_configs
+    from astroattn.fidelity.diagnosis import LayerFidelity as LayerFidelity
+    from astroattn.fidelity.metrics import METRICS as METRICS
+    from astroattn.fidelity.metrics import Metric as Metric
+    from astroattn.fidelity.metrics import Value as Value
+    from astroattn.fidelity.result import Fidelity as Fidelity
+    from astroattn.fidelity.result import Row as Row
+
+_HOMES = {  # other modules of this package are used where nothing is compared, without what comparing needs
+    "METRICS": "metrics",
+    "Fidelity": "result",
+    "LayerFidelity": "diagnosis",
+    "Metric": "metrics",
+    "Row": "result",
+    "Value": "metrics",
+    "compare": "comparison",
+    "control_configs": "comparison",
+}
+__all__ = [*_HOMES]
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from astroattn.choices import POOLINGS
 from astroattn.config import BY_LENGTH, AstroConfig
 from astroattn.fidelity import metrics
 from astroattn.fidelity.calls import find_astrocytes
@@ -22,7 +23,6 @@ from astroattn.fidelity.diagnosis import Diagnosis
 from astroattn.fidelity.environment import describe_device, describe_versions
 from astroattn.fidelity.metrics import Value
 from astroattn.fidelity.passes import (
-    POOLINGS,
     Outputs,
     count_items,
     find_speech_encoder,

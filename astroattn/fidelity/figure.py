@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from astroattn.fidelity.diagnosis import LayerFidelity
 from astroattn.fidelity.metrics import METRICS
+from astroattn.imports import needs
+
+with needs("eval"):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from astroattn.fidelity.result import Fidelity

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
+
+from astroattn.imports import needs
+
+with needs("eval"):
+    from scipy import stats
 
 Array = NDArray[Any]
 MAX_PAIRED = 4096  # most items of which all pairs are compared

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from astroattn.models import FRAME_MASK, SPEECH_INPUTS
 
-POOLINGS = ("auto", "mean", "cls", "model")
-
 
 class Outputs(NamedTuple):
     """What a model gave for a batch; `None` where it has no such output."""

@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import jiwer
 import numpy as np
 from torch import Tensor, nn
 
 from astroattn.fidelity.metrics import Value, bootstrap
 from astroattn.fidelity.passes import find_speech_encoder
+from astroattn.imports import needs
 from astroattn.models import FRAME_MASK, SPEECH_INPUTS
 from astroattn.patching.survey import select, survey
+
+with needs("eval"):
+    import jiwer
 
 MAX_NEW_TOKENS = 200  # 30 s hold about 100 words; a model that repeats itself must end
 

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from astroattn.imports import needs
 from astroattn.simulation.network import NeuronAstrocyteNetwork, check_sequence
 
 Array = npt.NDArray[np.float64]
@@ -169,6 +169,9 @@ def _move(
 
 def _solve(velocity: Callable[..., tuple[Array, ...]], start: list[Array], moments: Array) -> list[Array]:
     """The course of several arrays from time 0, at the moments [S]: [S, ...] each."""
+    with needs("science"):
+        from scipy.integrate import solve_ivp
+
     ends = np.cumsum([part.size for part in start])
 
     def flat(_: float, state: Array) -> Array:
