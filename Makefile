@@ -4,9 +4,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+# Where no GPU is found, PyTorch is installed as built for the CPU: 5 GB less than with CUDA.
+TORCH ?= torch torchvision
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo clean
+.PHONY: help setup test lint demo wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -18,7 +21,11 @@ setup: $(VENV)/.installed ## create .venv and install the library with its tools
 $(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard $(addprefix astroattn/ops/native/,*.cpp *.h build.py))
 	@test -n "$(PYTHON)" || { echo "astroattn needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	@command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet --retries 0 --timeout 15 \
+		--index-url $(TORCH_INDEX) $(TORCH) || echo "make: going on with the plain index" >&2
+	$(BIN)/python -m pip install --quiet --editable '.[all,dev]'
+	@command -v nvidia-smi >/dev/null || $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is not None)" || \
+		echo "make: PyTorch came with CUDA (5 GB), though no GPU is found: $(TORCH_INDEX) did not serve it" >&2
 	@touch $@
 
 lint: setup ## ruff, mypy, import-linter, clang-format
@@ -33,6 +40,13 @@ test: lint ## lint, then the tests (JOBS=2 at a time)
 
 demo: setup ## patch a BERT and a ViT, and see what it cost (writes out/demo)
 	$(BIN)/python -m eval.demo
+
+# PyTorch brings libgomp.so.1, and is loaded before the kernels: a second one would be a second pool of threads.
+wheel: setup ## the wheel, named after the systems that it runs on, and the sdist (in dist)
+	rm -rf build/wheel dist
+	$(BIN)/python -m build --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
 
 clean: ## remove .venv, caches and outputs
 	rm -rf $(VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

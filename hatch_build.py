@@ -12,9 +12,14 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class KernelBuild(BuildHookInterface):
-    """Puts the libraries beside their source, and the platform into the wheel's name; any Python 3 can load them."""
+    """Puts the libraries beside their source, and the platform into the wheel's name; any Python 3 can load them.
+
+    The recipes go inside the package, but not into an editable installation, which finds them beside it.
+    """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version == "standard":
+            build_data["force_include"]["patches"] = "astroattn/patches"
         build = runpy.run_path(str(Path(self.root, "astroattn", "ops", "native", "build.py")))["build"]
         try:
             build()

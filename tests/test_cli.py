@@ -96,7 +96,7 @@ def run(*arguments: str) -> int:
 
 
 def test_version_and_help_from_a_shell() -> None:
-    command = [sys.executable, "-m", "astroattn.cli"]
+    command = [sys.executable, "-m", "astroattn"]
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     assert version.stdout.strip() == astroattn.__version__
     nothing = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -180,6 +180,12 @@ def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in text
     assert "cpu kernels" in text
     assert "encoder.layer.1.attention.self" in text
+
+
+def test_recipes_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipes") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "minilm                all-MiniLM-L6-v2 (BERT, 6 layers, 12 heads of 32)" in lines
 
 
 def test_a_decoder_is_calibrated_and_compared(

