@@ -39,7 +39,8 @@ from torch import nn
 
 torch.manual_seed(0)
 def encoder():
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2, enable_nested_tensor=False).eval()
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
 
 model, other, x = encoder(), encoder(), torch.randn(2, 200, 32)
 other.load_state_dict(model.state_dict())

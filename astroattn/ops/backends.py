@@ -96,7 +96,7 @@ def _warn_once() -> None:
     if not _warned and not torch.compiler.is_compiling():  # a graph has no such side effects
         _warned = True
         warnings.warn(
-            f"astroattn: plain PyTorch stands in for the CPU kernels: {_NO_NATIVE}. To build them, install astroattn "
-            "again where a C++ compiler is found; backend='torch' says that they are not wanted",
+            f"astroattn: plain PyTorch stands in for the CPU kernels, and takes some three times as long: {_NO_NATIVE} "
+            "(backend='torch' says that they are not wanted)",
             stacklevel=6,
         )

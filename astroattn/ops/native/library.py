@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Strides = ctypes.c_int64 * 3
 INTEGER, POINTER = ctypes.c_int64, ctypes.c_void_p
+BUILD = "install a C++ compiler (Debian, Ubuntu: `apt install g++`) and run `python -m astroattn.ops.native.build`"
 FUNCTIONS = ("near_far", "near_far_backward", "linear", "linear_backward", "stream")
 
 
@@ -23,13 +24,13 @@ def _library() -> ctypes.CDLL | str:
     if not path.exists():
         path = FOLDER / "kernels_default.so"
     if not path.exists():
-        return "the CPU kernels are not built; `python -m astroattn.ops.native.build` builds them, with a C++ compiler"
+        return f"the CPU kernels are not built; {BUILD}"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the CPU kernels cannot be loaded: {error}"
     if not all(hasattr(library, f"astroattn_{function}") for function in FUNCTIONS):
-        return "the CPU kernels are those of an older version; `python -m astroattn.ops.native.build` builds them anew"
+        return f"the CPU kernels are those of an older version; {BUILD}"
     return library
 
 
