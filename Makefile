@@ -3,9 +3,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet
 JOBS ?= 2
-# Where no GPU is found, PyTorch is installed as built for the CPU: 5 GB less than with CUDA.
-TORCH ?= torch torchvision
+# Where no GPU is found, PyTorch is installed as built for the CPU: 4 GB less than with CUDA.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
@@ -21,11 +21,12 @@ setup: $(VENV)/.installed ## create .venv and install the library with its tools
 $(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard $(addprefix astroattn/ops/native/,*.cpp *.h build.py))
 	@test -n "$(PYTHON)" || { echo "astroattn needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet --retries 0 --timeout 15 \
-		--index-url $(TORCH_INDEX) $(TORCH) || echo "make: going on with the plain index" >&2
-	$(BIN)/python -m pip install --quiet --editable '.[all,dev]'
-	@command -v nvidia-smi >/dev/null || $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is not None)" || \
-		echo "make: PyTorch came with CUDA (5 GB), though no GPU is found: $(TORCH_INDEX) did not serve it" >&2
+	@command -v nvidia-smi >/dev/null \
+		|| { $(PIP) install --retries 0 --timeout 15 --index-url $(TORCH_INDEX) torch torchvision \
+			&& $(BIN)/python -c 'import torchvision' 2>/dev/null; } \
+		|| { echo "make: $(TORCH_INDEX) has no PyTorch with a torchvision that fits it; the plain one takes 4 GB more" >&2; \
+			$(PIP) uninstall --yes torch torchvision; }
+	$(PIP) install --editable '.[all,dev]'
 	@touch $@
 
 lint: setup ## ruff, mypy, import-linter, clang-format

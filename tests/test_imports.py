@@ -64,7 +64,8 @@ print(*sorted(MISSING & set(sys.modules)))
 
 NAMED = """
 import torch
-import astroattn
+import astroattn.ops.library
+torch.ops.astroattn.near_far_attention  # as an export that was saved looks it up
 from torch import nn
 
 def tell(function, *args, **settings):
