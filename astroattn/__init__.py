@@ -12,7 +12,7 @@ from astroattn.checkpoint import from_pretrained, load, save
 from astroattn.config import AstroConfig
 from astroattn.cost import Cost
 from astroattn.distillation import DistillReport, distill
-from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
+from astroattn.patching import PatchReport, fallbacks, patch, patched, register, unpatch
 from astroattn.plan import Plan
 from astroattn.version import __version__
 
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "patch",
     "patched",
+    "register",
     "save",
     "unpatch",
 ]
