@@ -60,7 +60,9 @@ def take(batch: Any, rows: Sequence[int]) -> Any:
 
 def to_patch(model: nn.Module, batch: Any) -> Any:
     """The first item of a batch, for `patch`; None of recordings, of which only the encoder runs."""
-    inputs = take(to_model(model, batch), [0])
+    inputs = to_model(model, batch)
+    count_items(inputs)  # there is a first one
+    inputs = take(inputs, [0])
     if find_speech_encoder(model) is not None:
         return None
     return {name: x for name, x in inputs.items() if name != FRAME_MASK} if isinstance(inputs, Mapping) else inputs
