@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from astroattn.patching import fallbacks as fallbacks
     from astroattn.patching import patch as patch
     from astroattn.patching import patched as patched
+    from astroattn.patching import register as register
     from astroattn.patching import unpatch as unpatch
     from astroattn.plan import Plan as Plan
 
@@ -42,6 +43,7 @@ _HOMES = {
     "load": "checkpoint",
     "patch": "patching",
     "patched": "patching",
+    "register": "patching",
     "save": "checkpoint",
     "unpatch": "patching",
 }

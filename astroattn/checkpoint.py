@@ -61,7 +61,13 @@ def save(model: nn.Module, folder: str | Path) -> None:
     write_record(model, record | {"base_model": _base_model(model)}, Path(folder))
 
 
-def load(model: nn.Module, folder: str | Path, *, revision: str | None = None) -> PatchReport:
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    inputs: Mapping[str, Any] | Tensor | None = None,
+) -> PatchReport:
     """Patch a model as a saved one was patched, and give its astrocytes what they had learned.
 
     The model may be any that holds the encoder that was patched, such as a task model or a SentenceTransformer around
@@ -71,7 +77,7 @@ def load(model: nn.Module, folder: str | Path, *, revision: str | None = None) -
         model: patched or not; what that encoder in it was patched with before is replaced.
         folder: what `save` wrote, or what transformers, sentence-transformers, peft or timm wrote of a patched model;
             or an id on the Hugging Face hub.
-        revision: of the hub's repository.
+        revision: of the hub's repository. inputs: as in `patch`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -97,10 +103,16 @@ def load(model: nn.Module, folder: str | Path, *, revision: str | None = None) -
             f"folder: {str(folder)!r} has two records that differ, {SETTINGS} and that in the header of its weights; "
             "take the older one away, or save again"
         )
-    return restore(model, *found[0])
+    return restore(model, *found[0], inputs)
 
 
-def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    inputs: Mapping[str, Any] | Tensor | None = None,
+) -> nn.Module:
     """The patched model of transformers that `model.save_pretrained` wrote, in evaluation mode.
 
     `save_pretrained` and `push_to_hub` of a patched model of transformers, or of one that holds patched modules, write
@@ -109,7 +121,7 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
 
     Args:
         source: a folder, or an id on the Hugging Face hub. revision: of the hub's repository.
-        dtype: of the weights; None is that of the file.
+        dtype: of the weights; None is that of the file. inputs: as in `patch`.
 
     Raises:
         ValueError: nothing is there; it was not saved from a patched model; a file is damaged.
@@ -140,7 +152,7 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, dtype: t
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"source: cannot load {source!r}: {_line(error)}") from None
     vars(model.config).pop(RECORD_KEY, None)  # the words are for who opens it without us
-    restore(model, record, saved[1], source)
+    restore(model, record, saved[1], source, inputs)
     if dtype is not None:
         model.to(dtype)
     return model  # type: ignore[no-any-return]
@@ -166,7 +178,9 @@ def _expecting(cls: Any, names: Iterable[str]) -> Iterator[None]:
         cls._keys_to_ignore_on_load_unexpected = before
 
 
-def restore(model: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> PatchReport:
+def restore(
+    model: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, inputs: Any = None
+) -> PatchReport:
     """Patch a model by a record (`describe`) and load its tensors; all of it, or nothing.
 
     Raises:
@@ -181,7 +195,7 @@ def restore(model: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, T
         unpatch(model.get_submodule(part))
         try:
             plan = Plan(model=record["model"], modules={names[row["name"]]: heads for row, heads in rows})
-            report = patch(model, plan, where=lambda name, module: name in plan.modules)
+            report = patch(model, plan, where=lambda name, module: name in plan.modules, inputs=inputs)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         for row, _ in rows:

@@ -23,7 +23,7 @@ TILES = ("content", "position")
 STATIC = ("random", "learned")  # with weights that no sequence changes
 BY_LENGTH = -1  # of a number that the length of the sequence decides
 STATIC_HIDDEN = 16  # neurons of a static layer that is not told how many
-ENTRIES_STEP, LEAST_ENTRIES = 8, 32  # of a streaming memory
+ENTRIES_STEP, LEAST_ENTRIES = 8, 16  # of a streaming memory
 _LEAST = {
     "num_hidden": 1,
     "near": 0,
@@ -116,7 +116,7 @@ class AstroConfig:
                 raise ValueError(f"entries: {self.entries}; must be a multiple of {ENTRIES_STEP}")
             if self.near == BY_LENGTH:
                 object.__setattr__(self, "near", self.entries // 2)
-            if self.near > (most := self.entries - 2 * ENTRIES_STEP):
+            if self.near > (most := self.entries - ENTRIES_STEP):
                 raise ValueError(f"near: {self.near}; entries={self.entries} has room for at most {most} newest tokens")
         if self.hidden in STATIC:  # its weights are there before any sequence
             for name, value in (("num_hidden", STATIC_HIDDEN), ("near", 0), ("exact_keys", 0)):

@@ -130,8 +130,8 @@ def test_a_model_with_a_plan_generates_and_its_memory_goes_on(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"entries": 16}, "entries: 16; a streaming memory has at least 32"),
-        ({"entries": 500}, "entries: 500; this menu has 32 to 64 here"),
+        ({"entries": 8}, "entries: 8; a streaming memory has at least 16"),
+        ({"entries": 500}, "entries: 500; this menu has 16 to 64 here"),
         ({"cost": 0.5}, "cost: of products; a streaming memory has a number of entries"),
         ({"entries": 64, "menu": [AstroConfig()]}, "entries: 64, but menu has no streaming memory"),
         ({"entries": 64, "menu": [AstroConfig(hidden="streaming"), AstroConfig()]}, "these texts have at most 64"),

@@ -196,11 +196,11 @@ def test_a_decoder_is_calibrated_and_compared(
     assert "entries in the mean" in capsys.readouterr().out
     found = Plan.load(plan)
     assert found.entries is not None
-    assert 32 < found.entries <= 40
+    assert 16 < found.entries <= 40
     assert run("compare", llama, "--data", long_texts, "--plan", str(plan), "--json", str(result)) == 0
     assert json.loads(result.read_text())
     assert run("calibrate", llama, "--data", long_texts, "--entries", "4", "--out", str(plan)) == 2
-    assert "entries: 4; a streaming memory has at least 32" in capsys.readouterr().err
+    assert "entries: 4; a streaming memory has at least 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ CASES = {
     "odd sizes": (2, 2, 5, 90, 17, 5, 64, 30, None),
     "a query head each": (1, 3, 1, 80, 24, 40, 40, 0, None),
     "twelve query heads": (1, 1, 12, 100, 40, 16, 72, 56, None),
+    "the smallest": (1, 2, 2, 80, 8, 8, 16, 8, None),
+    "as many newest as can be": (1, 1, 2, 90, 8, 8, 64, 56, None),
     "padding": (4, 2, 2, 90, 8, 12, 32, 16, [90, 0, 33, 57]),
     "padding, no row full": (2, 1, 2, 20, 8, 8, 32, 16, [3, 18]),
 }

@@ -17,7 +17,7 @@ from patching_models import ALL, build, image, outputs, text
 from safetensors import safe_open
 from torch import nn
 
-import astroattn.patching.core as core_module
+import astroattn.patching.checking as checking
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
 from astroattn.patching.sdpa import SdpaSite
@@ -177,7 +177,7 @@ def test_all_or_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             raise MemoryError("no room")
         return AstrocyteAttention(*args)
 
-    monkeypatch.setattr(core_module, "AstrocyteAttention", fail)
+    monkeypatch.setattr(checking, "AstrocyteAttention", fail)
     with pytest.raises(MemoryError, match="no room"):
         patch(model, STATIC)
     assert made
@@ -366,7 +366,7 @@ def test_heads_that_nobody_can_count_are_not_guessed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(SdpaSite, "shape", classmethod(lambda cls, module: None))
     model = Wrapper()
     before = model(image(), image())
-    with pytest.raises(ValueError, match="its heads cannot be counted without a forward on made-up input"):
+    with pytest.raises(ValueError, match="its heads cannot be counted without a forward, and no input can"):
         patch(model, SHORT)
     assert torch.equal(model(image(), image()), before)
     assert [row.heads for row in patch(model.body, SHORT).patched] == [4, 4]  # the probe has seen them

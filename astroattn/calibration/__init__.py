@@ -61,7 +61,7 @@ def calibrate(
             original's `fidelity.passes.Outputs` for a batch, which gives a value in [0, 1] for each item. "auto" is
             top1 where there are logits [B, C], kl for streaming memories, else cosine. Of recordings all frames
             together are the embedding.
-        menu: what a head may do; None is `default_menu`, or streaming memories of 32 entries to all tokens. Exact
+        menu: what a head may do; None is `default_menu`, or streaming memories of 16 entries to all tokens. Exact
             attention, or a memory of all tokens, always is a choice. Configs with weights of their own (random,
             learned) cannot be mixed and are refused.
         where: which modules, as in `patch`.

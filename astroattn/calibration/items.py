@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from astroattn.fidelity.passes import count_items, token_mask
+from astroattn.fidelity.passes import count_items, take, token_mask
 
 LEAST_ITEMS = 8  # that choose,
 LEAST_TOKENS = 4096  # or so many tokens, whichever is more items;
@@ -74,15 +73,3 @@ def split(batches: Sequence[Any], length: int, seed: int) -> Split:
         if rows:
             unseen.append(take(batch, rows))
     return Split(items, tokens, unseen, max(LEAST_ITEMS, LEAST_TOKENS * seen // max(held, 1)))
-
-
-def take(batch: Any, rows: Sequence[int]) -> Any:
-    """These items of a batch."""
-    if isinstance(batch, Tensor):
-        return batch[list(rows)]
-    count = count_items(batch)
-
-    def pick(value: Any) -> Any:
-        return value[list(rows)] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
-
-    return {name: pick(value) for name, value in batch.items()} if isinstance(batch, Mapping) else batch

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -15,10 +15,13 @@ from astroattn.calibration.effects import Measured
 from astroattn.calibration.verifying import Verifier
 from astroattn.config import AstroConfig
 from astroattn.fidelity.metrics import Array
-from astroattn.patching import patched
+from astroattn.patching import PatchReport
 from astroattn.plan import FALLING, HeadShare, Plan, Promise
 
 BUDGETS = 15  # of which the smallest that keeps a tolerance is searched, in equal ratios; the last is exact
+
+
+Patch = Callable[[AstroConfig | Plan], AbstractContextManager[PatchReport]]  # what `patched` does with the subject
 
 
 class Maker:
@@ -31,7 +34,7 @@ class Maker:
     def __init__(
         self,
         subject: nn.Module,
-        where: Any,
+        patch: Patch,
         menu: list[AstroConfig],
         modules: dict[str, int],
         items: Sequence[Measured],
@@ -56,7 +59,7 @@ class Maker:
             self._choice = Choice(effects, np.repeat(entries[:, None], len(sizes), 1), np.full(len(sizes), entries[-1]))
         else:
             self._choice = Choice(effects, self._products, self._softmax)
-        self._subject, self._where, self._menu, self._verifier = subject, where, menu, verifier
+        self._subject, self._patch, self._menu, self._verifier = subject, patch, menu, verifier
 
     def for_cost(self, cost: float) -> Plan:
         """The truest plan for a cost."""
@@ -123,7 +126,7 @@ class Maker:
         return np.full(self._unit[-1] + 1, len(self._menu) - 1)
 
     def _verify(self, chosen: Array, title: str) -> Promise:
-        with patched(self._subject, Plan(model="", modules=self._heads(chosen)), self._where):
+        with self._patch(Plan(model="", modules=self._heads(chosen))):
             return self._verifier.verify(self._subject, title)
 
     def _heads(self, chosen: Array) -> dict[str, tuple[AstroConfig, ...]]:

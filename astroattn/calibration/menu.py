@@ -12,7 +12,7 @@ EXACT = AstroConfig(hidden="exact")
 
 KEYS = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 NEURONS, FEW_NEURONS, FEWEST_NEURONS = 48, 16, 8
-ENTRIES = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # of a streaming memory
+ENTRIES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # of a streaming memory
 WIDE_NEAR = 16  # tokens, for heads that look at their neighbours
 
 

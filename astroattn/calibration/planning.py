@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from astroattn.calibration.effects import DIRECTIONS, NotDifferentiable, exact, measure, noted
-from astroattn.calibration.items import Split, read, split, take
-from astroattn.calibration.maker import Maker
+from astroattn.calibration.items import Split, read, split
+from astroattn.calibration.maker import Maker, Patch
 from astroattn.calibration.menu import check_menu, check_streaming_menu, default_menu, streaming_menu
 from astroattn.calibration.state import State, identify
 from astroattn.calibration.verifying import Metric, Verifier, check_metric
@@ -23,7 +24,7 @@ from astroattn.choices import POOLINGS
 from astroattn.config import LEAST_ENTRIES, AstroConfig
 from astroattn.fidelity.calls import find_astrocytes
 from astroattn.fidelity.environment import describe_versions
-from astroattn.fidelity.passes import forward, to_model
+from astroattn.fidelity.passes import forward, take, to_model, to_patch
 from astroattn.fidelity.speech import within_encoder
 from astroattn.fidelity.subject import left_exact, share_weights
 from astroattn.patching import PatchReport, fallbacks, patched, unpatch
@@ -75,11 +76,12 @@ def make_plan(model: nn.Module, batches: Iterable[Any], wish: Wish) -> Plan:
     unpatch(subject)
     where = within_encoder(subject, wish.where)
     kept = read(batches)
+    patch = partial(patched, subject, where=where, inputs=to_patch(subject, kept[0]))
     base, metric = AstroConfig(), wish.metric
-    if streams := _streams(subject, wish, where):
+    if streams := _streams(wish, patch):
         base = AstroConfig(hidden="streaming")
         metric = "kl" if metric == "auto" else metric
-    with patched(subject, base, where) as report:
+    with patch(base) as report:
         length, groups = _look(subject, max(kept, key=_width))
         if streams:
             menu = check_streaming_menu(streaming_menu(length) if wish.menu is None else wish.menu, length)
@@ -91,14 +93,14 @@ def make_plan(model: nn.Module, batches: Iterable[Any], wish: Wish) -> Plan:
         parts = split(kept, length, wish.seed)
     verifier = Verifier(subject, parts.unseen, metric, wish.tolerance, wish.pooling, wish.seed, progress=wish.progress)
     verifier.require_items(parts.wanted)
-    with patched(subject, base, where):
+    with patch(base):
         cores = find_astrocytes(subject)
         modules = {_owner(name): core.num_heads for name, core in cores.items()}
         known = identify(model, modules, menu, parts.choosing, seed=wish.seed, pooling=wish.pooling)
         state = State(wish.state, known)
         _measure(subject, parts, menu, wish, state)
         notes = [*state.notes, *_left_out(report, fallbacks(subject))]
-    maker = Maker(subject, where, menu, modules, state.items, verifier, groups)
+    maker = Maker(subject, patch, menu, modules, state.items, verifier, groups)
     provenance = {
         "seed": wish.seed,
         "choosing_items": len(parts.choosing),
@@ -116,25 +118,25 @@ def make_plan(model: nn.Module, batches: Iterable[Any], wish: Wish) -> Plan:
     return replace(plan, provenance=provenance, notes=(*plan.notes, *notes))
 
 
-def _streams(subject: nn.Module, wish: Wish, where: Any) -> bool:
+def _streams(wish: Wish, patch: Patch) -> bool:
     """Whether streaming memories are to be chosen: where they were asked for, and where nothing else can be."""
     if wish.menu is not None:
         streams = any(config.hidden == "streaming" for config in wish.menu)
         if wish.entries is not None and not streams:
             raise ValueError(f"entries: {wish.entries:g}, but menu has no streaming memory")
     else:
-        streams = wish.entries is not None or _only_streams(subject, where)
+        streams = wish.entries is not None or _only_streams(patch)
     if streams and wish.cost is not None:
         raise ValueError("cost: of products; a streaming memory has a number of entries: give entries or tolerance")
     return streams
 
 
-def _only_streams(subject: nn.Module, where: Any) -> bool:
+def _only_streams(patch: Patch) -> bool:
     try:
-        with patched(subject, AstroConfig(), where):
+        with patch(AstroConfig()):
             return False
     except ValueError as error:
-        with suppress(ValueError), patched(subject, AstroConfig(hidden="streaming"), where):
+        with suppress(ValueError), patch(AstroConfig(hidden="streaming")):
             return True
         raise error from None
 

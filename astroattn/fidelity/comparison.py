@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from astroattn.fidelity.passes import (
     find_speech_encoder,
     is_speech,
     to_model,
+    to_patch,
     token_mask,
 )
 from astroattn.fidelity.resources import MEMORY_METHODS
@@ -99,16 +101,22 @@ def compare(
     config = config or AstroConfig()
     where = within_encoder(model, where)
     writes = tokenizer is not None and find_speech_encoder(model) is not None
-    subjects = {"original": Subject(model), "patched": Subject(model, config, where)}
+    total = len(batches) if isinstance(batches, Sized) else None
+    batches = iter(batches)
+    if (first := next(batches, None)) is None:
+        raise ValueError("batches: there are none")
+    inputs = to_patch(model, first)
+    subjects = {"original": Subject(model), "patched": Subject(model, config, where, inputs)}
     if controls:
         same = _same_modules(subjects["patched"]) if isinstance(config, Plan) else where
-        subjects |= {title: Subject(model, choice, same) for title, choice in control_configs(config).items()}
+        subjects |= {title: Subject(model, choice, same, inputs) for title, choice in control_configs(config).items()}
     diagnosis = Diagnosis(subjects["patched"].model)
     exact_check: float | None = None
     diagnosed = items = 0
-    total = len(batches) if isinstance(batches, Sized) else None
     with torch.inference_mode():
-        for number, batch in enumerate(tqdm(batches, "comparing", total, unit="batch", disable=not progress)):
+        for number, batch in enumerate(
+            tqdm(chain([first], batches), "comparing", total, unit="batch", disable=not progress)
+        ):
             inputs = to_model(model, batch)
             if is_speech(inputs) and pooling != "auto":
                 raise ValueError(
@@ -128,8 +136,6 @@ def compare(
                 difference = _difference(diagnosis.add(inputs), original.outputs, token_mask(inputs))
                 exact_check = max(exact_check or 0.0, difference)
                 diagnosed = items
-    if not items:
-        raise ValueError("batches: there are none")
     if labels is not None and len(labels) != items:
         raise ValueError(f"labels: {len(labels)}, but there are {items} items")
     if scores is not None and 2 * len(scores) != items:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,28 @@ def count_items(inputs: Any) -> int:
     if not tensors or not tensors[0].shape or not tensors[0].shape[0]:
         raise ValueError("batches: a batch without rows")
     return tensors[0].shape[0]
+
+
+def take(batch: Any, rows: Sequence[int]) -> Any:
+    """These items of a batch."""
+    if isinstance(batch, Tensor):
+        return batch[list(rows)]
+    count = count_items(batch)
+
+    def pick(value: Any) -> Any:
+        return value[list(rows)] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
+
+    return {name: pick(value) for name, value in batch.items()} if isinstance(batch, Mapping) else batch
+
+
+def to_patch(model: nn.Module, batch: Any) -> Any:
+    """The first item of a batch, for `patch`; None of recordings, of which only the encoder runs."""
+    inputs = to_model(model, batch)
+    count_items(inputs)  # there is a first one
+    inputs = take(inputs, [0])
+    if find_speech_encoder(model) is not None:
+        return None
+    return {name: x for name, x in inputs.items() if name != FRAME_MASK} if isinstance(inputs, Mapping) else inputs
 
 
 def token_mask(inputs: Any) -> Tensor | None:

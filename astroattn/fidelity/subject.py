@@ -33,10 +33,12 @@ class Reading(NamedTuple):
 class Subject:
     """A copy of a model that shares the original's weights, patched with `config` unless that is None."""
 
-    def __init__(self, model: nn.Module, config: AstroConfig | Plan | None = None, where: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: AstroConfig | Plan | None = None, where: Any = None, inputs: Any = None
+    ) -> None:
         self.config = config
         self.model = share_weights(model)
-        self.report = None if config is None else patch(self.model, config, where)
+        self.report = None if config is None else patch(self.model, config, where, inputs=inputs)
         self.transcripts: list[str] = []
         self.nonfinite = 0
         self.peak_bytes: int | None = None

@@ -1,6 +1,7 @@
 """Taking hold of the attention modules of a model, and letting go of them again."""
 
 from astroattn.patching.core import fallbacks, patch, patched, restored_on_error, unpatch
+from astroattn.patching.handwritten import register
 from astroattn.patching.report import PatchReport, Row
 
-__all__ = ["PatchReport", "Row", "fallbacks", "patch", "patched", "restored_on_error", "unpatch"]
+__all__ = ["PatchReport", "Row", "fallbacks", "patch", "patched", "register", "restored_on_error", "unpatch"]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from astroattn.attention import AstrocyteAttention
 from astroattn.config import AstroConfig
 from astroattn.hidden import LearnedHidden
-from astroattn.patching import probe
+from astroattn.patching.checking import Configs, check, check_heads, make_core, run_original, shape_of, site_at
 from astroattn.patching.grid import PatchGrid, place_grids
 from astroattn.patching.report import PatchReport, Row
 from astroattn.patching.site import CORE, NO_GRID, Site, install, remove, site_of
@@ -24,13 +22,34 @@ from astroattn.plan import Plan
 LONGEST = ("max_target_positions", "max_position_embeddings")  # settings that bound the length of a causal sequence
 NOT_SELECTED = "not selected by where"
 NOT_PLANNED = "not in the plan"
-UNKNOWN_HEADS = "its heads cannot be counted without a forward on made-up input, and there was none"
 
 State = list[tuple[nn.Module, Site, AstrocyteAttention]]
-Configs = Mapping[str, AstroConfig | tuple[AstroConfig, ...]]  # of all heads, or of each, by the name of the module
 
 
-def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Where | None = None) -> PatchReport:
+class HoldsModel(Protocol):
+    """What holds a model, such as a pipeline of transformers."""
+
+    model: nn.Module
+
+
+Model = nn.Module | HoldsModel
+
+
+def module_of(model: Model) -> nn.Module:
+    """The module that is meant. Raises TypeError where there is none."""
+    found = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(found, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module or a pipeline, got {type(model).__name__}")
+    return found
+
+
+def patch(
+    model: Model,
+    config: AstroConfig | Plan | None = None,
+    where: Where | None = None,
+    *,
+    inputs: Mapping[str, Any] | Tensor | None = None,
+) -> PatchReport:
     """Replace the self-attention of a model by astrocytes, in place, and report what became of every attention module.
 
     No parameter changes, and no `state_dict` key. A module that needs something an astrocyte does not represent stays
@@ -44,25 +63,29 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
     an astrocyte. While a transformers model is patched, `output_attentions=True` raises.
 
     Args:
-        model: any module that holds attention modules of transformers, timm, diffusers or torch.nn. A short forward on
-            made-up input checks every module, where such input can be made up; the model is in eval mode for it. What
-            it does not reach is checked in the nearest model of transformers around it, alone.
+        model: any module that holds attention modules of transformers, timm, diffusers or torch.nn; a pipeline stands
+            for its `.model`. A short forward on made-up input checks every module, where such input can be made up;
+            the model is in eval mode for it. What it does not reach is checked in the nearest model of transformers
+            around it, alone.
         config: what the astrocytes do; None is `AstroConfig()`. A `Plan` says it head by head; selected modules that
             are not in it become, or stay, exact.
         where: which modules; None is all of them. An index or several into the self-attention modules in module order
             (negative from the end), a name pattern or several (`"encoder.layer.[0-5].*"`), or a
             predicate `(name, module) -> bool`.
+        inputs: a batch, keyword arguments or one tensor, as the model takes it. It is checked on that where no input
+            can be made up, and where what was made up does not reach every module. A row or two will do.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a part of `where` matches nothing; the model has no attention module; no module can be patched
-            (the message has every reason); a plan does not fit (a module that is missing, cannot be patched here or has
-            another number of heads).
+            (the message has every reason); it does not run on `inputs`; a plan does not fit (a module that is missing,
+            cannot be patched here or has another number of heads).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = module_of(model)
     if config is not None and not isinstance(config, (AstroConfig, Plan)):
         raise TypeError(f"config: expected an AstroConfig, a Plan or None, got {type(config).__name__}")
+    if inputs is not None and not isinstance(inputs, (Mapping, Tensor)):
+        raise TypeError(f"inputs: expected a mapping of keyword arguments or a tensor, got {type(inputs).__name__}")
     found = survey(model)
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no attention module that astroattn recognises")
@@ -73,7 +96,7 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
     else:
         configs = dict.fromkeys((each.name for each in selected), config or AstroConfig())
     with restored_on_error(model):
-        reasons, note = _patch(model, configs, found, selected)
+        reasons, note = _patch(model, configs, found, selected, inputs)
         if isinstance(config, Plan):
             _require(config, selected, reasons)
         report = _report(model, found, selected, reasons, note)
@@ -84,24 +107,27 @@ def patch(model: nn.Module, config: AstroConfig | Plan | None = None, where: Whe
     return report
 
 
-def unpatch(model: nn.Module) -> None:
+def unpatch(model: Model) -> None:
     """Make a patched model bit for bit what it was; a model that is not patched is left alone.
 
     Raises:
         TypeError: `model` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    _restore(model, [])
+    _restore(module_of(model), [])
 
 
 @contextmanager
 def patched(
-    model: nn.Module, config: AstroConfig | Plan | None = None, where: Where | None = None
+    model: Model,
+    config: AstroConfig | Plan | None = None,
+    where: Where | None = None,
+    *,
+    inputs: Mapping[str, Any] | Tensor | None = None,
 ) -> Iterator[PatchReport]:
     """`patch` for the length of a block; afterwards the model is as it was, patched before or not."""
+    model = module_of(model)
     before = _capture(model)
-    report = patch(model, config, where)
+    report = patch(model, config, where, inputs=inputs)
     try:
         yield report
     finally:
@@ -119,9 +145,9 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
+def fallbacks(model: Model) -> dict[str, dict[str, int]]:
     """What the astrocytes of a patched model could not do: number of calls by module name and reason."""
-    sites = [site for module in model.modules() if (site := site_of(module)) is not None]
+    sites = [site for module in module_of(model).modules() if (site := site_of(module)) is not None]
     return {site.name: dict(site.fallbacks) for site in sites if site.fallbacks}
 
 
@@ -137,14 +163,9 @@ def _check_plan(model: nn.Module, plan: Plan, found: list[Found]) -> None:
         front_end, module = modules[name].front_end, modules[name].module
         core = getattr(module, CORE, None)
         if isinstance(core, AstrocyteAttention):
-            _check_heads(name, heads, (core.num_heads, core.head_dim))
+            check_heads(name, heads, (core.num_heads, core.head_dim))
         elif front_end is not None and (shape := front_end.shape(module)) is not None:
-            _check_heads(name, heads, shape)
-
-
-def _check_heads(name: str, heads: AstroConfig | tuple[AstroConfig, ...], shape: tuple[int, int]) -> None:
-    if isinstance(heads, tuple) and len(heads) != shape[0]:
-        raise ValueError(f"plan: {name!r} has {shape[0]} heads; the plan has configs for {len(heads)}")
+            check_heads(name, heads, shape)
 
 
 def _require(plan: Plan, selected: list[Found], reasons: dict[str, str]) -> None:
@@ -154,7 +175,9 @@ def _require(plan: Plan, selected: list[Found], reasons: dict[str, str]) -> None
             raise ValueError(f"plan: {each.name!r} cannot be patched here: {reasons[each.name]}")
 
 
-def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: list[Found]) -> tuple[dict[str, str], str]:
+def _patch(
+    model: nn.Module, configs: Configs, found: list[Found], selected: list[Found], inputs: Any
+) -> tuple[dict[str, str], str]:
     """Make the selected modules what `configs` says, exact where it says nothing.
 
     Returns why those that stay exact do, and how the probe went.
@@ -172,16 +195,16 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
     _settle(model)
     note = "not needed"
     if fresh:
-        runs, note = _run_original(model, fresh)
+        runs, note = run_original(model, fresh, inputs)
         _install(model, fresh, configs, grids)
-        reasons |= _probe(model, fresh, configs, runs)
+        reasons |= check(model, fresh, configs, runs)
         reasons |= {each.name: reason for each in fresh if (reason := _causal_refusal(each))}
         for each in fresh:
             if each.name in reasons:
                 remove(each.module)
             else:
                 _remark(each)
-                _site(each).seen = None
+                site_at(each).seen = None
                 _keep_learned(getattr(each.module, CORE), before[each.name])
         _settle(model)
     if all(site_of(each.module) is None for each in selected):
@@ -190,116 +213,21 @@ def _patch(model: nn.Module, configs: Configs, found: list[Found], selected: lis
     return reasons, note
 
 
-class _Run(NamedTuple):
-    """One run of a model, or of a part of it by itself, before it is patched."""
-
-    name: str
-    part: nn.Module
-    inputs: dict[str, Any]
-    outputs: list[Tensor]
-
-
-def _run_original(model: nn.Module, fresh: list[Found]) -> tuple[list[_Run], str]:
-    """Run the model on made-up input, then by itself the nearest part around each module that was not called."""
-    called: set[int] = set()
-    handles: list[RemovableHandle] = []
-    runs: list[_Run] = []
-    missing = ""
-
-    def run(name: str, part: nn.Module) -> None:
-        known = set(called)
-        try:
-            runs.append(_Run(name, part, *probe.make_run(part)))
-        except Exception:
-            called.intersection_update(known)  # what it called before it failed was not checked
-            raise
-
-    try:
-        for each in fresh:
-            handles.append(each.module.register_forward_pre_hook(lambda module, _: called.add(id(module))))
-        try:
-            run("", model)
-        except probe.NoProbe as error:
-            missing = str(error)
-        except Exception as error:  # whatever a model raises on input that does not suit it
-            missing = f"the model does not run on made-up input: {_line(error)}"
-        tried: set[str] = set()
-        for each in fresh:
-            name = f"{each.name}."
-            while id(each.module) not in called and (name := name.rpartition(".")[0]):
-                part = model.get_submodule(name)
-                if name in tried or not (hasattr(part, "main_input_name") or probe.takes_tokens(part)):
-                    continue
-                tried.add(name)
-                with suppress(Exception):  # no input, or one that does not suit it
-                    run(name, part)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not missing:
-        return runs, "every astrocyte was checked against softmax on made-up input"
-    return runs, f"{'of some parts alone' if runs else 'none'}, {missing}"
-
-
-def _probe(model: nn.Module, fresh: list[Found], configs: Configs, runs: list[_Run]) -> dict[str, str]:
-    """Repeat the runs, the model's own attention answering; returns why modules must stay exact.
-
-    What no run calls stays exact if the whole model ran, and is not checked if it did not.
-    """
-    for each in fresh:
-        _site(each).seen = []
-    reasons: dict[str, str] = {}
-    for name, part, inputs, expected in runs:
-        before = {each.name: len(_site(each).seen or []) for each in fresh}
-        changed = _repeat(part, inputs, expected)
-        for each in fresh:
-            if len(_site(each).seen or []) > before[each.name] and name:
-                _site(each).remark = "checked alone" if name == each.name else f"checked in {name} alone"
-            if changed and (not name or f"{each.name}.".startswith(f"{name}.")):
-                reasons.setdefault(each.name, f"the model {changed} when its attention is taken over")
-    whole = any(not run.name for run in runs)
-    for each in fresh:
-        core = getattr(each.module, CORE)
-        seen = _site(each).seen or []
-        if each.name in reasons:
-            continue
-        if not seen and not whole:
-            if _shape(each) is None:
-                reasons[each.name] = UNKNOWN_HEADS
-        elif reason := probe.verdict(seen):
-            reasons[each.name] = reason
-        elif (shape := seen[0].shape) != (core.num_heads, core.head_dim):
-            _check_heads(each.name, configs[each.name], shape)
-            setattr(each.module, CORE, _core(each.module, shape, configs[each.name]))
-    return reasons
-
-
-def _repeat(part: nn.Module, inputs: dict[str, Any], expected: list[Tensor]) -> str | None:
-    """What is wrong with the outputs of a patched model, None if nothing is."""
-    try:
-        outputs = probe.run(part, inputs)
-    except Exception as error:
-        return f"fails ({_line(error)})"
-    if len(outputs) < len(expected):
-        return "lacks outputs (attention weights, which no astrocyte forms)"
-    return "changes" if probe.differ(expected, outputs) else None
-
-
 def _install(model: nn.Module, fresh: list[Found], configs: Configs, grids: dict[str, PatchGrid | None]) -> None:
     for each in fresh:
         assert each.front_end is not None
         config = configs[each.name]
-        shape = _shape(each)
+        shape = shape_of(each)
         if shape is None:  # the probe corrects it
             shape = (len(config) if isinstance(config, tuple) else 1, 1)
         site = each.front_end(each.name, type(each.module).__name__, grids.get(each.name))
-        install(site, each.module, _core(each.module, shape, config))
+        install(site, each.module, make_core(each.module, shape, config))
     _settle(model)
 
 
 def _remark(each: Found) -> None:
     """Have the report say what a module does that is not all in its config."""
-    site = _site(each)
+    site = site_at(each)
     calls = [seen for seen in site.seen or [] if seen.sliding_window is not None or seen.window_ended]
     if calls:
         size = f" of {calls[0].sliding_window} tokens" if calls[0].sliding_window else ""
@@ -307,16 +235,6 @@ def _remark(each: Found) -> None:
         if not any(seen.window_ended for seen in calls):
             window += "; not checked in longer ones"
         site.remark = "; ".join(filter(None, (site.remark, window)))
-
-
-def _core(
-    module: nn.Module, shape: tuple[int, int], config: AstroConfig | tuple[AstroConfig, ...]
-) -> AstrocyteAttention:
-    parameter = next(module.parameters(), None)
-    fetched = any("_hf_hook" in vars(each) for each in module.modules())  # by accelerate; not the weights of a core
-    with torch.inference_mode(False):  # what is made in inference mode can never be trained
-        core = AstrocyteAttention(*shape, config).train(module.training)
-        return core if parameter is None or (parameter.is_meta and fetched) else core.to(parameter.device)
 
 
 def _keep_learned(core: AstrocyteAttention, before: AstrocyteAttention | None) -> None:
@@ -328,7 +246,7 @@ def _keep_learned(core: AstrocyteAttention, before: AstrocyteAttention | None) -
 
 def _causal_refusal(each: Found) -> str | None:
     """Why the config cannot serve a causal module, unless its near field covers the longest sequence there can be."""
-    site, core = _site(each), getattr(each.module, CORE)
+    site, core = site_at(each), getattr(each.module, CORE)
     causal = site.seen[0].causal if site.seen else type(site).is_causal(each.module)
     settings = getattr(each.module, "config", None)
     longest = next((value for name in LONGEST if isinstance(value := getattr(settings, name, None), int)), None)
@@ -342,7 +260,7 @@ def _causal_refusal(each: Found) -> str | None:
 
 def _streaming_refusal(each: Found) -> str | None:
     """Why a module can have no streaming memory in a cache, or None."""
-    site, module = _site(each), each.module
+    site, module = site_at(each), each.module
     if any(seen.sliding_window is not None or seen.window_ended for seen in site.seen or []):
         return "sliding window: its cache does not grow"
     if getattr(module, "sinks", None) is not None:
@@ -359,21 +277,6 @@ def _has(module: nn.Module, config: AstroConfig | tuple[AstroConfig, ...]) -> bo
         return False
     core: AstrocyteAttention = getattr(module, CORE)
     return core.configs == (config if isinstance(config, tuple) else (config,) * core.num_heads)
-
-
-def _shape(each: Found) -> tuple[int, int] | None:
-    assert each.front_end is not None
-    return each.front_end.shape(each.module)
-
-
-def _site(each: Found) -> Site:
-    site = site_of(each.module)
-    assert site is not None
-    return site
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def _settle(model: nn.Module) -> None:

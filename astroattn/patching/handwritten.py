@@ -77,6 +77,25 @@ CHANGES = [name for name in dir(Tensor) if name.endswith("_") and not name.start
 CHANGES += ["__setitem__", *(name for name in dir(Tensor) if name.startswith("__i") and f"__{name[3:]}" in dir(Tensor))]
 
 
+_registered: set[type[nn.Module]] = set()
+
+
+def register(cls: type[nn.Module]) -> type[nn.Module]:
+    """Have `patch` see an attention module in every module of this class; usable as a decorator.
+
+    It is for classes of your own whose names do not say it, or whose attention is in a function that they call. Their
+    forward has to call `scaled_dot_product_attention`, or to write softmax(q k^T) v out, on `[B, H, N, D]`; a forward
+    of the model on `patch(model, inputs=batch)` shows whether it does, and how many heads there are.
+
+    Raises:
+        TypeError: no class of modules.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls: expected a subclass of torch.nn.Module, got {cls!r}")
+    _registered.add(cls)
+    return cls
+
+
 @dataclass(eq=False)
 class HandwrittenSite(Site):
     """An attention module whose forward is read as it runs."""
@@ -85,6 +104,8 @@ class HandwrittenSite(Site):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
+        if isinstance(module, tuple(_registered)):
+            return True
         named = ATTENTION_CLASS.search(type(module).__name__) is not None
         return named and any(names_in(each.__code__) & {"softmax", "Softmax", SDPA} for each in methods(type(module)))
 

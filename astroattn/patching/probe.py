@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -67,8 +67,10 @@ def make_run(model: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
         raise
 
 
-def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    """The floating-point tensors a model puts out, in eval mode, with a fixed seed, changing no state.
+def run(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The floating-point tensors a model makes of a mapping of keyword arguments, or of one that is none.
+
+    It runs in eval mode, with a fixed seed, and no state changes.
 
     The modes that the caller is in are off: autocast, whose rounding the tolerances are not for; inference mode, in
     which a sharded model would lay out weights that can never be trained; and the default device. All of these are the
@@ -82,7 +84,8 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
         modes.enter_context(torch.autocast(device.type, enabled=False))
         modes.enter_context(device)
         torch.manual_seed(0)  # some models draw a mask in eval mode
-        return list(_tensors(model(**inputs)))
+        output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        return list(_tensors(output))
 
 
 def differ(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -98,7 +101,7 @@ def differ(one: list[Tensor], other: list[Tensor]) -> bool:
 def verdict(calls: list[Seen]) -> str | None:
     """Why a module must stay exact after what the probe forward saw of its calls, None if it need not."""
     if not calls:
-        return "the probe forward did not call it"
+        return "the forward that checks did not call it; patch(model, inputs=batch) checks it on yours"
     for seen in calls:
         if seen.refusal is not None:
             return seen.refusal

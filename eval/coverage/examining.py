@@ -100,7 +100,7 @@ def examine_model(model: nn.Module, inputs: Inputs) -> Row:
     step = "full near field"
     try:
         try:
-            report = patch(model, FULL)
+            report = patch(model, FULL, inputs=inputs.arguments)
         except ValueError as error:
             if "none of the selected" not in str(error):
                 raise
@@ -182,7 +182,7 @@ def _check_changed(model: nn.Module, before: _Answers, config: AstroConfig) -> N
     answered, and the same whatever the padding holds."""
     unpatch(model)
     try:
-        patch(model, config)
+        patch(model, config, inputs=before.inputs.arguments)
     except ValueError as error:
         if "none of the selected" in str(error):
             return  # said, and why: a causal model needs a static layer
