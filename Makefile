@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard $(addprefix astroat
 	@test -n "$(PYTHON)" || { echo "astroattn needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@command -v nvidia-smi >/dev/null \
-		|| { $(PIP) install --retries 0 --timeout 15 --index-url $(TORCH_INDEX) torch torchvision \
+		|| { $(PIP) install --isolated --retries 0 --timeout 15 --index-url $(TORCH_INDEX) torch torchvision \
 			&& $(BIN)/python -c 'import torchvision' 2>/dev/null; } \
 		|| { echo "make: $(TORCH_INDEX) has no PyTorch with a torchvision that fits it; the plain one takes 4 GB more" >&2; \
 			$(PIP) uninstall --yes torch torchvision; }

@@ -90,8 +90,8 @@ Made by `python -m eval.coverage --json docs/results/coverage.json --page docs/c
 
 A tiny model with random weights of every type in transformers' AutoModel mapping, of every family of timm (a small one,
 with attention where the family has any), and of others is run on two sequences of odd length, one of them padded where
-the model takes a mask. Then it is patched (`patch(model, inputs=)` has these sequences, for types for which it cannot make
-up its own)
+the model takes a mask. Then it is patched (`patch(model, inputs=)` has these sequences, for types for which it cannot
+make up its own)
 
 - with a near field over the whole sequence, which is softmax attention: outputs must be the original's to rounding
   (1e-4 of the largest);
