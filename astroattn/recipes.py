@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -15,6 +15,7 @@ import torch
 from astroattn.calibration import calibrate
 from astroattn.config import AstroConfig
 from astroattn.data import Data, load_data
+from astroattn.data.loading import first_names
 from astroattn.fidelity import Fidelity, compare
 from astroattn.models import LoadedModel, load_model
 from astroattn.patching import PatchReport, patch
@@ -113,6 +114,8 @@ class Recipe:
             scores=found.scores,
             transcripts=found.transcripts,
             tokenizer=loaded.tokenizer,
+            items=_in_words(found.items, loaded.tokenizer),
+            class_names=found.class_names or first_names(loaded.classes),
             pooling=data.pooling,
             diagnose=diagnose,
             controls=controls,
@@ -167,6 +170,11 @@ class Recipe:
             half=data.half,
             limit=data.limit,
         )
+
+
+def _in_words(items: Sequence[Any], tokenizer: Any) -> list[Any]:
+    """The items as people know them: texts that were cut into chunks of token ids are texts again."""
+    return [tokenizer.decode(item, skip_special_tokens=True) if isinstance(item, list) else item for item in items]
 
 
 def open_recipe(model: str) -> Recipe:
