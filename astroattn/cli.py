@@ -1,4 +1,4 @@
-"""The command line: `astroattn patch`, `astroattn compare`, `astroattn calibrate`, `astroattn info`."""
+"""The command line: `astroattn` with `patch`, `compare`, `report`, `calibrate` and `info`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from astroattn.config import HIDDEN, TILES
 from astroattn.data import PYTHON_DOCS
 from astroattn.fidelity.environment import describe_cpu_kernels, describe_device, describe_versions
 from astroattn.fidelity.figure import check_path
+from astroattn.fidelity.page import check_page
 from astroattn.fidelity.passes import POOLINGS
+from astroattn.fidelity.runs import load_runs
+from astroattn.fidelity.verdict import MEASURED, check_tolerance
 from astroattn.plan import METRICS
 from astroattn.recipes import DTYPES, open_recipe, override
 
@@ -128,6 +131,13 @@ def compare_model(
     weights: Weights = None,
     json_path: Json = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the figure into this .png, .pdf or .svg.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write everything as one page into this .html.")] = None,
+    items: Annotated[Path | None, typer.Option(help="Write one row per item into this .parquet file.")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="End with exit code 1 unless the interval of the metric is at least this (errors: at most)."),
+    ] = None,
+    metric: Annotated[str, typer.Option(help=f"What the tolerance is of: auto, {', '.join(MEASURED)}.")] = "auto",
     limit: Limit = None,
     half: Half = None,
     batch_size: BatchSize = None,
@@ -159,13 +169,43 @@ def compare_model(
     )
     if figure:
         check_path(figure)
+    if report:
+        check_page("report", report)
+    check_tolerance(metric, tolerance)
     _check_folder("json", json_path)
+    _check_folder("items", items)
     result = recipe.compare(recipe.load(weights, device, dtype), diagnose=diagnose, seed=seed or 0)
     print(result)
     if json_path:
         result.save_json(json_path)
+    if items:
+        result.save_items(items)
     if figure:
         result.figure(figure)
+    if report:
+        result.report(report, metric, tolerance)
+    if tolerance is not None:
+        verdict = result.verdict(metric, tolerance)
+        print(verdict)
+        raise typer.Exit(0 if verdict.kept else 1)
+
+
+@app.command("report")
+def report_runs(
+    results: Annotated[list[Path], typer.Argument(metavar="A.json B.json ...", help="What compare --json wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Write a page into this .html instead of printing.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+) -> None:
+    """Say what differs between runs of compare on the same items: each of the others against the first."""
+    if out and markdown:
+        raise ValueError("markdown: goes to the terminal and out to a page; give one of them")
+    if out:
+        check_page("out", out)
+    runs = load_runs(results)
+    if out:
+        runs.write_page(out)
+    else:
+        print(runs.to_markdown() if markdown else runs)
 
 
 @app.command("calibrate")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from astroattn.fidelity.diagnosis import LayerFidelity
-from astroattn.fidelity.figure import ALONE, BARS, TOGETHER, draw_bars, draw_layers
+from astroattn.fidelity.figure import ALONE, BARS, LOWER_IS_BETTER, TOGETHER, draw_bars, draw_layers
 from astroattn.fidelity.metrics import METRICS, Array
 from astroattn.fidelity.page import Chart, Table, check_page, draw_chart, show, write_page
 from astroattn.fidelity.result import Fidelity
@@ -91,7 +92,7 @@ def _cost_table(result: Fidelity) -> Table:
         seconds = row.values["seconds"].value
         ratio = f"{seconds / base:.2f}" if base else ""
         rows.append([name, *(show(key, row.values.get(key)) for key in COSTS), ratio])
-    return Table("What a pass costs, beside softmax attention", columns, rows)
+    return Table("Cost of a pass", columns, rows)
 
 
 def _control_table(result: Fidelity) -> Table:
@@ -104,14 +105,20 @@ def _control_table(result: Fidelity) -> Table:
 
 
 def _control_charts(result: Fidelity) -> list[Chart]:
-    found = next((pair for pair in BARS if pair[0] in result.rows["patched"].values), ())
+    found: tuple[str, ...] = next((pair for pair in BARS if pair[0] in result.rows["patched"].values), ())
+
+    def draw(axes: Any, key: str) -> None:
+        draw_bars(axes, result, key)
+        axes.set_title("", loc="left")
+        axes.set_xlabel("lines: 95 % intervals", fontsize=8)
+
     height = 1.2 + 0.5 * len(result.rows)
     return [
         draw_chart(
             f"bars{number}",
-            METRICS[key].label,
+            f"{METRICS[key].label} ({'lower' if key in LOWER_IS_BETTER else 'higher'} is better)",
             f"{METRICS[key].label} of the patched model and of the controls; the figures are in the table.",
-            lambda axes, key=key: draw_bars(axes, result, key),
+            partial(draw, key=key),
             height,
         )
         for number, key in enumerate(found)
@@ -169,20 +176,18 @@ def _layer_charts(layers: tuple[LayerFidelity, ...]) -> list[Chart]:
 
     def draw_depth(axes: Any) -> None:
         draw_layers(axes, layers)
-        axes.set_title("")
+        axes.set_title("", loc="left")
         axes.set_ylabel("attention layer")
         axes.invert_yaxis()
         axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
     def draw_histogram(axes: Any) -> None:
-        kinds = {"alone": [], "together": []}  # type: dict[str, list[float]]
-        for layer in layers:
-            kinds["alone"] += layer.isolated_error
-            kinds["together"] += layer.together_error
-        top = np.nanmax([*kinds["alone"], *kinds["together"], 1e-6])
-        bins = np.linspace(0, top * 1.0001, 25)
-        axes.hist(kinds["alone"], bins, color=ALONE, alpha=0.75, label="the layer alone")
-        axes.hist(kinds["together"], bins, histtype="step", linewidth=1.6, color=TOGETHER, label="all layers together")
+        alone = np.concatenate([layer.isolated_error for layer in layers])
+        together = np.concatenate([layer.together_error for layer in layers])
+        both = np.concatenate([alone, together])
+        bins = np.linspace(0, 1.0001 * max(both[np.isfinite(both)], default=1e-6) + 1e-9, 25)
+        axes.hist(alone, bins, color=ALONE, label="the layer alone")
+        axes.hist(together, bins, histtype="step", linewidth=1.6, color=TOGETHER, label="all layers together")
         axes.set_xlabel("relative L2 error of the attention output")
         axes.set_ylabel("heads")
         axes.legend(frameon=False, fontsize=8)
@@ -227,10 +232,10 @@ def _column(result: Fidelity, name: str) -> Array | None:
 
 def _changed(result: Fidelity) -> Array | None:
     """Per item, whether its one prediction, or what was written, is another; None where there is neither."""
-    if "original_text" in result.per_item:
-        return np.array(result.per_item["word_errors"]) > 0
-    if "original" in result.per_item:
-        return np.array(result.per_item["original"]) != np.array(result.per_item["patched"])
+    row = result.per_item
+    for before, after in (("original_text", "patched_text"), ("original", "patched")):
+        if before in row:
+            return np.array([one != other for one, other in zip(row[before], row[after], strict=True)])
     return None
 
 
@@ -254,8 +259,11 @@ FACTS = {
     "kl": METRICS["kl"].label,
     "top1": "share of tokens with the same first choice",
     "cosine": METRICS["embedding_cosine"].label,
+    "neighbour": METRICS["same_neighbour"].label,
     "logit_error": METRICS["logit_error"].label,
     "hidden_error": METRICS["hidden_error"].label,
+    "original_text": "original wrote",
+    "patched_text": "patched wrote",
     "transcript": "what is said",
 }
 
@@ -269,7 +277,7 @@ def _item(result: Fidelity, number: int) -> Item:
     if text is None and "digest" in row:
         text = row["name"]
     changed = _changed(result)
-    pairs = {"first choice": "", "margin of the logits": "_margin", "correct": "_correct", "transcript": "_text"}
+    pairs = {"first choice": "", "logit margin": "_margin", "correct": "_correct"}
     rows = [
         [title, *(_plain(row[f"{model}{end}"]) for model in ("original", "patched"))]
         for title, end in pairs.items()
@@ -277,7 +285,13 @@ def _item(result: Fidelity, number: int) -> Item:
     ]
     table = Table("before and after", ["", "original", "patched"], rows)
     single = "original" in row
-    facts = [(title, _plain(row[key])) for key, title in FACTS.items() if key in row and not (key == "top1" and single)]
+    if row.get("neighbour") is not None:
+        row["neighbour"] = bool(row["neighbour"])
+    facts = [
+        (title, _plain(row[key]))
+        for key, title in FACTS.items()
+        if row.get(key) is not None and not (key == "top1" and single)
+    ]
     name = f"item {number}" if text is not None or row["name"] == str(number) else row["name"]
     return Item(name, _photo(source), text, bool(changed is not None and changed[number]), table, facts)
 
@@ -313,5 +327,9 @@ def _environment(result: Fidelity) -> list[tuple[str, str]]:
     if result.exact_check is not None:
         rows.append(("check", f"with exact attention the patched model differs by {result.exact_check:.1e} (rounding)"))
     config = result.rows["patched"].config or {}
-    kind = f"a plan for {len(config['modules'])} modules" if "modules" in config else str(config)
+    kind = (
+        f"a plan for {len(config['modules'])} modules"
+        if "modules" in config
+        else ", ".join(f"{name} {value}" for name, value in config.items())
+    )
     return [*rows, ("patched with", kind)]

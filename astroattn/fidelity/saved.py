@@ -21,7 +21,9 @@ def load_result(path: str | Path) -> Fidelity:
     try:
         plain = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = {title: Row(row["config"], _values(row["values"])) for title, row in plain.pop("rows").items()}
-        layers = tuple(LayerFidelity(**{name: _number(part) for name, part in row.items()}) for row in plain.pop("layers"))
+        layers = tuple(
+            LayerFidelity(**{name: _number(part) for name, part in row.items()}) for row in plain.pop("layers")
+        )
         result = Fidelity(rows=rows, layers=layers, notes=tuple(plain.pop("notes")), **plain)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"result: cannot read {str(path)!r}: {error}") from None

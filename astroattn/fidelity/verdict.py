@@ -24,6 +24,7 @@ MEASURED = {  # what a tolerance can be of, and its name among the figures of a 
     "word_error": "word_error",
     "hidden_error": "hidden_error",
 }
+AUTO = ("top1", "cosine", "word_error", "hidden_error", "kl")  # the first that was measured
 MEANINGS = {
     **PLANNED,
     "word_error": "the share of words that differ from the original's own transcripts",
@@ -66,25 +67,31 @@ class Verdict:
     @property
     def kept(self) -> bool | None:
         """Whether the bound is within the tolerance; None without a tolerance."""
-        return None if self.margin is None else self.margin >= 0
-
-    def __str__(self) -> str:
-        if self.nonfinite:
-            return f"{self._title}: the patched model gave NaN or infinity for {self.nonfinite} of {self.items} items"
-        limit = "at most" if self.metric in FALLING else "at least"
-        text = f"{self._title}: {MEANINGS[self.metric]} is {limit} {self.bound:.4f}"
-        if self.value.low is not None and self.value.high is not None:
-            interval = f"95 % interval {self.value.low:.4f} to {self.value.high:.4f}"
-            text += f" ({self.value.value:.4f} on {self.items} items, {interval})"
-        if self.margin is None:
-            return f"{text}; no tolerance was asked for"
-        return f"{text}; asked for: {limit} {self.tolerance:g}, {'kept' if self.kept else 'missed'} by {abs(self.margin):.4f}"
+        return None if self.margin is None else bool(self.margin >= 0)  # false for NaN
 
     @property
-    def _title(self) -> str:
-        return {None: "not tested", True: "stands in for the original", False: "does not stand in for the original"}[
-            self.kept
-        ]
+    def reason(self) -> str:
+        """The figure, its interval and the tolerance, in words."""
+        if self.nonfinite:
+            return f"the patched model gave NaN or infinity for {self.nonfinite} of {self.items} items"
+        limit = "at most" if self.metric in FALLING else "at least"
+        text = f"{MEANINGS[self.metric]} is {self.value.value:.4f} on {self.items} items"
+        if self.value.low is not None and self.value.high is not None:
+            text += f" (95 % interval {self.value.low:.4f} to {self.value.high:.4f})"
+        if self.margin is None or self.tolerance is None:
+            return f"{text}; no tolerance was asked for"
+        verb = "kept" if self.kept else "missed"
+        text += f"; asked for: {limit} {self.tolerance:g}, which the interval {verb} by {abs(self.margin):.4f}"
+        near = self.value.value <= self.tolerance if self.metric in FALLING else self.value.value >= self.tolerance
+        return f"{text} (the figure itself is within it: more items may show it)" if near and not self.kept else text
+
+    def __str__(self) -> str:
+        titles = {
+            None: "not tested",
+            True: "stands in for the original",
+            False: "not shown to stand in for the original",
+        }
+        return f"{titles[self.kept]}: {self.reason}"
 
 
 def check_tolerance(metric: str, tolerance: float | None) -> None:
@@ -116,16 +123,14 @@ def judge(result: Fidelity, metric: str = "auto", tolerance: float | None = None
         name = metric if metric != "auto" else "top1"
         return Verdict(name, Value(float("nan")), result.items, tolerance, int(values["nonfinite"].value))
     if metric == "auto":
-        first = [name for name in there if name != "kl" and not (of_tokens and name == "top1")]
-        metric = next(iter(first or there), metric)
-        check_tolerance(metric if first or there else "auto", tolerance)
+        metric = next((name for name in AUTO if name in there and not (of_tokens and name == "top1")), metric)
+        check_tolerance(metric, tolerance)
     if metric not in there:
         raise ValueError(f"metric: {metric!r} was not measured; there are {', '.join(there) or 'none'}")
     value, items = values[MEASURED[metric]], result.items
     if of_tokens and metric in ("top1", "kl"):
         column = np.array(result.per_item[metric], dtype=float)
         value, items = metrics.bootstrap(lambda rows: column[rows].mean(), len(column), 0), len(column)
-    if value.low is None or value.high is None:
-        if tolerance is not None:
-            raise ValueError(f"tolerance: {result.items} items are too few for an interval of {metric!r}")
+    if tolerance is not None and (value.low is None or value.high is None):
+        raise ValueError(f"tolerance: {result.items} items are too few for an interval of {metric!r}")
     return Verdict(metric, value, items, tolerance)
