@@ -372,6 +372,22 @@ def test_texts_are_shown_in_words_and_stay_text(texts: Fidelity, tmp_path: Path)
         texts.report(tmp_path / "texts.pdf")
 
 
+def test_a_page_of_what_is_not_finite_or_was_not_measured(photos: Fidelity, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    first, *rest = photos.layers
+    lost = replace(first, isolated_error=[math.nan, math.inf, 0.5])
+    values = {name: value for name, value in photos.rows["patched"].values.items() if name in ("seconds", "cost")}
+    rows = {**photos.rows, "patched": Row(None, values | {"nonfinite": Value(2)})}
+    replace(photos, rows=rows, layers=(lost, *rest)).report(path, tolerance=0.5)
+    text = path.read_text(encoding="utf-8")
+    assert "NaN or infinity for 2 of 10 items" in text
+    assert "<td>not finite</td>" in text
+    replace(photos, layers=(), per_item={}, environment={}, notes=()).report(path)
+    text = path.read_text(encoding="utf-8")
+    assert "Not measured" in text
+    assert "Worst items" not in text
+
+
 def test_the_lines_to_paste_leave_the_worst_layers_exact(photos: Fidelity, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     worst = sorted(photos.layers, key=lambda layer: -np.mean(layer.isolated_error))
