@@ -528,11 +528,17 @@ def test_runs_on_the_same_items_are_held_against_one_another(
 
 
 def test_the_same_run_twice_differs_in_nothing(photos: Fidelity, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        photos.save_json(tmp_path / f"{name}.json")
-    (rows,) = load_runs([tmp_path / "a.json", tmp_path / "b.json"]).differences().values()
+    paths = [tmp_path / "a.json", tmp_path / "b<b>$x^$.json"]
+    for path in paths:
+        photos.save_json(path)
+    runs = load_runs(paths)
+    (rows,) = runs.differences().values()
     assert all((row.low, row.high, row.first) == (0, 0, row.other) for row in rows)
     assert {row.p for row in rows if row.p is not None} == {1.0}
+    runs.write_page(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<b>" not in text
+    assert text.count("b&lt;b&gt;$x^$") >= 4  # titles, tables and the chart, with no formula made of it
 
 
 def run(*arguments: str) -> int:

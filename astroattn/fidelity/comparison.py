@@ -169,7 +169,7 @@ def compare(
             (subjects["original"].transcripts, subjects["patched"].transcripts),
             transcripts,
         ),
-        sources=items or (),
+        sources=() if items is None else items,
     )
 
 

@@ -249,7 +249,8 @@ def _frontier(results: Mapping[str, Fidelity]) -> list[Chart]:
             cost, error = values["cost"].value, values[key].value
             error = 1 - error if key == "embedding_cosine" else error
             axes.plot(cost, error, "o", markersize=7, color=PATCHED)
-            axes.annotate(name, (cost, error), (6, 4), textcoords="offset points", fontsize=8, color="black")
+            plain = name.replace("$", r"\$")  # no formula
+            axes.annotate(plain, (cost, error), (6, 4), textcoords="offset points", fontsize=8, color="black")
         axes.set_xlabel("cost: products over those of softmax attention")
         axes.set_ylabel(label)
         axes.plot(1, 0, "o", markersize=7, color=CONTROL, clip_on=False)
