@@ -307,7 +307,7 @@ def test_the_numbers_of_the_page_are_those_of_the_json(photos: Fidelity, page: P
     agreement = values["top1_agreement"]
     assert f"{agreement['value']:.4f} on {saved['items']} items" in text
     assert f"interval {agreement['low']:.4f} to {agreement['high']:.4f}" in text
-    assert f"missed by {0.99 - agreement['low']:.4f}" in text
+    assert f"misses by {0.99 - agreement['low']:.4f}" in text
     heads = [
         [
             layer["name"],

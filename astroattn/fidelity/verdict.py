@@ -80,7 +80,7 @@ class Verdict:
             text += f" (95 % interval {self.value.low:.4f} to {self.value.high:.4f})"
         if self.margin is None or self.tolerance is None:
             return f"{text}; no tolerance was asked for"
-        verb = "kept" if self.kept else "missed"
+        verb = "keeps" if self.kept else "misses"
         text += f"; asked for: {limit} {self.tolerance:g}, which the interval {verb} by {abs(self.margin):.4f}"
         near = self.value.value <= self.tolerance if self.metric in FALLING else self.value.value >= self.tolerance
         return f"{text} (the figure itself is within it: more items may show it)" if near and not self.kept else text
