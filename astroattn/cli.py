@@ -1,4 +1,4 @@
-"""The command line: `astroattn patch`, `compare`, `calibrate`, `info`, `recipes`.
+"""The command line: `astroattn patch`, `compare`, `report`, `calibrate`, `info`, `recipes`.
 
 Commands import what they need themselves, so that help and errors of usage come at once.
 """
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import astroattn
-from astroattn.choices import DTYPES, POOLINGS, PYTHON_DOCS
+from astroattn.choices import DTYPES, POOLINGS, PYTHON_DOCS, TOLERANCES
 from astroattn.config import HIDDEN, TILES
 from astroattn.plan import METRICS
 
@@ -128,6 +128,13 @@ def compare_model(
     weights: Weights = None,
     json_path: Json = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the figure into this .png, .pdf or .svg.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write everything as one page into this .html.")] = None,
+    items: Annotated[Path | None, typer.Option(help="Write one row per item into this .parquet file.")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="End with exit code 1 unless the interval of the metric is at least this (errors: at most)."),
+    ] = None,
+    metric: Annotated[str, typer.Option(help=f"What the tolerance is of: auto, {', '.join(TOLERANCES)}.")] = "auto",
     limit: Limit = None,
     half: Half = None,
     batch_size: BatchSize = None,
@@ -163,13 +170,50 @@ def compare_model(
         from astroattn.fidelity.figure import check_path
 
         check_path(figure)
+    if report:
+        from astroattn.fidelity.page import check_page
+
+        check_page("report", report)
+    from astroattn.fidelity.verdict import check_tolerance
+
+    check_tolerance(metric, tolerance)
     _check_folder("json", json_path)
+    _check_folder("items", items)
     result = recipe.compare(recipe.load(weights, device, dtype), diagnose=diagnose, seed=seed or 0)
     print(result)
     if json_path:
         result.save_json(json_path)
+    if items:
+        result.save_items(items)
     if figure:
         result.figure(figure)
+    if report:
+        result.report(report, metric, tolerance)
+    if tolerance is not None:
+        verdict = result.verdict(metric, tolerance)
+        print(verdict)
+        raise typer.Exit(0 if verdict.kept else 1)
+
+
+@app.command("report")
+def report_runs(
+    results: Annotated[list[Path], typer.Argument(metavar="A.json B.json ...", help="What compare --json wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Write a page into this .html instead of printing.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+) -> None:
+    """Say what differs between runs of compare on the same items: each of the others against the first."""
+    if out and markdown:
+        raise ValueError("markdown: goes to the terminal and out to a page; give one of them")
+    from astroattn.fidelity.page import check_page
+    from astroattn.fidelity.runs import load_runs
+
+    if out:
+        check_page("out", out)
+    runs = load_runs(results)
+    if out:
+        runs.write_page(out)
+    else:
+        print(runs.to_markdown() if markdown else runs)
 
 
 @app.command("calibrate")

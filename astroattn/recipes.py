@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +17,7 @@ from astroattn.calibration import calibrate
 from astroattn.choices import DTYPES
 from astroattn.config import AstroConfig
 from astroattn.data import Data, load_data
+from astroattn.data.loading import first_names
 from astroattn.models import LoadedModel, load_model
 from astroattn.patching import PatchReport, patch
 from astroattn.plan import Plan
@@ -121,6 +122,8 @@ class Recipe:
             scores=found.scores,
             transcripts=found.transcripts,
             tokenizer=loaded.tokenizer,
+            items=_in_words(found.items, loaded.tokenizer),
+            class_names=found.class_names or first_names(loaded.classes),
             pooling=data.pooling,
             diagnose=diagnose,
             controls=controls,
@@ -308,3 +311,8 @@ def _read(kind: type, table: Any, prefix: str = "") -> Any:
         return kind(**table)
     except TypeError as error:  # a field without a default that is missing
         raise ValueError(f"{prefix.rstrip('.') or 'recipe'}: {str(error).split(') ')[-1]}") from None
+
+
+def _in_words(items: Sequence[Any], tokenizer: Any) -> list[Any]:
+    """The items as people know them: texts that were cut into chunks of token ids are texts again."""
+    return [tokenizer.decode(item, skip_special_tokens=True) if isinstance(item, list) else item for item in items]

@@ -99,7 +99,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "astroattn").rglob("*.py")}
+    files = [path for ending in ("*.py", "*.html") for path in (ROOT / "astroattn").rglob(ending)]
+    sources = {path.relative_to(ROOT).as_posix() for path in files}
     recipes = {f"astroattn/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "patches").rglob("*.*")}
     assert sources | recipes | {"astroattn/py.typed"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"astroattn", f"astroattn-{astroattn.__version__}.dist-info"}

@@ -248,6 +248,10 @@ def test_errors_are_those_of_the_patched_encoder(whisper: LoadedModel, batches: 
     left, right = left[real], right[real]
     assert result.value("speech_error") == pytest.approx(float((left - right).norm() / right.norm()), rel=1e-4)
     assert result.value("word_error") == word_error(writes, wrote, 0).value
+    row = result.per_item
+    assert (row["original_text"], row["patched_text"]) == (wrote, writes)
+    assert row["transcript"] == ["One", "Two words", "3"]
+    assert sum(row["word_errors"]) / sum(row["words"]) == result.value("word_error")
     assert result.value("keys") == 100
     assert {layer.name for layer in result.layers} == set(ENCODER)
     for row in ("patched", "uniform", "near alone", "random"):

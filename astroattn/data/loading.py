@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Data:
         labels: class index of every item, or None.
         scores: score of every pair, or None.
         transcripts: what is said in every recording, or None.
+        class_names: of the classes, by their index, where the source has them.
         notes: how the source was understood.
     """
 
@@ -41,6 +42,7 @@ class Data:
     labels: Sequence[int] | None = None
     scores: Sequence[float] | None = None
     transcripts: Sequence[str] | None = None
+    class_names: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def batches(self, encode: Callable[[list[Any]], Any], batch_size: int) -> Batches:
@@ -195,15 +197,28 @@ def _photo_data(
         return replace(data, labels=[photo.label for photo in items if isinstance(photo.label, int)])
     found = Path(classes) if classes else None if source.startswith(DATASETS) else photos.find_classes(Path(source))
     if found is not None:
-        labels, unknown = photos.label_photos(items, photos.read_classes(found))
+        listed = photos.read_classes(found)
+        labels, unknown = photos.label_photos(items, listed)
         if labels is None and classes:
             raise ValueError(f"classes: {str(found)!r} has no class {unknown!r}")
         if labels is not None:
-            return replace(data, labels=labels, notes=(f"classes from {found.name}",))
+            return replace(
+                data, labels=labels, class_names=first_names(listed), notes=(f"classes from {found.name}",)
+            )
     labels, unknown = photos.label_photos(items, named)
     if labels is not None:
-        return replace(data, labels=labels, notes=("classes by the names of the folders",))
+        return replace(
+            data, labels=labels, class_names=first_names(named), notes=("classes by the names of the folders",)
+        )
     return replace(data, notes=(f"no labels: {unknown!r} is not known as a class of the model",))
+
+
+def first_names(classes: Mapping[str, int]) -> dict[int, str]:
+    """The name of every class, the first where there are several."""
+    names: dict[int, str] = {}
+    for name, index in classes.items():
+        names.setdefault(index, name)
+    return names
 
 
 def _clip_data(name: str, items: list[Clip]) -> Data:

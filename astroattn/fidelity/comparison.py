@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -20,8 +20,9 @@ from astroattn.choices import POOLINGS
 from astroattn.config import BY_LENGTH, AstroConfig
 from astroattn.fidelity import metrics
 from astroattn.fidelity.calls import find_astrocytes
-from astroattn.fidelity.diagnosis import Diagnosis
+from astroattn.fidelity.diagnosis import Diagnosis, LayerFidelity
 from astroattn.fidelity.environment import describe_device, describe_versions
+from astroattn.fidelity.items import MOST_ITEMS, make_columns, name_items
 from astroattn.fidelity.metrics import Value
 from astroattn.fidelity.passes import (
     Outputs,
@@ -51,6 +52,8 @@ def compare(
     scores: Sequence[float] | None = None,
     transcripts: Sequence[str] | None = None,
     tokenizer: Any = None,
+    items: Sequence[Any] | None = None,
+    class_names: Mapping[int, str] | None = None,
     pooling: str = "auto",
     diagnose: int = 2,
     controls: bool = True,
@@ -78,6 +81,9 @@ def compare(
         scores: for sentence pairs, the score of items 2i and 2i + 1.
         transcripts: for recordings, what is said in every item, in order.
         tokenizer: of a model that turns speech into text; without it no transcripts are compared.
+        items: what the batches were made of, in order, for `per_item` and the report: texts, images of PIL, or whatever
+            has a `name` and an `open()` that gives such an image, which is called for the few photos that are shown.
+        class_names: of the classes, by their index, for the same.
         pooling: how hidden states become an embedding: `"mean"` over real tokens, `"cls"`, `"model"` (its own), or
             `"auto"`: `mean` for text, `model` for photos. Recordings have no embedding: their frames are compared.
         diagnose: number of batches, from the first, that are also measured per layer and head.
@@ -88,8 +94,8 @@ def compare(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no batches, a model that is patched already, or labels, scores or transcripts that do not fit the
-            items.
+        ValueError: no batches, a model that is patched already, or labels, scores, transcripts or items that do not fit
+            the rows of the batches.
         TypeError: a batch that is neither a tensor nor a mapping.
     """
     if pooling not in POOLINGS:
@@ -112,7 +118,7 @@ def compare(
         subjects |= {title: Subject(model, choice, same, inputs) for title, choice in control_configs(config).items()}
     diagnosis = Diagnosis(subjects["patched"].model)
     exact_check: float | None = None
-    diagnosed = items = 0
+    diagnosed = count = 0
     with torch.inference_mode():
         for number, batch in enumerate(
             tqdm(chain([first], batches), "comparing", total, unit="batch", disable=not progress)
@@ -122,10 +128,10 @@ def compare(
                 raise ValueError(
                     f"pooling: recordings are compared frame by frame, so it must be auto, got {pooling!r}"
                 )
-            start, items = items, items + count_items(inputs)
-            chosen = None if labels is None else labels[start:items]
-            if chosen is not None and len(chosen) < items - start:
-                raise ValueError(f"labels: {start + len(chosen)}, but there are {items} items or more")
+            start, count = count, count + count_items(inputs)
+            chosen = None if labels is None else labels[start:count]
+            if chosen is not None and len(chosen) < count - start:
+                raise ValueError(f"labels: {start + len(chosen)}, but there are {count} items or more")
             original: Reading | None = None
             for subject in subjects.values():
                 reading = subject.run(inputs, pooling, original, chosen)
@@ -135,28 +141,48 @@ def compare(
             if number < diagnose and original is not None:
                 difference = _difference(diagnosis.add(inputs), original.outputs, token_mask(inputs))
                 exact_check = max(exact_check or 0.0, difference)
-                diagnosed = items
-    if labels is not None and len(labels) != items:
-        raise ValueError(f"labels: {len(labels)}, but there are {items} items")
-    if scores is not None and 2 * len(scores) != items:
-        raise ValueError(f"scores: {len(scores)}, but there are {items} items; one is needed for every two")
-    if transcripts is not None and len(transcripts) != items:
-        raise ValueError(f"transcripts: {len(transcripts)}, but there are {items} items")
+                diagnosed = count
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"labels: {len(labels)}, but there are {count} items")
+    if scores is not None and 2 * len(scores) != count:
+        raise ValueError(f"scores: {len(scores)}, but there are {count} items; one is needed for every two")
+    if transcripts is not None and len(transcripts) != count:
+        raise ValueError(f"transcripts: {len(transcripts)}, but there are {count} items")
+    if items is not None and len(items) != count:
+        raise ValueError(f"items: {len(items)}, but the batches hold {count}")
     rows, notes = _summarise(subjects, labels, scores, transcripts, seed)
     notes += _patch_notes(subjects["patched"])
+    if count > MOST_ITEMS:
+        notes.append(f"per_item holds the first {MOST_ITEMS} items")
     if controls and not {"near alone", "newest and mean"} & subjects.keys():
         notes.append("the config has no near field, so there is no control with the near field alone")
     return Fidelity(
         model=name or type(model).__name__,
         data=data,
-        items=items,
+        items=count,
         rows=rows,
-        layers=diagnosis.layers(),
+        layers=_number(diagnosis.layers(), subjects["patched"]),
         diagnosed=diagnosed,
         exact_check=exact_check,
         notes=tuple(notes),
         environment=_environment(model, seed, pooling),
+        per_item=make_columns(
+            subjects["original"].parts(),
+            subjects["patched"].parts(),
+            name_items(items, count),
+            labels,
+            class_names,
+            (subjects["original"].transcripts, subjects["patched"].transcripts),
+            transcripts,
+        ),
+        sources=() if items is None else items,
     )
+
+
+def _number(layers: tuple[LayerFidelity, ...], subject: Subject) -> tuple[LayerFidelity, ...]:
+    """The layers with their index among the self-attention modules."""
+    index = {} if subject.report is None else {row.name: row.index for row in subject.report.rows}
+    return tuple(replace(layer, index=index.get(layer.name)) for layer in layers)
 
 
 def _same_modules(subject: Subject) -> Callable[[str, nn.Module], bool]:

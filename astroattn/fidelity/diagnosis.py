@@ -34,6 +34,7 @@ class LayerFidelity:
         together_error: of the attention output.
         together_cosine: mean cosine between the attention outputs of a token.
         hidden_error: of the hidden state that the layer's block gives, together; None where no block was found.
+        index: of the module among the self-attention modules of the model, as `where` of `patch` counts them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerFidelity:
     together_error: list[float]
     together_cosine: list[float]
     hidden_error: float | None
+    index: int | None = None
 
 
 class Diagnosis:

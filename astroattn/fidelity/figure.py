@@ -42,7 +42,7 @@ def draw(result: Fidelity, path: str | Path) -> None:
         mosaic: Any = [["heads", "layers", "upper"], ["heads", "layers", "lower"]]
         axes = figure.subplot_mosaic(mosaic, width_ratios=[min(4.0, 1.6 + 0.18 * heads), 4.0, 4.0])
         _draw_heads(axes["heads"], layers, heads)
-        _draw_layers(axes["layers"], layers)
+        draw_layers(axes["layers"], layers)
         for name in ("heads", "layers"):
             axes[name].set_ylim(len(layers) - 0.5, -0.5)
             axes[name].yaxis.set_major_locator(MaxNLocator(nbins=14, integer=True))
@@ -52,7 +52,7 @@ def draw(result: Fidelity, path: str | Path) -> None:
         axes = figure.subplot_mosaic([["upper", "lower"]])
     chosen = next((pair for pair in BARS if pair[0] in result.rows["patched"].values), BARS[0])
     for name, key in zip(("upper", "lower"), chosen, strict=True):
-        _draw_bars(axes[name], result, key)
+        draw_bars(axes[name], result, key)
     figure.savefig(path)
 
 
@@ -95,7 +95,7 @@ def _draw_heads(axes: Any, layers: tuple[LayerFidelity, ...], heads: int) -> Non
                 axes.text(head, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
 
 
-def _draw_layers(axes: Any, layers: tuple[LayerFidelity, ...]) -> None:
+def draw_layers(axes: Any, layers: tuple[LayerFidelity, ...]) -> None:
     depth = np.arange(len(layers))
     alone = [float(np.mean(layer.isolated_error)) for layer in layers]
     together = [float(np.mean(layer.together_error)) for layer in layers]
@@ -110,7 +110,7 @@ def _draw_layers(axes: Any, layers: tuple[LayerFidelity, ...]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_bars(axes: Any, result: Fidelity, key: str) -> None:
+def draw_bars(axes: Any, result: Fidelity, key: str) -> None:
     names = [name for name in result.rows if name != "original"]
     metric = METRICS[key]
     for place, name in enumerate(names):

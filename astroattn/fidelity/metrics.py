@@ -95,6 +95,12 @@ def compare_logits(logits: Tensor, original: Tensor) -> dict[str, Array]:
     return {name: part.cpu().numpy() for name, part in parts.items()}
 
 
+def choose(logits: Tensor) -> dict[str, Array]:
+    """Per item [B, C], C at least 2: the first choice, and how far its logit is above the second's."""
+    (first, second), choice = (part.unbind(-1) for part in logits.double().topk(2))
+    return {"choice": choice[0].cpu().numpy(), "margin": (first - second).cpu().numpy()}
+
+
 def compare_frames(hidden: Tensor, original: Tensor, seen: Tensor | None, speech: Tensor | None) -> dict[str, Array]:
     """Per item, of last hidden states [B, N, D]: squared error and norm over the frames seen, and over those of speech.
 

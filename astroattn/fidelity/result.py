@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from astroattn.fidelity.diagnosis import LayerFidelity
+from astroattn.fidelity.items import save_items
 from astroattn.fidelity.metrics import METRICS, SCALES, Value
+from astroattn.fidelity.verdict import Verdict, judge
 
 TABLE_WIDTH = 132
 
@@ -41,6 +43,8 @@ class Fidelity:
         exact_check: relative difference between the patched model with exact attention and the original; rounding only.
         notes: what a reader must know (figures left out, modules left exact ...).
         environment: versions, device, dtype, seed, pooling, command, date, how memory was measured.
+        per_item: one row per item (the first `items.MOST_ITEMS`) in columns: see `items.make_columns`.
+        sources: the items themselves, as far as they were given to `compare`, for the report; not saved.
     """
 
     model: str
@@ -52,6 +56,8 @@ class Fidelity:
     exact_check: float | None
     notes: tuple[str, ...]
     environment: Mapping[str, Any] = field(default_factory=dict)
+    per_item: Mapping[str, list[Any]] = field(default_factory=dict, repr=False)
+    sources: Sequence[Any] = field(default=(), repr=False, compare=False)
 
     def value(self, metric: str, row: str = "patched") -> float:
         """One figure, by its name in `METRICS`; KeyError, naming those there are, where it was not measured."""
@@ -62,11 +68,32 @@ class Fidelity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a value that is not finite becomes None."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        plain: dict[str, Any] = _finite(asdict(replace(self, sources=())))
+        del plain["sources"]
         return plain
 
     def save_json(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write everything but the items themselves; `load_result` reads it."""
+        plain = self.to_dict()
+        lines = [f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in plain.pop("per_item").items()]
+        head = json.dumps(plain, indent=1).removesuffix("\n}")
+        columns = ",\n".join(lines)  # each on one line
+        text = head + ',\n "per_item": {\n' + columns + "\n }\n}\n"
+        Path(path).write_text(text, encoding="utf-8")
+
+    def save_items(self, path: str | Path) -> None:
+        """Write `per_item` to a Parquet file; `load_items` reads it."""
+        save_items(dict(self.per_item), path)
+
+    def verdict(self, metric: str = "auto", tolerance: float | None = None) -> Verdict:
+        """Hold a figure against a tolerance; metrics, choice and errors are those of `judge`."""
+        return judge(self, metric, tolerance)
+
+    def report(self, path: str | Path, metric: str = "auto", tolerance: float | None = None) -> None:
+        """Write one HTML page with everything, which needs no network; the verdict is that of `verdict`."""
+        from astroattn.fidelity.report import write_report
+
+        write_report(self, path, metric, tolerance)
 
     def figure(self, path: str | Path) -> None:
         """Draw the error per layer and head, per layer alone and together, and the controls; PNG, PDF or SVG."""

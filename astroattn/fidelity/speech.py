@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from astroattn.fidelity.metrics import Value, bootstrap
+from astroattn.fidelity.metrics import Array, Value, bootstrap
 from astroattn.fidelity.passes import find_speech_encoder
 from astroattn.imports import needs
 from astroattn.models import FRAME_MASK, SPEECH_INPUTS
@@ -83,11 +83,16 @@ def _quiet() -> Iterator[None]:
 
 def word_error(texts: Sequence[str], references: Sequence[str], seed: int) -> Value:
     """Words put in, left out or changed, over the words of the references (at least one); both as `NORMALISE` says."""
+    error, count = count_word_errors(texts, references)
+    return bootstrap(lambda rows: error[rows].sum() / max(count[rows].sum(), 1), len(error), seed)
+
+
+def count_word_errors(texts: Sequence[str], references: Sequence[str]) -> tuple[Array, Array]:
+    """Per text: words put in, left out or changed, and words of the reference."""
     errors, words = [], []
     for text, reference in zip(texts, references, strict=True):
         found = jiwer.process_words(reference, text, NORMALISE, NORMALISE)
         missed = found.substitutions + found.deletions
         errors.append(missed + found.insertions)
         words.append(found.hits + missed)
-    error, count = np.array(errors), np.array(words)
-    return bootstrap(lambda rows: error[rows].sum() / max(count[rows].sum(), 1), len(error), seed)
+    return np.array(errors), np.array(words)

@@ -59,7 +59,7 @@ class Subject:
         speech = is_speech(inputs)
         embedding = None if speech else pool(self.model, outputs, mask, pooling)
         reading = Reading(_predictions(outputs.logits, mask), embedding, outputs)
-        self._keep(reading, original, labels)
+        self._keep(reading, mask, original, labels)
         if speech and original is not None:
             self._compare_frames(inputs, outputs.hidden, original.outputs.hidden)
         return reading
@@ -71,7 +71,9 @@ class Subject:
         for name, values in metrics.compare_frames(hidden, original, seen, speech).items():
             self._parts[name].append(values)
 
-    def _keep(self, reading: Reading, original: Reading | None, labels: Sequence[int] | None) -> None:
+    def _keep(
+        self, reading: Reading, mask: Tensor | None, original: Reading | None, labels: Sequence[int] | None
+    ) -> None:
         logits, embedding, outputs = reading
         if embedding is not None:
             self._parts["embedding"].append(embedding.cpu().numpy())
@@ -81,8 +83,16 @@ class Subject:
         parts: dict[str, Array] = {}
         if logits is not None and original is not None and original.logits is not None:
             parts |= metrics.compare_logits(logits, original.logits)
-        if logits is not None and labels is not None and outputs.logits is not None and outputs.logits.ndim == 2:
-            parts |= metrics.score_logits(logits, labels)
+        if logits is not None and outputs.logits is not None:
+            if outputs.logits.ndim == 2:
+                parts["predictions"] = np.ones(len(logits), dtype=int)
+                if logits.shape[-1] > 1:
+                    parts |= metrics.choose(logits)
+                if labels is not None:
+                    parts |= metrics.score_logits(logits, labels)
+            elif outputs.logits.ndim == 3:
+                rows, tokens, _ = outputs.logits.shape
+                parts["predictions"] = np.full(rows, tokens) if mask is None else mask.sum(1).cpu().numpy()
         for name, values in parts.items():
             self._parts[name].append(values)
 
