@@ -11,7 +11,7 @@ from astroattn.calibration import calibrate
 from astroattn.checkpoint import from_pretrained, load, save
 from astroattn.config import AstroConfig
 from astroattn.cost import Cost
-from astroattn.distillation import DistillReport, distill
+from astroattn.distillation import Distiller, DistillReport, distill, parameter_groups
 from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
 from astroattn.plan import Plan
 from astroattn.version import __version__
@@ -21,6 +21,7 @@ __all__ = [
     "AstrocyteAttention",
     "Cost",
     "DistillReport",
+    "Distiller",
     "PatchReport",
     "Plan",
     "__version__",
@@ -29,6 +30,7 @@ __all__ = [
     "fallbacks",
     "from_pretrained",
     "load",
+    "parameter_groups",
     "patch",
     "patched",
     "save",
