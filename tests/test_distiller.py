@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from test_distillation import LEARNED, hidden_names, images, learned, moved, texts, weights
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -416,7 +417,8 @@ def test_parameter_groups() -> None:
     assert {weight.dim() for weight in found[1e-4, 0.0]} == {1}
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     assert sorted(id(weight) for each in found.values() for weight in each) == sorted(map(id, trained))
-    torch.optim.AdamW(groups).step()
+    timms = create_optimizer_v2(groups, opt="adamw", lr=3e-4)
+    assert {(group["lr"], group["weight_decay"]) for group in timms.param_groups} == set(found)
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
         parameter_groups("model", learning_rate=1.0)  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from astroattn.attention import AstrocyteAttention
+from astroattn.checks import DTYPES
 from astroattn.config import AstroConfig
 from astroattn.hidden import LearnedHidden
 from astroattn.patching import probe
@@ -317,7 +318,11 @@ def _core(
     fetched = any("_hf_hook" in vars(each) for each in module.modules())  # by accelerate; not the weights of a core
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
         core = AstrocyteAttention(*shape, config).train(module.training)
-        return core if parameter is None or (parameter.is_meta and fetched) else core.to(parameter.device)
+        if parameter is None or (parameter.is_meta and fetched):
+            return core
+        if isinstance(core.hidden, LearnedHidden) and parameter.dtype in DTYPES:  # FSDP wants one dtype in a module
+            core.hidden.to(parameter.dtype)
+        return core.to(parameter.device)
 
 
 def _keep_learned(core: AstrocyteAttention, before: AstrocyteAttention | None) -> None:
