@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from astroattn.checkpoint import save as save
     from astroattn.config import AstroConfig as AstroConfig
     from astroattn.cost import Cost as Cost
+    from astroattn.distillation import Distiller as Distiller
     from astroattn.distillation import DistillReport as DistillReport
     from astroattn.distillation import distill as distill
+    from astroattn.distillation import parameter_groups as parameter_groups
     from astroattn.patching import PatchReport as PatchReport
     from astroattn.patching import fallbacks as fallbacks
     from astroattn.patching import patch as patch
@@ -34,6 +36,7 @@ _HOMES = {
     "AstrocyteAttention": "attention",
     "Cost": "cost",
     "DistillReport": "distillation",
+    "Distiller": "distillation",
     "PatchReport": "patching",
     "Plan": "plan",
     "calibrate": "calibration",
@@ -41,6 +44,7 @@ _HOMES = {
     "fallbacks": "patching",
     "from_pretrained": "checkpoint",
     "load": "checkpoint",
+    "parameter_groups": "distillation",
     "patch": "patching",
     "patched": "patching",
     "register": "patching",

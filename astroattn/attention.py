@@ -129,9 +129,10 @@ class AstrocyteAttention(nn.Module):
                 more. Where the attention is softmax it then takes N x N memory.
 
         Returns:
-            [B, H, Nq, Dv], in the dtype of the query (autocast's under it). Differentiable in query, key and value;
-            which keys are exact and which cluster a key belongs to are choices and constant. NaN and infinity come out
-            as NaN or infinity.
+            [B, H, Nq, Dv], in the dtype of the query (autocast's under it). Differentiable in query, key and value.
+            Of the Hebbian layer the choices (which keys are exact, which cluster a key belongs to) and what a key
+            weighs in its cluster's mean are constant in the backward pass, which leaves out some per cent of the
+            gradient (`ops.near_far.Choice`). NaN and infinity come out as NaN or infinity.
 
         Raises:
             TypeError, ValueError: shapes, dtypes or values that do not fit, naming the argument; a combination that
@@ -279,6 +280,17 @@ class AstrocyteAttention(nn.Module):
             products += heads / self.num_heads * cost.products
         return Cost(positions, products, 2 * num_keys)
 
+    def with_gradients(self, out: Tensor) -> Tensor:
+        """An answer that the hidden layer has no part in, from which trained hidden weights get gradients of zero.
+
+        Without any, DistributedDataParallel would wait for them.
+        """
+        weights = [] if self.hidden is None or not torch.is_grad_enabled() else list(self.hidden.parameters())
+        for weight in weights:
+            if weight.requires_grad and weight.device == out.device:
+                out = out + weight[..., :0].sum().to(out.dtype)
+        return out
+
     def __prepare_scriptable__(self) -> AstrocyteAttention:  # `torch.jit.script` asks every module below a model
         raise TypeError(
             "torch.jit.script cannot compile an AstrocyteAttention, whose Python is more than its language; use "
@@ -331,13 +343,14 @@ class AstrocyteAttention(nn.Module):
         if query.shape[0] == 0 or query.shape[2] == 0:
             return query.new_zeros(*query.shape[:3], value.shape[-1]), query.new_zeros(query.shape[:3])
         if window is not None:
-            return window_attention(
+            out, log_p = window_attention(
                 *(query, key, value, window),
                 causal=causal,
                 scale=scale,
                 key_mask=key_mask,
                 with_normaliser=with_normaliser,
             )
+            return self.with_gradients(out), log_p
         if self.exact:
             return _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
         options = (key_mask, causal, scale, grid, with_normaliser)
@@ -372,7 +385,8 @@ class AstrocyteAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Attend with heads of one config."""
         if covers(config, plain(key.shape[2]), grid):
-            return _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
+            out, log_p = _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
+            return self.with_gradients(out), log_p
         if not causal:
             return self._bidirectional(config, query, key, value, key_mask, scale, grid)
         return self._causal(config, query, key, value, key_mask, scale)

@@ -85,7 +85,8 @@ def train_end_to_end(
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["query", "key"]))
-    report = distill(model, training, steps=0, end_to_end=steps, train=train, host_learning_rate=rate, seed=seed)
+    options = {"loss": "end_to_end", "train": train, "host_learning_rate": rate}
+    report = distill(model, training, steps=steps, seed=seed, **options)
     return Trained(model, rate, report, time.process_time() - began)
 
 

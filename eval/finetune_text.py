@@ -7,7 +7,7 @@
 
 A tenth of the training items is the validation part, for --patience; what is reported is looked at once, at the end.
 Without --test a fifth of the items is held out. With --join the items are divided first and joined then, so no item is
-in two parts. Attention dropout is set to 0 for all kinds of attention, because astrocytes have none.
+in two parts. Attention dropout is set to 0 for all kinds of attention, as astrocytes have another one.
 """
 
 from __future__ import annotations

@@ -30,11 +30,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from astroattn import parameter_groups
 from astroattn.patching.record import describe
 from eval.finetuning_state import last_checkpoint, load_checkpoint, save_checkpoint
 
 WARM_UP, WEIGHT_DECAY, MAX_NORM = 0.1, 0.01, 1.0
-HIDDEN = ".astrocyte.hidden."  # in the names of the parameters of learned hidden layers
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 Part = Sequence[tuple[Any, int]]  # items with their labels
@@ -131,7 +131,9 @@ def finetune(
     _check(task, settings, accelerator)
     astrocytes = describe(model)
     # a plain optimizer: the learning rate is set at every step
-    groups = _parameter_groups(model, settings)
+    rates = {"learning_rate": settings.learning_rate, "hidden_learning_rate": settings.hidden_learning_rate}
+    groups = parameter_groups(model, **rates, weight_decay=WEIGHT_DECAY)
+    groups = [group | {"top_lr": group["lr"]} for group in groups]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=settings.learning_rate))
     run = {"task": task.name, "items": len(task.train), **asdict(settings), "astrocytes": astrocytes}
     log: list[dict[str, Any]] = []
@@ -239,19 +241,6 @@ def shuffle(task: Task, batch_size: int, seed: int) -> list[int]:
         batches += run[lengths.argsort(stable=True)].split(batch_size)
     mixed = [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
     return torch.cat(mixed).tolist()
-
-
-def _parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """Hidden layers at their own learning rate; weight decay for matrices only, and not for hidden layers."""
-    kinds: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        hidden = HIDDEN in name
-        rate = settings.hidden_learning_rate if hidden else settings.learning_rate
-        decay = 0.0 if hidden or parameter.dim() < 2 else WEIGHT_DECAY
-        kinds.setdefault((rate, decay), []).append(parameter)
-    return [{"params": each, "top_lr": rate, "weight_decay": decay} for (rate, decay), each in kinds.items()]
 
 
 def _logits(model: nn.Module, inputs: Any) -> Tensor:

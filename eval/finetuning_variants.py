@@ -24,7 +24,7 @@ from eval.finetuning import Settings, Task, finetune, make_accelerator, shuffle
 from eval.finetuning_state import last_checkpoint
 
 COSTS = ("distill_", "")  # what takes seconds: distillation, and fine-tuning
-DISTILLED = "distill.json"  # the report of a run's distillation
+DISTILLED = "distill.json"  # the reports of a run's distillation
 
 
 class Attention(StrEnum):
@@ -199,20 +199,17 @@ def _distill(model: nn.Module, task: Task, settings: Settings, accelerator: Acce
     size, seed = settings.distill_batch_size, settings.seed
     order = shuffle(task, size, seed)
     batches = [task.collate([task.train[i] for i in order[at : at + size]])[0] for at in range(0, len(order), size)]
-    report = distill(
-        model,
-        batches,
-        steps=settings.distill,
-        end_to_end=settings.end_to_end,
-        train="all",
-        host_learning_rate=settings.learning_rate,
-        seed=seed,
-        accelerator=accelerator,
-        progress=first,
-    )
+    options: dict[str, Any] = {"seed": seed, "accelerator": accelerator, "progress": first}
+    end_to_end = {"loss": "end_to_end", "train": "all", "host_learning_rate": settings.learning_rate}
+    reports = []
+    if settings.distill:
+        reports.append(distill(model, batches, steps=settings.distill, **options))
+    if settings.end_to_end:
+        reports.append(distill(model, batches, steps=settings.end_to_end, **options, **end_to_end))
     seconds = time.perf_counter() - start
-    accelerator.print(report)
+    accelerator.print(*reports, sep="\n")
     if folder is not None and first:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / DISTILLED).write_text(dumps(report.to_dict() | {"seconds": seconds}, indent=2) + "\n", "utf-8")
+        content = {"reports": [report.to_dict() for report in reports], "seconds": seconds}
+        (folder / DISTILLED).write_text(dumps(content, indent=2) + "\n", "utf-8")
     return seconds

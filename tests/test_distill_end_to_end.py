@@ -32,7 +32,7 @@ def test_the_rate_is_that_of_the_least_held_out_loss_with_the_first_seed(monkeyp
     def train(start: nn.Module, training: Any, train: str, rate: float, steps: int, seed: int) -> script.Trained:
         calls.append((train, rate, seed))
         after = abs(rate - script.RATES[1]) + seed
-        return script.Trained(copy.deepcopy(start), rate, DistillReport((), 1.0, after, (), ()), 1.0)
+        return script.Trained(copy.deepcopy(start), rate, DistillReport((), 1.0, after, (), steps), 1.0)
 
     monkeypatch.setattr(script, "train_end_to_end", train)
     rows = script.measure(limit=8, seeds=2, steps=1)

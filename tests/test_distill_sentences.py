@@ -109,7 +109,7 @@ def test_embeddings_are_those_of_each_sentence_alone(minilm: LoadedModel, patche
 
 @pytest.mark.slow
 def test_a_small_run(folder: Path, tmp_path: Path, minilm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    end_to_end = script.END_TO_END | {"end_to_end": 3}
+    end_to_end = script.END_TO_END | {"steps": 3}
     few: list[tuple[str, str, int, script.Stages]] = [
         ("learned", "learned", 4, {"first": {"steps": 3}, "second": end_to_end}),
         ("random", "random", 4, {"none": None, "second": end_to_end}),

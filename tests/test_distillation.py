@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -19,9 +20,10 @@ from patching_models import BIDIRECTIONAL, CAUSAL_MODELS, TIMM, build
 from torch import Tensor, nn
 
 import astroattn
-from astroattn import AstroConfig, AstrocyteAttention, DistillReport, distill, patch, unpatch
+from astroattn import AstroConfig, AstrocyteAttention, Distiller, DistillReport, distill, patch, unpatch
+from astroattn.distillation.losses import divergence
 from astroattn.distillation.rows import log_rows, softmax_rows, take
-from astroattn.distillation.transfer import divergence, draw_pairs, read_calls
+from astroattn.distillation.transfer import draw_pairs, read_calls
 from astroattn.fidelity.calls import AttentionCall, find_astrocytes
 from eval.distill import format_markdown
 
@@ -89,8 +91,8 @@ def test_every_layer_comes_nearer_to_softmax_on_batches_held_out(
     assert [row.name for row in report.layers] == list(find_astrocytes(model))
     assert all(row.after < 0.9 * row.before for row in report.layers), str(report)
     assert report.output_after < report.output_before
-    assert len(report.transfer_losses) == 30
-    assert sum(report.transfer_losses[-10:]) < sum(report.transfer_losses[:10])  # from the start on, training helps
+    assert len(report.losses) == 30
+    assert sum(report.losses[-10:]) < sum(report.losses[:10])  # from the start on, training helps
     assert moved(model, before) == hidden_names(model)
 
 
@@ -100,7 +102,8 @@ def test_the_original_comes_back_bit_for_bit() -> None:
     with torch.no_grad():
         expected = model(**batch).last_hidden_state
     patch(model, LEARNED)
-    run(model, texts(), end_to_end=5)
+    run(model, texts())
+    run(model, texts(), steps=5, loss="end_to_end")
     unpatch(model)
     with torch.no_grad():
         assert torch.equal(model(**batch).last_hidden_state, expected)
@@ -131,16 +134,20 @@ def test_errors_are_those_of_the_modules_on_what_the_original_reads() -> None:
 def test_padding_does_not_count() -> None:
     models = [learned(), learned()]
     longer = [{name: torch.cat([x, torch.full((len(x), 7), 0)], 1) for name, x in batch.items()} for batch in texts()]
-    reports = [run(models[0], texts(), end_to_end=3), run(models[1], longer, end_to_end=3)]
+    reports = [
+        (run(m, each), run(m, each, steps=3, loss="end_to_end"))
+        for m, each in zip(models, (texts(), longer), strict=True)
+    ]
     for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-    assert reports[0].layers[0].after == pytest.approx(reports[1].layers[0].after, rel=1e-3)
-    assert reports[0].end_to_end_losses == pytest.approx(reports[1].end_to_end_losses, rel=1e-2)
+    assert reports[0][0].layers[0].after == pytest.approx(reports[1][0].layers[0].after, rel=1e-3)
+    assert reports[0][1].losses == pytest.approx(reports[1][1].losses, rel=1e-2)
 
 
 def test_a_causal_layer_sees_no_future_after_distillation() -> None:
     model = learned("llama")
-    run(model, texts(), end_to_end=10)
+    run(model, texts())
+    run(model, texts(), steps=10, loss="end_to_end")
     batch = {"input_ids": texts()[0]["input_ids"]}
     changed = {"input_ids": batch["input_ids"].clone()}
     changed["input_ids"][:, 12:] += 1
@@ -211,12 +218,12 @@ def test_some_queries_stand_for_all() -> None:
     assert drawn.mean().item() == pytest.approx(expected.item(), abs=4 * drawn.std().item() / 40**0.5)
 
 
-@pytest.mark.parametrize("train", ["hidden", "all"])
-def test_a_seed_repeats(train: str) -> None:
+@pytest.mark.parametrize(("loss", "train"), [("rows", "hidden"), ("outputs", "hidden"), ("end_to_end", "all")])
+def test_a_seed_repeats(loss: str, train: str) -> None:
     models = [learned(), learned(), learned()]
     torch.manual_seed(5)  # not what the result depends on
     reports = [
-        run(model, texts(), end_to_end=5, steps=10, train=train, seed=seed)
+        run(model, texts(), steps=5, loss=loss, train=train, seed=seed)
         for model, seed in zip(models, (1, 1, 2), strict=True)
     ]
     assert reports[0] == reports[1] != reports[2]
@@ -227,39 +234,44 @@ def test_a_seed_repeats(train: str) -> None:
 def test_end_to_end_comes_nearer_to_the_original(train: str) -> None:
     model = learned("llama")
     first = run(model, texts(), steps=3)
-    second = run(model, texts(), steps=0, end_to_end=30, train=train, learning_rate=1.0)
+    second = run(model, texts(), steps=30, loss="end_to_end", train=train, learning_rate=0.1)
     assert second.output_before == pytest.approx(first.output_after, rel=1e-4)
     assert second.output_after < 0.9 * second.output_before
-    assert second.transfer_losses == ()
-    assert len(second.end_to_end_losses) == 30
+    assert len(second.losses) == second.steps == 30
 
 
 def test_only_the_hidden_layers_move_by_default() -> None:
     model = learned()
     before = weights(model)
-    run(model, texts(), steps=0, end_to_end=3)
+    run(model, texts(), steps=3, loss="end_to_end")
     assert moved(model, before) == hidden_names(model)
 
 
 def test_query_and_key_projections_move() -> None:
     model = learned()
     before = weights(model)
-    run(model, texts(), steps=0, end_to_end=3, train="qk")
+    run(model, texts(), steps=3, loss="end_to_end", train="qk")
     projections = {name for name in before if ".self.query." in name or ".self.key." in name}
     # softmax does not see the bias of the keys, but an astrocyte does
     assert moved(model, before) == hidden_names(model) | projections
 
 
-def test_of_a_fused_projection_the_values_stay() -> None:
-    model = learned("timm vit")
+@pytest.mark.parametrize(
+    ("name", "batches", "part", "axis"), [("timm vit", images, ".qkv.", 0), ("gpt2", texts, ".c_attn.", -1)]
+)
+def test_of_a_fused_projection_the_values_stay(
+    name: str, batches: Callable[[], list[Any]], part: str, axis: int
+) -> None:
+    model = learned(name)
     before = weights(model)
-    run(model, images(), steps=0, end_to_end=3, train="qk")
-    projections = {name for name in before if ".qkv." in name}
+    decaying = functools.partial(torch.optim.AdamW, weight_decay=0.1)
+    run(model, batches(), steps=3, loss="end_to_end", train="qk", optimiser=decaying)
+    projections = {name for name in before if part in name}
     assert moved(model, before) == hidden_names(model) | projections
     for name in projections:
-        weight, rows = model.get_parameter(name), len(before[name]) // 3 * 2
-        assert torch.equal(weight[rows:], before[name][rows:])
-        assert not torch.equal(weight[:rows], before[name][:rows])
+        (*mine, values), (*before_it, old) = (x.chunk(3, axis) for x in (model.get_parameter(name), before[name]))
+        assert torch.equal(values, old)
+        assert not any(torch.equal(new, old) for new, old in zip(mine, before_it, strict=True))
 
 
 def test_everything_moves_and_the_original_that_is_matched_stays() -> None:
@@ -268,7 +280,7 @@ def test_everything_moves_and_the_original_that_is_matched_stays() -> None:
     for module in find_astrocytes(original).values():
         module.exact = True
     before, batches = weights(model), texts()
-    report = run(model, batches, steps=0, end_to_end=5, train="all")
+    report = run(model, batches, steps=5, loss="end_to_end", train="all")
     unused = {name for name in before if "pooler" in name}  # the last hidden state does not depend on it
     assert moved(model, before) == set(before) - unused
     with torch.no_grad():
@@ -289,7 +301,7 @@ def test_everything_moves_and_the_original_that_is_matched_stays() -> None:
 def test_models_without_learned_layers_learn_end_to_end(config: AstroConfig, train: str, rate: float) -> None:
     model = learned("bert", config)
     before = weights(model)
-    report = run(model, texts(), steps=0, end_to_end=30, train=train, host_learning_rate=rate)
+    report = run(model, texts(), steps=30, loss="end_to_end", train=train, host_learning_rate=rate)
     assert report.output_after < 0.9 * report.output_before
     assert [row.name for row in report.layers] == list(find_astrocytes(model))
     projections = {name for name in before if ".self.query." in name or ".self.key." in name}
@@ -301,7 +313,7 @@ def test_adapters_of_peft_move() -> None:
     model = peft.get_peft_model(learned(), peft.LoraConfig(r=2, target_modules=["query"]))
     before = weights(model)
     flags = {name: weight.requires_grad for name, weight in model.named_parameters()}
-    run(model, texts(), steps=0, end_to_end=5, train="marked")
+    run(model, texts(), steps=5, loss="end_to_end", train="marked")
     adapters = {name for name in before if "lora_" in name}
     assert adapters
     assert moved(model, before) == hidden_names(model) | adapters
@@ -316,8 +328,8 @@ def test_modes_and_flags_are_what_they_were() -> None:
     flags = [weight.requires_grad for weight in model.parameters()]
     modes = [module.training for module in model.modules()]
     with torch.no_grad():
-        report = run(model, texts(), steps=3, end_to_end=2, train="all")
-    assert len(report.end_to_end_losses) == 2
+        report = run(model, texts(), steps=2, loss="end_to_end", train="all")
+    assert len(report.losses) == 2
     assert [weight.requires_grad for weight in model.parameters()] == flags
     assert [module.training for module in model.modules()] == modes
     assert all(weight.grad is None for weight in model.parameters())
@@ -328,7 +340,8 @@ def test_mixed_precision() -> None:
     model = learned()
     before = weights(model)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    report = run(model, texts(), end_to_end=10, accelerator=accelerator)
+    report = run(model, texts(), accelerator=accelerator)
+    run(model, texts(), steps=10, loss="end_to_end", accelerator=accelerator)
     assert all(row.after < 0.9 * row.before for row in report.layers)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert moved(model, before) == hidden_names(model)
@@ -345,8 +358,9 @@ from test_distillation import images, learned
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
 model = learned("timm vit")
-report = distill(model, images(), steps=5, end_to_end=3, progress=False, accelerator=accelerator)
-losses = [*report.transfer_losses, *report.end_to_end_losses]
+losses = []
+for loss in ("rows", "end_to_end"):
+    losses += distill(model, images(), steps=3, loss=loss, progress=False, accelerator=accelerator).losses
 weights = [weight.tolist() for name, weight in model.named_parameters() if ".hidden." in name]
 Path(sys.argv[1], str(accelerator.process_index)).write_text(json.dumps([accelerator.num_processes, losses, weights]))
 """
@@ -384,7 +398,7 @@ def test_a_near_field_that_covers_the_sequence_leaves_nothing_to_learn() -> None
 def test_the_report_is_a_table_and_plain_values() -> None:
     report = run(learned(), texts(), steps=3)
     lines = str(report).splitlines()
-    assert len(lines) == 1 + 2 + 2
+    assert len(lines) == 1 + 2 + 3
     assert f"{report.layers[0].after:.3f}" in lines[1]
     assert report.to_dict()["layers"][0]["num_hidden"] == 16
 
@@ -392,8 +406,16 @@ def test_the_report_is_a_table_and_plain_values() -> None:
 BAD = {
     "steps": ({"steps": -1}, ValueError),
     "steps of a float": ({"steps": 3.0}, TypeError),
-    "nothing to do": ({"steps": 0}, ValueError),
-    "end_to_end": ({"end_to_end": True}, TypeError),
+    "no steps": ({"steps": 0}, ValueError),
+    "loss": ({"loss": "row"}, ValueError),
+    "loss that is no function": ({"loss": 3}, TypeError),
+    "accumulation": ({"accumulation": 0}, ValueError),
+    "max_norm": ({"max_norm": -1.0}, ValueError),
+    "optimiser": ({"optimiser": "adam"}, TypeError),
+    "what the optimiser is": ({"optimiser": lambda groups: groups}, TypeError),
+    "callbacks": ({"callbacks": [3]}, TypeError),
+    "held_out": ({"held_out": []}, ValueError),
+    "train with a loss of layers": ({"train": "all"}, ValueError),
     "seed": ({"seed": -1}, ValueError),
     "train": ({"train": "values"}, ValueError),
     "learning_rate": ({"learning_rate": 0.0}, ValueError),
@@ -402,6 +424,7 @@ BAD = {
     "one tensor": ({"batches": torch.zeros(4, 8, dtype=torch.long)}, TypeError),
     "one mapping": ({"batches": texts()[0]}, TypeError),
     "batches of lists": ({"batches": [[1, 2], [3, 4]]}, TypeError),
+    "pairs with a mask": ({"batches": [(torch.zeros(2, 8).long(), torch.ones(2, 8))] * 2}, TypeError),
     "empty batches": ({"batches": [{"input_ids": torch.zeros(0, 8, dtype=torch.long)}] * 2}, ValueError),
 }
 
@@ -411,8 +434,8 @@ def test_bad_input_is_refused_and_changes_nothing(case: str) -> None:
     model = learned()
     before = weights(model)
     options, error = BAD[case]
-    names = "steps|end_to_end|seed|train|learning_rate|host_learning_rate|batches"
-    with pytest.raises(error, match=f"^({names}):"):
+    name = "batches" if "batches" in options else next(iter(options))
+    with pytest.raises(error, match=f"^{name}:"):
         run(model, **{"batches": texts()} | options)
     assert not moved(model, before)
 
@@ -421,23 +444,23 @@ def test_models_that_cannot_be_distilled_are_refused() -> None:
     with pytest.raises(TypeError, match="model:"):
         run("model", texts())  # type: ignore[arg-type]
     model = build(BIDIRECTIONAL["bert"])
-    with pytest.raises(ValueError, match="model: BertModel has no learned hidden layer"):
-        run(model, texts())
     with pytest.raises(ValueError, match="model: BertModel is not patched"):
-        run(model, texts(), steps=0, end_to_end=1, train="all")
+        run(model, texts(), loss="end_to_end", train="all")
     patch(model)
-    for options in ({}, {"end_to_end": 1, "train": "all"}, {"steps": 0, "end_to_end": 1}):
+    for options in ({}, {"loss": "end_to_end"}):
         with pytest.raises(ValueError, match="model: BertModel has no learned hidden layer"):
             run(model, texts(), **options)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="train: 'marked', but no weight of BertModel has requires_grad"):
-        run(model, texts(), steps=0, end_to_end=1, train="marked")
+        run(model, texts(), loss="end_to_end", train="marked")
     patch(model, LEARNED)
     find_astrocytes(model)["encoder.layer.1.attention.self.astrocyte"].exact = True
     with pytest.raises(ValueError, match=r"encoder.layer.1.*exact"):
         run(model, texts())
-    with pytest.raises(ValueError, match=r"train: 'qk', but transformer\.h\.0\.attn"):
-        run(learned("gpt2"), texts(), end_to_end=1, train="qk")
+    model = learned()
+    model.encoder.layer[0].attention.self.query = nn.Sequential(model.encoder.layer[0].attention.self.query)
+    with pytest.raises(ValueError, match=r"train: 'qk', but encoder\.layer\.0\.attention\.self "):
+        run(model, texts(), loss="end_to_end", train="qk")
 
 
 @pytest.mark.filterwarnings("ignore:.*left to the model's own attention")
@@ -449,10 +472,12 @@ def test_batches_that_an_astrocyte_cannot_answer_are_refused() -> None:
     ]
     with pytest.raises(ValueError, match=r"^batches: .*encoder\.layer"):
         run(model, dense)
-    good_at_first = [*texts(), dense[0], texts()[0]]  # the last is held out
-    with pytest.raises(ValueError, match=r"^batches:"):
-        run(model, good_at_first)
     assert not moved(model, before)
+    distiller = Distiller(model, draw=False)
+    with pytest.raises(ValueError, match=r"^batches:"):  # in the third step
+        distiller.run(iter([*texts()[:2], dense[0]]), held_out=texts()[:1], progress=False)
+    assert distiller.step == 2
+    assert moved(model, before) == hidden_names(model)
 
 
 def test_calls_are_read_once_per_depth() -> None:

@@ -7,8 +7,10 @@ from math import exp, log
 import pytest
 import torch
 from core_cases import draw, exact_mask, layout, near_far_oracle, relative
+from torch import Tensor
 from torch.autograd import gradcheck
 
+from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.ops import near_far, plain
 from astroattn.ops.clustering import learn_clusters
 from astroattn.ops.layout import SUBTILE, Budget
@@ -466,3 +468,27 @@ def test_what_was_chosen_is_laid_out_for_the_longest_row(name: str) -> None:
             assert sorted(order[row, head, :own].tolist()) == list(range(own))
         assert keys[row].max() < max(own, 1)
         assert (keys[row, :, -(-own // SUBTILE) :] == -1).all()
+
+
+def test_the_gradient_leaves_out_what_the_mass_moves() -> None:
+    """Against differences over steps too small to change a choice: some per cent, and no more."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, weight = torch.randn(4, 1, 2, 96, 8, generator=generator, dtype=torch.float64)
+    inputs = [(2 * x).requires_grad_() for x in (query, key)]
+    config = AstroConfig(num_hidden=4, near=0, exact_keys=8, tile=16, backend="torch")
+    core = AstrocyteAttention(2, 8, config)
+
+    def loss(query: Tensor, key: Tensor) -> Tensor:
+        return (core(query, key, value) * weight).sum()
+
+    gradients = torch.autograd.grad(loss(*inputs), inputs)
+    for place, (gradient, most) in enumerate(zip(gradients, (0.08, 0.14), strict=True)):
+        errors, slopes = [], []
+        for _ in range(20):
+            steps = [torch.zeros_like(x) for x in inputs]
+            steps[place] = 1e-6 * torch.randn(query.shape, generator=generator, dtype=torch.float64)
+            ahead, behind = (loss(*(x + sign * y for x, y in zip(inputs, steps, strict=True))) for sign in (1, -1))
+            slopes.append((ahead - behind).detach() / 2)
+            errors.append((gradient * steps[place]).sum() - slopes[-1])
+        share = (torch.stack(errors).norm() / torch.stack(slopes).norm()).item()
+        assert 0.005 < share < most

@@ -18,6 +18,7 @@ from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.patching import fallbacks, patch, unpatch
 from astroattn.patching.grid import PatchGrid
 from astroattn.patching.masks import attention_mask
+from astroattn.patching.site import drop_keys
 
 EXACT = AstroConfig(near=100_000)
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
@@ -255,15 +256,55 @@ def test_a_changed_attention_implementation_is_no_silent_bypass() -> None:
         model(**text())
 
 
-def test_dropout_is_not_applied_and_said_once() -> None:
-    model = build(ALL["bert"])
+def test_dropout_drops_keys_with_the_law_that_softmax_has_for_each_query() -> None:
+    """Mean and variance of outputs over draws, where the astrocyte is softmax attention and where it is not."""
+    p, draws = 0.3, 4000
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 12, 4)
+    weights = (query @ key.mT / 2).softmax(-1)
+    for config in (EXACT, replace(STATIC, near=0)):
+        core = AstrocyteAttention(2, 4, config)
+        rows = core(query, key, torch.eye(12).expand(1, 2, -1, -1))
+        if config is EXACT:
+            torch.testing.assert_close(rows, weights)
+        outs = torch.stack([core(query, key, drop_keys(value, p)) for _ in range(draws)])
+        variance = p / (1 - p) * rows.square() @ value.square()  # of sum_k a_k m_k / (1 - p) v_k, m_k independent
+        spread = (variance / draws).sqrt()
+        assert ((outs.mean(0) - rows @ value).abs() / spread).max() < 5
+        torch.testing.assert_close(outs.var(0), variance, rtol=0.25, atol=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["bert", "timm vit"])
+def test_dropout_under_train_is_that_of_the_host(name: str, compiled: bool) -> None:
+    """Random in training, with gradients; none in evaluation. All dropout but the attention's is turned off."""
+    model, inputs = build(ALL[name]), text() if name == "bert" else {"x": image()}
+    for part, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5 if part.endswith(("attention.self.dropout", "attn_drop")) else 0.0
     patch(model, SHORT)
+    torch._dynamo.reset()
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+
+    def run() -> Tensor:
+        result = called(**inputs)
+        return result if isinstance(result, Tensor) else result[0]
+
+    kept = run()
+    assert torch.equal(run(), kept)
     model.train()
-    with pytest.warns(UserWarning, match="attention dropout is not applied"):
-        model(**text())[0].sum().backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(**text())
+    torch.manual_seed(0)
+    one = run()
+    assert not torch.allclose(run(), one, atol=1e-3)
+    torch.manual_seed(0)
+    assert torch.equal(run(), one)
+    one.square().sum().backward()
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert fallbacks(model) == {}
+    model.eval()
+    assert torch.equal(run(), kept)
 
 
 def test_sdpa_that_is_never_called_is_said() -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from astroattn import AstroConfig, patch, unpatch
 from astroattn.patching import PatchReport, fallbacks, probe
-from astroattn.patching.site import DROPOUT
 
 BATCH, HEADS, TOKENS, DIM = 2, 4, 9, 8
 WIDTH = HEADS * DIM
@@ -443,13 +442,13 @@ def test_gradients_are_those_of_softmax_attention() -> None:
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*dropout is not applied")
-def test_dropout_of_weights_is_not_applied_and_counted() -> None:
+def test_dropout_of_weights_drops_keys_in_training_alone() -> None:
     model = model_of(scale_after)
     report_of(model)
     expected = model(tokens(), keys())
-    assert torch.equal(model.train()(tokens(), keys()), expected)
-    assert [list(each) for each in fallbacks(model).values()] == [[DROPOUT], [DROPOUT]]
+    assert not torch.equal(model.train()(tokens(), keys()), expected)
+    assert torch.equal(model.eval()(tokens(), keys()), expected)
+    assert fallbacks(model) == {}
 
 
 @pytest.mark.parametrize("between", [scale_after, causal_dense])

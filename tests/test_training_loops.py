@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ def tiny_bert(config: AstroConfig | None, layers: int = 2) -> BertForSequenceCla
     return model
 
 
-def tiny_vit(config: AstroConfig, layers: int = 2) -> nn.Module:
+def tiny_vit(config: AstroConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     shape = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": layers, "num_heads": 2}
     model = VisionTransformer(**shape, num_classes=10, global_pool="avg", weight_init="jax")
     nn.init.normal_(model.head.weight, std=0.3)  # timm starts it as zeros, which pass no gradient on
-    patch(model, config)
+    patch(model.to(dtype), config)
     return model
 
 
@@ -310,3 +311,52 @@ def test_inductor_trains_and_answers_as_eager_does(build: Any, config: AstroConf
             logits = forward(**batch).logits if build is tiny_bert else forward(images)
         found.append({"losses": torch.stack(losses), "logits": logits, **dict(model.named_parameters())})
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of one process."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("answer", ["astrocyte", "near field", "host"])
+@pytest.mark.filterwarnings("ignore:.*left to the model's own attention")
+def test_ddp_of_batches_that_the_hidden_layer_has_no_part_in(answer: str) -> None:
+    """DistributedDataParallel raises in the second step where a weight had no gradient in the first."""
+    config = AstroConfig(hidden="learned", num_hidden=4, near=64 if answer == "near field" else 0)
+    model = nn.parallel.DistributedDataParallel(tiny_bert(config).train())
+    batch = pad(read_sentences()[:4])
+    if answer == "host":  # to whom a dense mask is left
+        count = batch["input_ids"].shape[1]
+        batch["attention_mask"] = torch.eye(count).bool().expand(4, 1, count, count)
+    for _ in range(2):
+        model(**batch).loss.backward()
+    hidden = {name: gradient for name, gradient in gradients(model).items() if HIDDEN in name}
+    assert len(hidden) == 4
+    assert all(gradient.any() == (answer == "astrocyte") for gradient in hidden.values())
+
+
+@pytest.mark.usefixtures("alone")
+def test_fsdp_of_a_bfloat16_model() -> None:
+    """The learned weights have the dtype of the module, as FSDP wants one in what it shards together."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_vit(CONFIGS["learned"], dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    plain = deepcopy(model)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    images, labels = read_digits(4)
+    losses = [nn.functional.cross_entropy(each(images.bfloat16()), labels) for each in (model, plain)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    sharded, whole = gradients(model), gradients(plain)
+    assert has_hidden(sharded, CONFIGS["learned"])
+    for name, expected in whole.items():
+        torch.testing.assert_close(sharded[name].full_tensor(), expected)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+DONE = "all steps were taken"
+INTERRUPTED = "interrupted; the model is as after the last whole step"
+NO_MORE = "there were no more batches"
+STOPPED = "a callback ended it"
+
 
 @dataclass(frozen=True)
 class LayerError:
@@ -25,16 +30,25 @@ class DistillReport:
 
     Attributes:
         layers: the error of each learned layer; of all patched layers where none is learned.
-        output_before, output_after: what the end-to-end loss is on the held-out batches, of the whole patched model;
-            NaN where it gives neither hidden states nor logits.
-        transfer_losses: of each step, the mean divergence of the layers in nats. end_to_end_losses: of each step.
+        output_before, output_after: of the whole patched model on the held-out batches, the loss where it is one of
+            the model, and that of "end_to_end" where it is one of layers; NaN where the model gives neither hidden
+            states nor logits.
+        losses: of each step of this run; of layers, their mean.
+        steps: of all runs until now.
+        ended: why the run ended, in words.
     """
 
     layers: tuple[LayerError, ...]
     output_before: float
     output_after: float
-    transfer_losses: tuple[float, ...]
-    end_to_end_losses: tuple[float, ...]
+    losses: tuple[float, ...]
+    steps: int
+    ended: str = DONE
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the run."""
+        return self.ended == INTERRUPTED
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -51,4 +65,5 @@ class DistillReport:
         ]
         lines.append(f"{'mean':{width}}        {means[0]:12.3f}  {means[1]:5.3f}")
         lines.append(f"loss of the outputs, held out: {self.output_before:.4f} before, {self.output_after:.4f} after")
+        lines.append(f"{len(self.losses)} steps, {self.steps} in all: {self.ended}")
         return "\n".join(lines)

@@ -15,6 +15,7 @@ from astroattn.config import is_tiled
 from astroattn.cost import covers, prefix_length
 from astroattn.fidelity.calls import AttentionCall
 from astroattn.hidden import LearnedHidden
+from astroattn.patching.record import unwrapped
 
 LEAST_SHARE = 1e-6  # of attention, below which a share counts as this much
 
@@ -42,6 +43,12 @@ def is_row_by_row(module: AstrocyteAttention, call: AttentionCall) -> bool:
     return all(not is_tiled(config) and not covers(config, keys, grid) for config in module.configs)
 
 
+def learned_layer(module: AstrocyteAttention) -> LearnedHidden:
+    """The learned hidden layer of a module, or the copy of it that an adapter of peft trains."""
+    hidden: LearnedHidden = unwrapped(module.hidden)
+    return hidden
+
+
 def take(x: Tensor, queries: Tensor | None) -> Tensor:
     """Those of x [B, H, Nq, D]."""
     return x if queries is None else torch.take_along_dim(x, queries[:, None, :, None], 2)
@@ -55,8 +62,8 @@ def log_products(
     hidden: LearnedHidden, query: Tensor, key: Tensor, scale: float = 1.0, real: Tensor | None = None
 ) -> Tensor:
     """log phi(q).phi(k) [B, H, Nq, Nk], phi(q) = exp(W_q q sqrt(scale)) / sqrt(m); of `real` keys [B, Nk] alone."""
-    reading = query @ hidden.query_weight.mT * sqrt(scale)
-    writing = key @ hidden.key_weight.mT * sqrt(scale)
+    reading = query @ hidden.query_weight.mT.to(query.dtype) * sqrt(scale)
+    writing = key @ hidden.key_weight.mT.to(key.dtype) * sqrt(scale)
     if real is not None:
         writing = writing.masked_fill(~real[:, None, :, None], torch.finfo(writing.dtype).min)
     top = writing.detach().amax(2, keepdim=True)
@@ -68,10 +75,9 @@ def log_products(
 
 def _far_logits(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None) -> Tensor:
     """log phi(q).phi(k), but q.k where query or key is one of the exact queries, the first real tokens."""
-    assert isinstance(module.hidden, LearnedHidden)
     keys = call.key.shape[2]
     real: Tensor | None = call.options.get("key_mask")
-    logits = log_products(module.hidden, take(call.query, queries), call.key, call.scale, real)
+    logits = log_products(learned_layer(module), take(call.query, queries), call.key, call.scale, real)
     prefix = prefix_length(module.configs[0], keys, None)
     if not prefix:
         return logits

@@ -1,20 +1,18 @@
-"""Attention transfer: every learned layer learns to attend as softmax does on the same queries and keys."""
+"""The queries, keys and values that attention modules read in the original, and what is made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.distillation.rows import is_row_by_row, log_rows, softmax_rows
+from astroattn.distillation.rows import learned_layer, softmax_rows
 from astroattn.fidelity.calls import AttentionCall, read_call
 from astroattn.fidelity.passes import call as run_model
-from astroattn.hidden import LearnedHidden
-
-QUERIES = 64  # of a sequence in a step; their rows say enough of the others', and cost 64 N instead of N^2
 
 Modules = Mapping[str, AstrocyteAttention]
 Calls = list[tuple[str, AttentionCall]]  # of one forward, with the name of the module that was called
@@ -51,43 +49,34 @@ def read_calls(model: nn.Module, modules: Modules, inputs: Any) -> Calls:
     return calls
 
 
-def divergence(module: AstrocyteAttention, call: AttentionCall, generator: torch.Generator) -> Tensor:
-    """KL(softmax attention || the module's) in nats, mean over heads and queries that are real tokens.
-
-    Of each sequence `QUERIES` queries are drawn, where a row can be had without the others.
-    """
-    real, queries = call.real_queries(), None
-    if is_row_by_row(module, call) and real.shape[1] > QUERIES:
-        draw = torch.rand(real.shape, generator=generator).to(real.device)
-        queries = draw.masked_fill(~real, -1).topk(QUERIES)[1]
-        real = real.gather(1, queries)
-    with torch.no_grad():
-        target = softmax_rows(call, queries)
-    rows = (torch.xlogy(target, target) - target * log_rows(module, call, queries)).sum(-1)
-    return rows.transpose(1, 2)[real].mean()
-
-
-def transfer_losses(modules: Modules, calls: Calls, generator: torch.Generator) -> Iterator[Tensor]:
-    """The divergence of every call. One at a time, so that only one layer's graph is in memory."""
-    for name, call in calls:
-        yield divergence(modules[name], call, generator)
-
-
 @torch.no_grad()
-def start_from_data(modules: Modules, batches: Sequence[Calls], generator: torch.Generator) -> None:
+def start_from_data(modules: Modules, batches: Iterable[Calls], count: int, seed: int) -> None:
     """Make every neuron a pair of tokens: W_k a query, W_q a key drawn by this query's softmax attention.
 
     Both are multiplied by sqrt(scale). Such a neuron is written to by the keys that its query attends to, and read by
-    the queries that attend to its key. The calls of a layer give equally many.
+    the queries that attend to its key. Of `count` batches the calls of a layer give equally many, and every layer draws
+    by itself.
     """
-    for name, module in modules.items():
-        assert isinstance(module.hidden, LearnedHidden)
-        m, mine = module.configs[0].num_hidden, [call for calls in batches for of, call in calls if of == name]
-        counts = [m * (i + 1) // len(mine) - m * i // len(mine) for i in range(len(mine))]
-        pairs = [draw_pairs(call, n, generator) for call, n in zip(mine, counts, strict=True) if n]
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
+    draws = {name: generator(seed, place) for place, name in enumerate(modules)}
+    for batch, calls in enumerate(batches):
+        for name, module in modules.items():
+            m, mine = module.configs[0].num_hidden, [call for of, call in calls if of == name]
+            for number, call in enumerate(mine, batch * len(mine)):
+                several = count * len(mine)
+                if many := m * (number + 1) // several - m * number // several:
+                    found[name].append(draw_pairs(call, many, draws[name]))
+    for name, pairs in found.items():
         query, key = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
-        module.hidden.key_weight.copy_(query)
-        module.hidden.query_weight.copy_(key)
+        hidden = learned_layer(modules[name])
+        hidden.key_weight.copy_(query)
+        hidden.query_weight.copy_(key)
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """Random numbers that only these numbers decide."""
+    (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def draw_pairs(call: AttentionCall, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -95,6 +84,8 @@ def draw_pairs(call: AttentionCall, count: int, generator: torch.Generator) -> t
     heads = call.query.shape[1]
     place, share = torch.rand(2, heads, count, generator=generator, dtype=torch.float64).to(call.query.device)
     real = call.real_queries().nonzero()
+    if not len(real):
+        raise ValueError("batches: one holds nothing but padding")
     sequence, token = real[(place * len(real)).long()].unbind(-1)
     head = torch.arange(heads, device=call.query.device)[:, None]
     rows = call.query.new_empty(heads, count, call.key.shape[2])

@@ -53,6 +53,11 @@ LEAST_MASS = 1e-12  # of what is expected of a key, so that no cluster is empty
 class Choice(NamedTuple):
     """What is decided before anything is attended to; constant in the backward pass.
 
+    Three of them are choices, whose derivative is zero but where they change. The mass moves with queries and keys, and
+    its part of the gradient is left out: of the difference that an infinitesimal step makes it is, relative, 0.1 to 2 %
+    for queries and 3 to 7 % for keys in the layers of MiniLM (256 tokens, the default). A step of all tokens at once by
+    0.1 % of their size does change choices, and then the output jumps by as much as the gradient says, or more.
+
     Attributes:
         order: the body's queries in the order of their tiles [Z, n]; a sub-tile is four in a row.
         winners: the cluster of each body key [Z, n].

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from astroattn.attention import AstrocyteAttention
+from astroattn.checks import DTYPES
 from astroattn.config import AstroConfig
+from astroattn.hidden import LearnedHidden
 from astroattn.patching import probe
 from astroattn.patching.site import CORE, Site, site_of
 from astroattn.patching.survey import Found
@@ -153,7 +155,11 @@ def make_core(
     fetched = any("_hf_hook" in vars(each) for each in module.modules())  # by accelerate; not the weights of a core
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
         core = AstrocyteAttention(*shape, config).train(module.training)
-        return core if parameter is None or (parameter.is_meta and fetched) else core.to(parameter.device)
+        if parameter is None or (parameter.is_meta and fetched):
+            return core
+        if isinstance(core.hidden, LearnedHidden) and parameter.dtype in DTYPES:  # FSDP wants one dtype in a module
+            core.hidden.to(parameter.dtype)
+        return core.to(parameter.device)
 
 
 def shape_of(each: Found) -> tuple[int, int] | None:

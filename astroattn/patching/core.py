@@ -59,8 +59,9 @@ def patch(
 
     A call that turns out to need more than an astrocyte represents (a dense mask, for example, or causality that the
     config cannot serve) is answered by the model's own attention, with a warning the first time; `fallbacks` counts
-    them, in a compiled graph once, when it is made. Attention dropout is not applied by
-    an astrocyte. While a transformers model is patched, `output_attentions=True` raises.
+    them, in a compiled graph once, when it is made. Attention dropout of the host, under `train()`, drops keys: the
+    queries of a head and sequence share the draw. While a transformers model is patched, `output_attentions=True`
+    raises.
 
     Args:
         model: any module that holds attention modules of transformers, timm, diffusers or torch.nn; a pipeline stands

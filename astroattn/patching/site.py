@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention, autocast
@@ -34,7 +35,6 @@ OUT_OF_REACH = {  # by what PyTorch's own error names
     "vmap": "torch.vmap does not reach into this astrocyte; loop over the samples",
     "jvp": "forward derivatives do not reach into this astrocyte; AstroConfig(backend='torch') has them",
 }
-DROPOUT = "attention dropout is not applied: an astrocyte forms no attention weights to drop"
 
 
 @dataclass
@@ -217,9 +217,9 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
         )
     if refusal is not None:
         fall_back(site, refusal)
-        return host()
+        return core.with_gradients(host())
     if call.dropout > 0:
-        site.count(DROPOUT, DROPOUT)
+        call.value = drop_keys(call.value, call.dropout)
     if call.memory is not None:
         return call.memory.attend(core, call.query, call.key, call.value, key_mask=call.key_mask, scale=call.scale)
     try:
@@ -240,6 +240,15 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
             raise
         raise RuntimeError(f"{site.name}: {why}") from error
     return answer
+
+
+def drop_keys(value: Tensor, p: float) -> Tensor:
+    """Attention dropout where no attention weights are formed: the values [B, H, N, D] of dropped keys are zero.
+
+    A weight a_qk becomes a_qk m_k / (1 - p). For each query that is the dropout of softmax attention, whose m_qk are
+    independent; here the queries of a head and sequence share the draw.
+    """
+    return value * F.dropout(value.new_ones(*value.shape[:3], 1), p)
 
 
 def _refusal(core: AstrocyteAttention, call: Call) -> str | None:

@@ -24,7 +24,7 @@ def learn(query: Tensor, key: Tensor, num_hidden: int, steps: int, seed: int = 0
     config = AstroConfig(hidden="learned", num_hidden=num_hidden, near=0, exact_keys=0)
     network = AstrocyteAttention(query.shape[1], query.shape[-1], config)
     assert isinstance(network.hidden, LearnedHidden)
-    start_from_data({"": network}, [[("", AttentionCall(query, key, key, {"scale": 1.0}))]], generator)
+    start_from_data({"": network}, [[("", AttentionCall(query, key, key, {"scale": 1.0}))]], 1, seed)
     optimiser = torch.optim.Adam(network.hidden.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     with torch.enable_grad():

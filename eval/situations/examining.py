@@ -18,7 +18,7 @@ from astroattn import AstroConfig
 from astroattn.attention import AstrocyteAttention
 from astroattn.cost import covers
 from astroattn.patching import PatchReport, fallbacks, patch, unpatch
-from astroattn.patching.site import CORE, DROPOUT, NO_GRID, site_of
+from astroattn.patching.site import CORE, NO_GRID, site_of
 from eval.coverage.subjects import describe
 from eval.situations.calls import Given, at_real_tokens, give, with_other_padding
 from eval.situations.drawing import Situation, simplify
@@ -262,7 +262,7 @@ def _check_counts(
     if situation.wrapper in COMPILED:
         return
     for name in names:
-        left = sum(count for reason, count in counts.get(name, {}).items() if reason not in (DROPOUT, NO_GRID))
+        left = sum(count for reason, count in counts.get(name, {}).items() if reason != NO_GRID)
         if seen.answers[name] + left < seen.calls[name] or not seen.calls[name]:
             raise Wrong(f"{name}: {seen.calls[name]} calls, {seen.answers[name]} answers and {left} counted fallbacks")
 
