@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from astroattn.tables import Block, Table, render
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,11 +24,12 @@ class Row:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Every attention module of a patched model, in module order, and how the probe forward went."""
+    """Every attention module of a patched model, in module order, how the probe forward went, and what to know."""
 
     model: str
     rows: tuple[Row, ...]
     probe: str
+    notes: tuple[str, ...] = ()
 
     @property
     def patched(self) -> list[Row]:
@@ -43,17 +46,19 @@ class PatchReport:
         return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
+        return render(self.blocks())
+
+    def blocks(self) -> list[Block]:
+        """What is printed of it, for `astroattn.tables`."""
         head = f"{self.model}: {len(self.patched)} of {len(self.rows)} attention modules are astrocytes"
-        return "\n".join([head, *_table(self.rows), f"probe: {self.probe}"])
+        return [head, _table(self.rows), f"probe: {self.probe}", *(f"note: {note}" for note in self.notes)]
 
 
-def _table(rows: tuple[Row, ...]) -> list[str]:
-    cells = [("#", "module", "class", "heads", "now", "why")]
+def _table(rows: tuple[Row, ...]) -> Table:
+    cells = []
     for row in rows:
         heads = f"{row.heads} x {row.head_dim}" if row.heads else "-"
         why = "; ".join(filter(None, (f"its heads have {row.kinds} configs" if row.kinds > 1 else "", row.reason)))
         index = "-" if row.index is None else str(row.index)
         cells.append((index, row.name or "(the model itself)", row.class_name, heads, row.status, why))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    return Table(("#", "module", "class", "heads", "now", "why"), cells, names=1, remarks=5)
