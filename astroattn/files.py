@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes that one's place at the end of the block, and goes if that fails."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield part

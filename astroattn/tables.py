@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 WIDTH = 80  # of `str(...)`, and where there is no terminal
 GAP = "  "
@@ -37,7 +38,7 @@ class Table:
 
     def text(self, width: int = WIDTH) -> str:
         """The table in lines of at most `width` characters, but for single cells that are longer."""
-        above, below = [self.title] if self.title else [], [self.caption] if self.caption else []
+        above, below = textwrap.wrap(self.title, width), textwrap.wrap(self.caption, width)
         table = self
         if table._width() > width and (shared := table._share_names()) is not None:
             table, line = shared
@@ -62,11 +63,11 @@ class Table:
         ]
 
     def _widths(self) -> list[int]:
-        """A heading breaks between words where its cells are narrower."""
+        """A heading takes two lines where its cells are narrower."""
         widths = []
         for place, heading in enumerate(self.columns):
-            cells = [len(row[place]) for row in self.rows]
-            widths.append(max([0, *cells, *map(len, heading.split())]))
+            least = max([1, *(len(row[place]) for row in self.rows), *map(len, heading.split())])
+            widths.append(next(width for width in count(least) if len(textwrap.wrap(heading, width)) <= 2))
         return widths
 
     def _width(self) -> int:
@@ -146,7 +147,7 @@ def render(blocks: Iterable[Block], width: int = WIDTH) -> str:
 
 def render_markdown(blocks: Iterable[Block]) -> str:
     """The same as paragraphs and tables of markdown."""
-    return "\n\n".join(block if isinstance(block, str) else block.markdown() for block in blocks)
+    return "\n\n".join(block if isinstance(block, str) else block.markdown() for block in blocks if block)
 
 
 def terminal_width() -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from astroattn.calibration.effects import Measured
 from astroattn.config import AstroConfig
+from astroattn.files import replacing
 
 
 class State:

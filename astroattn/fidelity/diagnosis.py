@@ -34,6 +34,7 @@ class LayerFidelity:
         together_error: of the attention output.
         together_cosine: mean cosine between the attention outputs of a token.
         hidden_error: of the hidden state that the layer's block gives, together; None where no block was found.
+        cost_share: of the products of all attention calls, those of this one; None where they were not counted.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerFidelity:
     together_error: list[float]
     together_cosine: list[float]
     hidden_error: float | None
+    cost_share: float | None = None
 
 
 class Diagnosis:

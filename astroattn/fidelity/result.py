@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.table import Table
-
 from astroattn.fidelity.diagnosis import LayerFidelity
 from astroattn.fidelity.metrics import METRICS, SCALES, Value
+from astroattn.files import write_json
+from astroattn.tables import Block, Table, render
 
-TABLE_WIDTH = 132
+INTERVAL = "95 % interval"  # of the patched model's figures
+WORST = 5  # layers
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,8 @@ class Fidelity:
         return plain
 
     def save_json(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write `to_dict` as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
 
     def figure(self, path: str | Path) -> None:
         """Draw the error per layer and head, per layer alone and together, and the controls; PNG, PDF or SVG."""
@@ -74,67 +73,103 @@ class Fidelity:
 
         draw(self, path)
 
-    def __rich__(self) -> Group:
-        parts: list[Any] = [f"{self.model}: {self.items} items of {self.data}", _summary_table(self)]
+    def blocks(self) -> list[Block]:
+        """What is printed of it, for `astroattn.tables`."""
+        blocks: list[Block] = [f"{self.model}: {self.items} items of {self.data}", "", _summary_table(self), ""]
         if self.layers:
-            parts.append(_layer_table(self))
-        parts += [f"note: {note}" for note in self.notes]
-        return Group(*parts)
+            blocks += [_layer_table(self), ""]
+            if (table := _worst_table(self.layers)) is not None:
+                blocks += [table, ""]
+        return blocks[:-1] + [f"note: {note}" for note in self.notes]
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=TABLE_WIDTH, markup=False, highlight=False).print(self)
-        return text.getvalue().rstrip()
+        return render(self.blocks())
 
 
 def _summary_table(result: Fidelity) -> Table:
-    table = Table(caption=r"\[low, high]: 95 % interval", caption_justify="left")
-    table.add_column("")
+    """A line for each figure; the interval of the patched model's is a column of its own."""
+    columns = [""]
     for name in result.rows:
-        table.add_column(name, justify="right")
+        columns += [name, INTERVAL] if name == "patched" else [name]
+    lines = []
     for key, metric in METRICS.items():
-        cells = [_show(key, row.values.get(key), interval=name == "patched") for name, row in result.rows.items()]
+        cells = []
+        for name, row in result.rows.items():
+            value = row.values.get(key)
+            cells.append(_show(key, value))
+            if name == "patched":
+                cells.append(_show_interval(key, value))
         if any(cells):
-            table.add_row(metric.label, *cells)
-    return table
+            lines.append((metric.label, *cells))
+    return Table(columns, lines)
 
 
-def _show(key: str, value: Value | None, interval: bool) -> str:
+def _show(key: str, value: Value | None) -> str:
     if value is None:
         return ""
     if not math.isfinite(value.value):
         return "not finite"
+    return METRICS[key].form.format(value.value * SCALES.get(key, 1.0))
+
+
+def _show_interval(key: str, value: Value | None) -> str:
+    if value is None or value.low is None or value.high is None:
+        return ""
     form, scale = METRICS[key].form, SCALES.get(key, 1.0)
-    text = form.format(value.value * scale)
-    if interval and value.low is not None and value.high is not None:
-        text += f"\n[{form.format(value.low * scale)}, {form.format(value.high * scale)}]"
-    return text
+    return f"[{form.format(value.low * scale)}, {form.format(value.high * scale)}]"
 
 
 def _layer_table(result: Fidelity) -> Table:
-    table = Table(
-        title=f"per layer, on {result.diagnosed} items: relative error of the attention output against softmax",
-        title_justify="left",
-        caption="alone: the layer reads the original's queries, keys and values. together: all layers are patched.",
-        caption_justify="left",
-    )
-    table.add_column("layer")
-    for name in ("alone", "worst head", "cosine", "|log normaliser|", "together", "cosine", "hidden state"):
-        table.add_column(name, justify="right")
-    repeated = any(layer.call for layer in result.layers)
-    for layer in result.layers:
+    names = _layer_names(result.layers)
+    rows = []
+    for name, layer in zip(names, result.layers, strict=True):
         worst = max(range(len(layer.isolated_error)), key=lambda head: layer.isolated_error[head])
-        table.add_row(
-            f"{layer.name} ({layer.call})" if repeated else layer.name,
-            _mean(layer.isolated_error),
-            f"{layer.isolated_error[worst]:.3f} (head {worst})",
-            _mean(layer.isolated_cosine),
-            _mean(layer.normaliser_error),
-            _mean(layer.together_error),
-            _mean(layer.together_cosine),
-            "" if layer.hidden_error is None else f"{layer.hidden_error:.3f}",
+        rows.append(
+            (
+                name,
+                _mean(layer.isolated_error),
+                f"{layer.isolated_error[worst]:.3f} ({worst})",
+                _mean(layer.isolated_cosine),
+                _mean(layer.normaliser_error),
+                _mean(layer.together_error),
+                _mean(layer.together_cosine),
+                "" if layer.hidden_error is None else f"{layer.hidden_error:.3f}",
+            )
         )
-    return table
+    return Table(
+        ("layer", "alone", "worst head", "cosine", "|log normaliser|", "together", "cosine", "hidden state"),
+        rows,
+        title=f"per layer, on {result.diagnosed} items: relative error of the attention output against softmax",
+        caption="alone: the layer reads the original's queries, keys and values. together: all layers are patched.",
+        names=0,
+    )
+
+
+def _worst_table(layers: tuple[LayerFidelity, ...]) -> Table | None:
+    """The layers that are paid for most and lose most; None where the cost of layers is not known."""
+    names = _layer_names(layers)
+    scored = [
+        (error * layer.cost_share, error, layer.cost_share, name)
+        for name, layer in zip(names, layers, strict=True)
+        if layer.cost_share is not None and math.isfinite(error := sum(layer.isolated_error) / len(layer.isolated_error))
+    ]
+    if len(scored) < 2:
+        return None
+    rows = [
+        (name, f"{error:.3f}", f"{share:.1%}", f"{product:.4f}")
+        for product, error, share, name in sorted(scored, reverse=True)[:WORST]
+    ]
+    return Table(
+        ("layer", "alone", "share of all cost", "product"),
+        rows,
+        title="layers that cost and lose most: error alone x share of the cost",
+        names=0,
+    )
+
+
+def _layer_names(layers: tuple[LayerFidelity, ...]) -> list[str]:
+    repeated = any(layer.call for layer in layers)
+    return [f"{layer.name} ({layer.call})" if repeated else layer.name for layer in layers]
 
 
 def _mean(values: list[float]) -> str:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
+from astroattn.attention import AstrocyteAttention
+from astroattn.config import AstroConfig
+from astroattn.cost import covered_length
+from astroattn.hidden import LearnedHidden
+from astroattn.ops.native import library
 from astroattn.tables import Block, Table, render
+
+# Tokens from which on the default took less time than SDPA, forward, with these kernels; docs/results/benchmark.json.
+FASTER_FROM = {"native": 1024, "torch": None}
 
 
 @dataclass(frozen=True)
@@ -62,3 +73,35 @@ def _table(rows: tuple[Row, ...]) -> Table:
         index = "-" if row.index is None else str(row.index)
         cells.append((index, row.name or "(the model itself)", row.class_name, heads, row.status, why))
     return Table(("#", "module", "class", "heads", "now", "why"), cells, names=1, remarks=5)
+
+
+def make_notes(model: nn.Module) -> tuple[str, ...]:
+    """What to know about the astrocytes of a model before it is used: no training, short sequences, no gain in time."""
+    cores = [module for module in model.modules() if isinstance(module, AstrocyteAttention)]
+    notes = []
+    if untrained := sum(_is_untrained(core) for core in cores):
+        notes.append(f"{untrained} learned hidden layers are untrained: distill the model first")
+    configs = {config for core in cores for config in core.configs if config.hidden != "exact"}
+    if short := min((covered_length(config) for config in configs), default=0):
+        notes.append(f"sequences of up to {short:,} tokens are answered by softmax attention: there every key is exact")
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if configs == {AstroConfig()} and devices == {"cpu"}:
+        notes.append(_time_note())
+    return tuple(notes)
+
+
+def _is_untrained(core: AstrocyteAttention) -> bool:
+    """Both weights of a learned layer start alike, and no training keeps them so."""
+    layer = core.hidden
+    if not isinstance(layer, LearnedHidden) or layer.key_weight.is_meta or layer.query_weight.is_meta:
+        return False
+    return torch.equal(layer.key_weight, layer.query_weight)
+
+
+def _time_note() -> str:
+    kernels = "torch" if library.refusal(torch.float32) else "native"
+    start = FASTER_FROM[kernels]
+    what = "the default's attention, in C++," if kernels == "native" else "the default's attention, in plain PyTorch,"
+    if start is None:
+        return f"on a CPU measured here {what} was slower than softmax's at every length up to 4,096 tokens"
+    return f"on a CPU measured here {what} was faster than softmax's from {start:,} tokens on, and slower in shorter ones"
