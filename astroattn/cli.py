@@ -6,22 +6,46 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from typer.core import TyperGroup
 
 import astroattn
 from astroattn.config import HIDDEN, TILES
 from astroattn.data import PYTHON_DOCS
 from astroattn.fidelity.environment import describe_cpu_kernels, describe_device, describe_versions
-from astroattn.fidelity.figure import check_path
+from astroattn.fidelity.figure import SUFFIXES as FIGURES
 from astroattn.fidelity.passes import POOLINGS
+from astroattn.files import check_output, write_json
 from astroattn.plan import METRICS
-from astroattn.recipes import DTYPES, open_recipe, override
+from astroattn.recipes import DTYPES, open_recipe, override, parse_sweep
+from astroattn.tables import Block, Table, render, render_markdown, terminal_width
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; whoever interrupts it knows why it ends, and needs no traceback."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("astroattn: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    table = "table"
+    markdown = "markdown"
+    json = "json"
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Replace the self-attention of pretrained models by neuron-astrocyte networks, and see what it cost.",
     no_args_is_help=True,
     add_completion=False,
@@ -74,6 +98,9 @@ Classes = Annotated[
 Pooling = Annotated[str | None, typer.Option(help=f"Embedding: {', '.join(POOLINGS)}.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="What every head does: a .json that calibrate wrote.")]
 Seed = Annotated[int | None, typer.Option(help="Of random hidden layers and of the intervals.")]
+Form = Annotated[Format, typer.Option("--format", help="How the result is printed.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone, no progress.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over files that are there already.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -109,16 +136,20 @@ def patch_model(
     tile: Tile = None,
     entries: Entries = None,
     seed: Seed = None,
+    form: Form = Format.table,
+    quiet: Quiet = False,
+    force: Force = False,
 ) -> None:
     """Patch a model and show what became of every attention module."""
+    _prepare(quiet, force, json=json_path)
     settings = _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed)
     recipe = override(open_recipe(model), settings, {"size": size}, layers, plan)
-    report = recipe.patch(recipe.load(weights, device, dtype))
-    print(report)
+    report = recipe.patch(recipe.load(weights, device, dtype, items=False))
+    chosen = {"plan": recipe.plan.to_dict()} if recipe.plan else {"config": dataclasses.asdict(recipe.settings)}
+    plain = chosen | report.to_dict()
+    _show(report.blocks(), plain, form)
     if json_path:
-        chosen = {"plan": recipe.plan.to_dict()} if recipe.plan else {"config": dataclasses.asdict(recipe.settings)}
-        result = chosen | report.to_dict()
-        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(json_path, plain)
 
 
 @app.command("compare")
@@ -148,8 +179,17 @@ def compare_model(
     tile: Tile = None,
     entries: Entries = None,
     seed: Seed = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="NAME=A,B", help="Compare once for each value of a setting: exact_keys=16,32.")
+    ] = None,
+    form: Form = Format.table,
+    quiet: Quiet = False,
+    force: Force = False,
 ) -> None:
-    """Run a model and its patched copy on the same inputs and show what changed, beside three controls."""
+    """Run a model and its patched copy on the same inputs and show what changed, beside controls."""
+    _prepare(quiet, force, json=json_path, figure=figure)
+    if sweep and figure:
+        raise ValueError("figure: shows one comparison; --sweep makes several")
     recipe = override(
         open_recipe(model),
         _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed),
@@ -157,11 +197,16 @@ def compare_model(
         layers,
         plan,
     )
-    if figure:
-        check_path(figure)
-    _check_folder("json", json_path)
-    result = recipe.compare(recipe.load(weights, device, dtype), diagnose=diagnose, seed=seed or 0)
-    print(result)
+    if sweep:
+        setting, values = parse_sweep(sweep)
+        found = recipe.sweep(recipe.load(weights, device, dtype), setting, values, seed=seed or 0, progress=not quiet)
+        _show(found.blocks(), found.to_dict(), form)
+        if json_path:
+            found.save_json(json_path)
+        return
+    loaded = recipe.load(weights, device, dtype)
+    result = recipe.compare(loaded, diagnose=diagnose, seed=seed or 0, progress=not quiet)
+    _show(result.blocks(), result.to_dict(), form)
     if json_path:
         result.save_json(json_path)
     if figure:
@@ -198,17 +243,21 @@ def calibrate_model(
     size: Size = None,
     layers: Layers = None,
     seed: Annotated[int, typer.Option(help="Of the choice of items and of the bounds.")] = 0,
+    form: Form = Format.table,
+    quiet: Quiet = False,
+    force: Force = False,
 ) -> None:
     """Choose what every head does, for a tolerance or a budget, and verify it on items that were not used for that."""
+    _prepare(quiet, force, out=out)
     found = _data(data, limit, half, batch_size, tokens, classes, pooling, size)
     recipe = override(open_recipe(model), {}, found, layers)
-    _check_folder("out", out)
     loaded = recipe.load(weights, device, dtype)
     plan = recipe.calibrate(
-        loaded, tolerance=tolerance, cost=cost, entries=entries, metric=metric, seed=seed, state=state
-    )
+        loaded, tolerance=tolerance, cost=cost, entries=entries, metric=metric, seed=seed, state=state,
+        progress=not quiet,
+    )  # fmt: skip
     plan.save(out)
-    print(plan)
+    _show(plan.blocks(), plan.to_dict(), form)
 
 
 @app.command("info")
@@ -218,17 +267,26 @@ def show_info(
     ] = None,
     weights: Weights = None,
     device: Device = None,
+    form: Form = Format.table,
+    quiet: Quiet = False,
 ) -> None:
     """Show versions and devices and, for a model, its attention modules and what patching makes of them."""
-    for package, version in describe_versions().items():
-        print(f"{package:<14}{version or 'not installed'}")
+    _prepare(quiet, False)
     names = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    for name in names:
-        print(f"{name:<14}{describe_device(torch.device(name))}")
-    print(f"{'cpu kernels':<14}{describe_cpu_kernels()}")
+    plain: dict[str, Any] = {
+        "versions": describe_versions(),
+        "devices": {name: describe_device(torch.device(name)) for name in names},
+        "cpu kernels": describe_cpu_kernels(),
+    }
+    rows = [(package, version or "not installed") for package, version in plain["versions"].items()]
+    rows += [*plain["devices"].items(), ("cpu kernels", plain["cpu kernels"])]
+    blocks: list[Block] = [Table(("what", "version or kind"), rows)]
     if model:
         recipe = open_recipe(model)
-        print(recipe.patch(recipe.load(weights, device)))
+        report = recipe.patch(recipe.load(weights, device, items=False))
+        plain["report"] = report.to_dict()
+        blocks += ["", *report.blocks()]
+    _show(blocks, plain, form)
 
 
 def _settings(
@@ -275,9 +333,24 @@ def _data(
     }
 
 
-def _check_folder(name: str, path: Path | None) -> None:
-    if path and not path.parent.is_dir():
-        raise ValueError(f"{name}: there is no folder {str(path.parent)!r}")
+def _prepare(quiet: bool, force: bool, **outputs: Path | None) -> None:
+    """Before any work: whether all files can be written, by their options, and no bars where they are not wanted."""
+    for name, path in outputs.items():
+        if path:
+            check_output(name, path, FIGURES if name == "figure" else (".json",), force=force)
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bars()
+        disable_progress_bar()
+
+
+def _show(blocks: list[Block], plain: dict[str, Any], form: Format) -> None:
+    if form is Format.json:
+        print(json.dumps(plain, indent=1))
+    else:
+        print(render(blocks, terminal_width()) if form is Format.table else render_markdown(blocks))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -336,4 +336,3 @@ def _ranges(heads: list[int]) -> str:
         else:
             runs.append([head])
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-

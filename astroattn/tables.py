@@ -11,7 +11,7 @@ from itertools import count
 
 WIDTH = 80  # of `str(...)`, and where there is no terminal
 GAP = "  "
-NUMBER = re.compile(r"[-+]?\.?\d.*|\[.*\]|-|not finite|")
+NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?%?( \(\d+\))?|\[.*\]|-|nan|inf|not finite|")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ class Table:
         for row in self.rows:
             if row[place]:
                 numbers.setdefault(row[place], len(numbers) + 1)
-        rows = [(*row[:place], f"({numbers[row[place]]})" if row[place] else "", *row[place + 1 :]) for row in self.rows]
+        rows = [
+            (*row[:place], f"({numbers[row[place]]})" if row[place] else "", *row[place + 1 :]) for row in self.rows
+        ]
         return replace(self, rows=rows), [f"({number}) {text}" for text, number in numbers.items()]
 
     def _split(self, width: int) -> list[Table]:

@@ -166,9 +166,10 @@ class CostMeter:
 
     def would_attend(self, config: AstroConfig) -> float:
         """The same with this config in all of them."""
-        return sum(
-            weight * count_cost(config, *sequence).positions for sequence, weight in self._sequences.items()
-        ) / self._sequences.total()
+        return (
+            sum(weight * count_cost(config, *sequence).positions for sequence, weight in self._sequences.items())
+            / self._sequences.total()
+        )
 
     def _note(self, module: AstrocyteAttention, args: Any, kwargs: Any) -> None:
         seen = read_call(module, args, kwargs)

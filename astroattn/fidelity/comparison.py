@@ -39,6 +39,7 @@ from astroattn.fidelity.subject import Reading, Subject, left_exact
 from astroattn.ops.layout import MOST_HIDDEN
 from astroattn.patching import fallbacks
 from astroattn.plan import Plan
+from astroattn.suggestions import suggest
 
 UNIFORM = AstroConfig(hidden="random", activation="constant", num_hidden=1, near=0)
 
@@ -97,7 +98,7 @@ def compare(
         TypeError: a batch that is neither a tensor nor a mapping.
     """
     if pooling not in POOLINGS:
-        raise ValueError(f"pooling: must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        raise ValueError(f"pooling: must be one of {', '.join(POOLINGS)}, got {pooling!r}{suggest(pooling, POOLINGS)}")
     if diagnose < 0:
         raise ValueError(f"diagnose: must be 0 or more batches, got {diagnose}")
     if find_astrocytes(model):

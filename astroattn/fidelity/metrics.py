@@ -68,7 +68,7 @@ METRICS = {
     "keys": Metric("keys", "{:.1f}", "keys that softmax attends to, mean over queries; real tokens only"),
     "positions": Metric("positions", "{:.1f}", "keys and centroids that a query attends to, mean"),
     "cost": Metric("cost", "{:.1%}", "products of length D per query over the 2N of softmax, all work counted"),
-    "time": Metric("time / original", "{:.1%}", "of a batch through the whole model, over the original's in the same run"),
+    "time": Metric("time / original", "{:.1%}", "of a batch through the whole model, over the original's"),
     "seconds": Metric("seconds / batch", "{:.3f}", "median over batches, without hooks"),
     "peak_bytes": Metric("peak memory, MB", "{:.1f}", "of one pass over the first batch, weights not counted"),
     "nonfinite": Metric("not finite", "{:.0f}", "items whose logits, embedding or frames hold NaN or infinity"),

@@ -151,7 +151,8 @@ def _worst_table(layers: tuple[LayerFidelity, ...]) -> Table | None:
     scored = [
         (error * layer.cost_share, error, layer.cost_share, name)
         for name, layer in zip(names, layers, strict=True)
-        if layer.cost_share is not None and math.isfinite(error := sum(layer.isolated_error) / len(layer.isolated_error))
+        if layer.cost_share is not None
+        and math.isfinite(error := sum(layer.isolated_error) / len(layer.isolated_error))
     ]
     if len(scored) < 2:
         return None

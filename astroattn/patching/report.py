@@ -104,4 +104,6 @@ def _time_note() -> str:
     what = "the default's attention, in C++," if kernels == "native" else "the default's attention, in plain PyTorch,"
     if start is None:
         return f"on a CPU measured here {what} was slower than softmax's at every length up to 4,096 tokens"
-    return f"on a CPU measured here {what} was faster than softmax's from {start:,} tokens on, and slower in shorter ones"
+    return (
+        f"on a CPU measured here {what} was faster than softmax's from {start:,} tokens on, and slower in shorter ones"
+    )
