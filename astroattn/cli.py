@@ -339,10 +339,8 @@ def _prepare(quiet: bool, force: bool, **outputs: Path | None) -> None:
         if path:
             check_output(name, path, FIGURES if name == "figure" else (".json",), force=force)
     if quiet:
-        from huggingface_hub.utils import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bars()
         disable_progress_bar()
 
 

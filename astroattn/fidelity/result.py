@@ -96,7 +96,7 @@ def _summary_table(result: Fidelity) -> Table:
         cells = []
         for name, row in result.rows.items():
             value = row.values.get(key)
-            cells.append(_show(key, value))
+            cells.append(show(key, value))
             if name == "patched":
                 cells.append(_show_interval(key, value))
         if any(cells):
@@ -104,7 +104,8 @@ def _summary_table(result: Fidelity) -> Table:
     return Table(columns, lines)
 
 
-def _show(key: str, value: Value | None) -> str:
+def show(key: str, value: Value | None) -> str:
+    """A figure as tables have it."""
     if value is None:
         return ""
     if not math.isfinite(value.value):
@@ -147,13 +148,11 @@ def _layer_table(result: Fidelity) -> Table:
 
 def _worst_table(layers: tuple[LayerFidelity, ...]) -> Table | None:
     """The layers that are paid for most and lose most; None where the cost of layers is not known."""
-    names = _layer_names(layers)
-    scored = [
-        (error * layer.cost_share, error, layer.cost_share, name)
-        for name, layer in zip(names, layers, strict=True)
-        if layer.cost_share is not None
-        and math.isfinite(error := sum(layer.isolated_error) / len(layer.isolated_error))
-    ]
+    scored = []
+    for name, layer in zip(_layer_names(layers), layers, strict=True):
+        error, share = sum(layer.isolated_error) / len(layer.isolated_error), layer.cost_share
+        if share is not None and math.isfinite(error):
+            scored.append((error * share, error, share, name))
     if len(scored) < 2:
         return None
     rows = [

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from astroattn.fidelity.metrics import METRICS, SCALES
-from astroattn.fidelity.result import Fidelity
+from astroattn.fidelity.metrics import METRICS
+from astroattn.fidelity.result import Fidelity, show
 from astroattn.files import write_json
 from astroattn.tables import Block, Table, render
 
@@ -47,10 +47,7 @@ class Sweep:
         rows = []
         for value, result in zip(self.values, self.results, strict=True):
             found = result.rows["patched"].values
-            cells = (
-                METRICS[key].form.format(found[key].value * SCALES.get(key, 1.0)) if key in found else ""
-                for key in keys
-            )
+            cells = [show(key, found.get(key)) for key in keys]
             rows.append((str(value), *cells))
         notes = dict.fromkeys(note for result in self.results for note in result.notes)
         return [

@@ -80,7 +80,7 @@ def make_notes(model: nn.Module) -> tuple[str, ...]:
     cores = [module for module in model.modules() if isinstance(module, AstrocyteAttention)]
     notes = []
     if untrained := sum(_is_untrained(core) for core in cores):
-        notes.append(f"{untrained} learned hidden layers are untrained: distill the model first")
+        notes.append(f"the learned hidden layers of {untrained} modules are untrained: distill the model first")
     configs = {config for core in cores for config in core.configs if config.hidden != "exact"}
     if short := min((covered_length(config) for config in configs), default=0):
         notes.append(f"sequences of up to {short:,} tokens are answered by softmax attention: there every key is exact")
