@@ -1,4 +1,4 @@
-"""What there is to run in eval/: `python -m eval` lists it, with the first line of each docstring."""
+"""A list of what can be run in eval/, with the first line of each docstring: `python -m eval`."""
 
 from __future__ import annotations
 
