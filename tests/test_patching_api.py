@@ -50,7 +50,7 @@ def pickled(model: nn.Module) -> nn.Module:
 
 def test_the_report_says_what_is_untrained_and_what_softmax_answers(tmp_path: Path) -> None:
     learned = AstroConfig(hidden="learned", num_hidden=2)
-    model = build("bert")
+    model = build(ALL["bert"])
     report = patch(model, learned, 0)
     assert report.notes == ("the learned hidden layers of 1 modules are untrained: distill the model first",)
     with torch.no_grad():
@@ -62,11 +62,11 @@ def test_the_report_says_what_is_untrained_and_what_softmax_answers(tmp_path: Pa
     with torch.no_grad():
         cores(model).popitem()[1].hidden.query_weight.add_(1)
     astroattn.save(model, tmp_path)
-    assert astroattn.load(build("bert"), tmp_path).notes == ()
-    assert "untrained" not in str(patch(build("bert"), SHORT))
+    assert astroattn.load(build(ALL["bert"]), tmp_path).notes == ()
+    assert "untrained" not in str(patch(build(ALL["bert"]), SHORT))
     for config, tokens in ((SHORT, 2), (AstroConfig(), 128), (replace(SHORT, exact_keys=9, exact_queries=1), 10)):
         note = f"sequences of up to {tokens} tokens are answered by softmax attention: there every key is exact"
-        report = patch(build("bert"), config)
+        report = patch(build(ALL["bert"]), config)
         assert report.notes[0] == note
         assert f"note: {note}" in str(report)
         assert note in report.to_dict()["notes"]
@@ -84,11 +84,11 @@ def test_the_report_says_from_which_length_on_the_default_was_faster(monkeypatch
         == ("summary", "default", "float32", "forward")
     }
     assert {"native": found["auto"], "torch": found["torch"]} == FASTER_FROM
-    longest = max(row["tokens"] for row in rows if row.get("backend") == "torch" and row.get("name") == "default")
+    longest = max(row.get("tokens", 0) for row in rows if (row.get("backend"), row.get("name")) == ("torch", "default"))
     for refusal, said in ((None, "faster than softmax's from 1,024 tokens on"), ("none", f"up to {longest:,} tokens")):
         monkeypatch.setattr("astroattn.ops.native.library.refusal", lambda dtype, refusal=refusal: refusal)
-        assert said in patch(build("bert")).notes[-1]
-    assert not any("CPU" in note for note in patch(build("bert"), SHORT).notes)  # which was not measured
+        assert said in patch(build(ALL["bert"])).notes[-1]
+    assert not any("CPU" in note for note in patch(build(ALL["bert"]), SHORT).notes)  # which was not measured
 
 
 # where
