@@ -12,9 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from eval.common import write_figure
+from eval.common import run_script, write_figure
 from eval.generate.distance import BUCKETS
 from eval.generate.figure import Row, about, of_largest, plot
 
@@ -131,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)
