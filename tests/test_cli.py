@@ -297,7 +297,10 @@ def test_a_decoder_is_calibrated_and_compared(
         (["compare", "BERT", "--data", "TEXTS", "--sweep", "exat_keys=1"], "did you mean 'exact_keys'?"),
         (["compare", "BERT", "--data", "TEXTS", "--sweep", "near=x"], "sweep: 'x'; near must be int"),
         (["compare", "BERT", "--data", "TEXTS", "--sweep", "near"], "sweep: 'near' has no values"),
-        (["compare", "BERT", "--data", "TEXTS", "--sweep", "near=1", "--figure", "a.png"], "figure: is of one comparison"),
+        (
+            ["compare", "BERT", "--data", "TEXTS", "--sweep", "near=1", "--figure", "a.png"],
+            "figure: is of one comparison",
+        ),
         (["patch", "BERT", "--layers", "9"], "9"),
         (["patch", "BERT", "--json", "no/such/folder/a.json"], "no/such/folder"),
     ],

@@ -20,7 +20,7 @@ LEAST = {
     "exact_queries": 0,
     "tile": 1,
     "steps": 0,
-    "entries": 32,
+    "entries": 16,
     "seed": 0,
 }
 FREE = ("num_hidden", "near", "exact_keys", "tile")  # may be left to the length
@@ -48,7 +48,7 @@ def test_json_gives_the_same_configuration(values: dict) -> None:
         values["near"] = 1
     if values["hidden"] == "streaming":
         values["entries"] -= values["entries"] % 8
-        values["near"] = min(values["near"], values["entries"] - 16)
+        values["near"] = min(values["near"], values["entries"] - 8)
     config = AstroConfig(**values)
     if config.hidden == "streaming" and values["near"] == BY_LENGTH:
         values["near"] = config.entries // 2

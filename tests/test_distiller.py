@@ -43,6 +43,14 @@ def together(model: nn.Module) -> Tensor:
     return torch.cat([weight.detach().flatten() for weight in model.parameters()])
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """As in a terminal; a shell that starts the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("loss", KINDS)
 def test_two_runs_are_one_and_so_are_two_processes(loss: str, tmp_path: Path) -> None:
     models = [learned(), learned(), learned()]

@@ -2,6 +2,16 @@
 
 from astroattn.patching.core import fallbacks, patch, patched, restored_on_error, unpatch
 from astroattn.patching.handwritten import register
-from astroattn.patching.report import PatchReport, Row
+from astroattn.patching.report import NotPatched, PatchReport, Row
 
-__all__ = ["PatchReport", "Row", "fallbacks", "patch", "patched", "register", "restored_on_error", "unpatch"]
+__all__ = [
+    "NotPatched",
+    "PatchReport",
+    "Row",
+    "fallbacks",
+    "patch",
+    "patched",
+    "register",
+    "restored_on_error",
+    "unpatch",
+]

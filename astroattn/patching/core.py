@@ -14,7 +14,7 @@ from astroattn.config import AstroConfig
 from astroattn.hidden import LearnedHidden
 from astroattn.patching.checking import Configs, check, check_heads, make_core, run_original, shape_of, site_at
 from astroattn.patching.grid import PatchGrid, place_grids
-from astroattn.patching.report import PatchReport, Row, make_notes
+from astroattn.patching.report import NotPatched, PatchReport, Row, make_notes
 from astroattn.patching.site import CORE, NO_GRID, Site, install, remove, site_of
 from astroattn.patching.survey import Found, Where, front_ends, select, survey
 from astroattn.plan import Plan
@@ -79,7 +79,7 @@ def patch(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a part of `where` matches nothing; the model has no attention module; no module can be patched
-            (the message has every reason); it does not run on `inputs`; a plan does not fit (a module that is missing,
+            (`NotPatched`, which has the report); it does not run on `inputs`; a plan does not fit (a module that is missing,
             cannot be patched here or has another number of heads).
     """
     model = module_of(model)
@@ -210,7 +210,9 @@ def _patch(
         _settle(model)
     if all(site_of(each.module) is None for each in selected):
         report = _report(model, found, selected, reasons, "there is no astrocyte to check")
-        raise ValueError(f"model: none of the selected attention modules can be patched\n{report}")
+        error = NotPatched(f"model: none of the selected attention modules can be patched\n{report}")
+        error.report = report
+        raise error
     return reasons, note
 
 

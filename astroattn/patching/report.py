@@ -33,6 +33,12 @@ class Row:
     kinds: int = 1  # distinct configs among its heads
 
 
+class NotPatched(ValueError):
+    """No module can be patched; `report` says why of each."""
+
+    report: PatchReport
+
+
 @dataclass(frozen=True)
 class PatchReport:
     """Every attention module of a patched model, in module order, how the probe forward went, and what to know."""

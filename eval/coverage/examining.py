@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from astroattn import AstroConfig
 from astroattn.attention import AstrocyteAttention
 from astroattn.cost import covers
-from astroattn.patching import PatchReport, fallbacks, patch, probe, unpatch
+from astroattn.patching import NotPatched, PatchReport, fallbacks, patch, probe, unpatch
 from astroattn.patching.survey import survey
 from eval.coverage.inputs import Inputs
 from eval.coverage.subjects import CannotRun, Subject, describe, subjects
@@ -28,6 +28,7 @@ STATIC = AstroConfig(hidden="random", near=0, exact_keys=0, num_hidden=8)
 DEFAULT = AstroConfig()
 
 ROUNDING = 1e-4  # of the largest output
+ASKS = "inputs=batch"  # what reasons say that inputs would help
 OTHER_ATTENTION = ("cross attention", "one query", "keys of another length")  # no self-attention of a sequence
 
 
@@ -100,12 +101,10 @@ def examine_model(model: nn.Module, inputs: Inputs) -> Row:
     step = "full near field"
     try:
         try:
-            report = patch(model, FULL, inputs=inputs.arguments)
-        except ValueError as error:
-            if "none of the selected" not in str(error):
-                raise
+            report = _patch(model, FULL, before.inputs)
+        except NotPatched as error:
             before.require_same(model)
-            reasons = _reasons_in(str(error))
+            reasons = [row.reason for row in error.report.rows]
             mine = [each for each in reasons if not each.startswith(OTHER_ATTENTION)]
             return {"status": Status.REFUSED, "reasons": _once(mine or reasons), "total": len(mine) or len(reasons)}
         row = _summarise(report)
@@ -122,6 +121,23 @@ def examine_model(model: nn.Module, inputs: Inputs) -> Row:
     except Exception as error:
         return row | {"status": Status.CRASHED, "reasons": [f"{step}: {describe(error)}"]}
     return row | {"status": Status.IN_PART if row["reasons"] else Status.EQUAL}
+
+
+def _patch(model: nn.Module, config: AstroConfig, inputs: Inputs) -> PatchReport:
+    """Patch as a user would: with inputs of one's own where the report, or the error, asks for them.
+
+    Else `patch` has seen none of the inputs that the examination is of.
+    """
+    try:
+        report = patch(model, config)
+        reasons = {row.reason for row in report.exact}
+    except NotPatched as error:
+        report, reasons = None, {row.reason for row in error.report.exact}
+        if not any(ASKS in reason for reason in reasons):
+            raise
+    if report is None or any(ASKS in reason for reason in reasons):
+        return patch(model, config, inputs=inputs.arguments)
+    return report
 
 
 class _Answers:
@@ -182,11 +198,9 @@ def _check_changed(model: nn.Module, before: _Answers, config: AstroConfig) -> N
     answered, and the same whatever the padding holds."""
     unpatch(model)
     try:
-        patch(model, config, inputs=before.inputs.arguments)
-    except ValueError as error:
-        if "none of the selected" in str(error):
-            return  # said, and why: a causal model needs a static layer
-        raise
+        _patch(model, config, before.inputs)
+    except NotPatched:
+        return  # said, and why: a causal model needs a static layer
     approximate: list[int] = []
 
     def watch(core: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -235,14 +249,6 @@ def _left(model: nn.Module) -> list[str]:
     """What calls were left to the model's own attention for."""
     reasons = [reason for counts in fallbacks(model).values() for reason in counts]
     return [f"{reason} (in some calls)" for reason in reasons]
-
-
-def _reasons_in(text: str) -> list[str]:
-    """The column of reasons in the table of a report."""
-    lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("#"))
-    column = lines[start].index("why")
-    return [line[column:] for line in lines[start + 2 :] if not line.startswith("probe:")]
 
 
 def _once(texts: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from astroattn import AstroConfig
 from astroattn.attention import AstrocyteAttention
 from astroattn.cost import covers
-from astroattn.patching import PatchReport, fallbacks, patch, unpatch
+from astroattn.patching import NotPatched, PatchReport, fallbacks, patch, unpatch
 from astroattn.patching.site import CORE, NO_GRID, site_of
 from eval.coverage.subjects import describe
 from eval.situations.calls import Given, at_real_tokens, give, with_other_padding
@@ -107,7 +107,7 @@ def _examine(situation: Situation, said: list[warnings.WarningMessage]) -> str:
             wrapped = wrap(situation.wrapper, model, fresh)
             report = _patch(situation, wrapped.module)
     except ValueError as error:
-        if "none of the selected" not in str(error) or report is not None:
+        if not isinstance(error, NotPatched) or report is not None:
             raise
         wrapped = wrap(situation.wrapper, model, fresh) if situation.order == "patch_first" else wrapped
         _require_original(situation, wrapped, given, expected, keys)
