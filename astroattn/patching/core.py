@@ -79,8 +79,8 @@ def patch(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a part of `where` matches nothing; the model has no attention module; no module can be patched
-            (`NotPatched`, which has the report); it does not run on `inputs`; a plan does not fit (a module that is missing,
-            cannot be patched here or has another number of heads).
+            (`NotPatched`, which has the report); it does not run on `inputs`; a plan does not fit (a module that is
+            missing, cannot be patched here or has another number of heads).
     """
     model = module_of(model)
     if config is not None and not isinstance(config, (AstroConfig, Plan)):
