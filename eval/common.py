@@ -8,10 +8,11 @@ below and is run by `typer.run(main)`.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +63,16 @@ def write_figure(path: Path, figure: Figure) -> None:
     """Save a figure, making the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def fill_marks(page: str, texts: Mapping[str, str]) -> str:
+    """The page with each text between its two marks, `<!-- NAME -->` and `<!-- end -->`."""
+    for name, text in texts.items():
+        parts = re.split(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", page, flags=re.DOTALL)
+        if len(parts) != 2:
+            raise ValueError(f"page: it has {len(parts) - 1} places for {name!r}; one is needed")
+        page = text.join(parts)
+    return page
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
