@@ -181,10 +181,13 @@ class AstrocyteAttention(nn.Module):
         streaming memory knows no padding.
 
         Args:
-            query, key, value: the new tokens [B, H, N, D], [B, H, N, D], [B, H, N, Dv], one or more; to a streaming
-                memory keys and values may have fewer heads, each read by as many query heads in turn.
+            query: the new tokens [B, H, N, D], one or more.
+            key: theirs [B, H, N, D]; to a streaming memory keys and values may have fewer heads, each read by as many
+                query heads in turn.
+            value: theirs [B, H, N, Dv].
             state: what the call before has returned, which is used up by that; None: these are the first tokens.
-            key_mask, scale: as in `forward`.
+            key_mask: as in `forward`.
+            scale: as in `forward`.
 
         Returns:
             The output [B, H, N, Dv] and the state for the next call (of float32 at least). Streaming memories whose

@@ -94,18 +94,16 @@ def format_numbers(rows: list[dict[str, Any]]) -> str:
         for row in json.loads((summary.RESULTS / "generate_loss_smollm2.json").read_text("utf-8"))["rows"]
         if row["entries"] == ENTRIES
     }
-    return "\n".join(
-        [
-            f"- **{photos['kept']:.0%}** of the classes that a vision transformer gives to photos of {photos['tokens']} "
-            f"tokens stay the same, for {photos['cost']:.0%} of the arithmetic of its attention ({photos['time']:.2f} of "
-            "its time).",
-            f"- **{texts['kept']:.0%}** of texts of {texts['tokens']} tokens keep their nearest neighbour among MiniLM's "
-            f"embeddings, for {texts['cost']:.0%} of the arithmetic ({texts['time']:.2f} of the time).",
-            f"- **{lost['astroattn, planned']:.2f} nats** a token is what SmolLM2-135M loses when {ENTRIES} entries for "
-            "each key head, in the mean, take the place of its growing cache "
-            f"({lost['astroattn']:.2f} where all have as many).",
-        ]
-    )
+    price = "for {cost:.0%} of the arithmetic of its attention and {time:.2f} times its time"
+    lines = [
+        f"**{photos['kept']:.0%}** of the classes that a vision transformer gives to photos of {photos['tokens']} "
+        f"tokens stay the same, {price.format_map(photos)}.",
+        f"**{texts['kept']:.0%}** of texts of {texts['tokens']} tokens keep their nearest neighbour among the "
+        f"embeddings of MiniLM, {price.format_map(texts)}.",
+        f"**{lost['astroattn, planned']:.2f} nats** a token is what SmolLM2-135M loses when {ENTRIES} entries for each "
+        f"key head, in the mean, stand in for its growing cache ({lost['astroattn']:.2f} where all have as many).",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def texts() -> dict[Path, dict[str, str]]:

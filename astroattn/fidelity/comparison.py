@@ -90,7 +90,8 @@ def compare(
         controls: also measure uniform attention, the near field alone and random features with the same m; beside
             streaming memories as many newest tokens, with the mean of all older ones ("newest and mean").
         seed: of the bootstrap intervals.
-        name, data: names of the model and of the inputs, for the tables.
+        name: of the model, for the tables.
+        data: a name of the inputs, for the same.
         progress: show a progress bar.
 
     Raises:

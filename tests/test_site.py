@@ -1,0 +1,89 @@
+"""The documentation: the site builds, its pages quote what is there, and every block of Python in them runs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import overview
+from eval.common import fill_marks
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+# A block that is shown, or one in a comment: what those that are shown need beforehand.
+BLOCK = re.compile(
+    r"(?P<skip><!-- not run: [^>]+ -->\s*\n)?^```python\n(?P<shown>.*?)^```|^<!-- python\n(?P<given>.*?)^-->",
+    re.MULTILINE | re.DOTALL,
+)
+PAGES = [page for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))] if "```python" in page.read_text("utf-8")]
+RUN_BY_THE_BUILD = sorted((DOCS / "examples").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order and in one namespace, all but those that follow `<!-- not run: REASON -->`."""
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text("utf-8")
+    namespace = {"__name__": "page"}
+    blocks = [match for match in BLOCK.finditer(text) if not match["skip"]]
+    assert any(match["shown"] for match in blocks)
+    with torch.random.fork_rng():
+        for match in blocks:
+            group = "shown" if match["shown"] else "given"
+            lines = "\n" * text.count("\n", 0, match.start(group))  # so that an error names the line of the page
+            exec(compile(lines + match[group], page, "exec"), namespace)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built without a network from a copy, as the builder writes beside its pages."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(DOCS, folder / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", folder)
+    offline = {f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https", "HTTP", "HTTPS")}
+    environment = {**os.environ, **offline, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "site"
+
+
+@pytest.mark.xdist_group("site")
+def test_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    for page in DOCS.rglob("*.md"):
+        name = page.relative_to(DOCS).with_suffix("")
+        built = site / "index.html" if name.stem == "index" else site / name / "index.html"
+        html = built.read_text("utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?([^\" >]+)|<link[^>]+href=\"?([^\" >]+)", html)
+        assert not [url for pair in loaded for url in pair if re.match(r"(?:https?:)?//", url)], name
+
+
+@pytest.mark.xdist_group("site")
+def test_examples_ran(site: Path) -> None:
+    """A block that fails is a warning, so that the build is not strict's to stop alone: each has printed its last."""
+    assert len(RUN_BY_THE_BUILD) >= 6
+    for page in RUN_BY_THE_BUILD:
+        html = (site / "examples" / page.stem / "index.html").read_text("utf-8")
+        assert html.count('class="highlight"') >= 2 * page.read_text("utf-8").count("```python"), page.stem
+        assert "Traceback" not in html
+
+
+@pytest.mark.xdist_group("site")
+def test_docstrings_become_tables(site: Path) -> None:
+    html = (site / "api" / "patch" / "index.html").read_text("utf-8")
+    assert "doc-section-title\">Parameters" in html
+    assert "doc-section-title\">Raises" in html
+
+
+def test_pages_hold_what_was_measured() -> None:
+    for page, texts in overview.texts().items():
+        text = page.read_text("utf-8")
+        assert fill_marks(text, texts) == text, "python -m eval.overview writes it anew"
