@@ -116,8 +116,10 @@ class AstrocyteAttention(nn.Module):
         """Attend.
 
         Args:
-            query: [B, H, Nq, D]. key: [B, H, Nk, D]. value: [B, H, Nk, Dv]. float32, float64, bfloat16 or float16, all
-                three the same; under autocast they are taken in its dtype, as by `scaled_dot_product_attention`.
+            query: [B, H, Nq, D], float32, float64, bfloat16 or float16, as key and value; under autocast all three are
+                taken in its dtype, as by `scaled_dot_product_attention`.
+            key: [B, H, Nk, D].
+            value: [B, H, Nk, Dv].
             key_mask: [B, Nk] bool, True = a real token. Padding does not move the results of real tokens. Sequences
                 without a real token give zeros, and so do queries that are padding, except in softmax attention.
             causal: a query sees no later key; with Nq < Nk the queries are the last tokens.

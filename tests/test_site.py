@@ -87,3 +87,22 @@ def test_pages_hold_what_was_measured() -> None:
     for page, texts in overview.texts().items():
         text = page.read_text("utf-8")
         assert fill_marks(text, texts) == text, "python -m eval.overview writes it anew"
+
+
+def said() -> list[str]:
+    """The texts of the library's source, `...` where they have values put in."""
+    texts = []
+    for path in (ROOT / "astroattn").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                texts.append("".join(each.value if isinstance(each, ast.Constant) else "..." for each in node.values))
+    return texts
+
+
+def test_messages_are_quoted_as_the_source_has_them() -> None:
+    texts = said()
+    quoted = re.findall(r"^### `(.+)`$", (DOCS / "troubleshooting.md").read_text("utf-8"), re.MULTILINE)
+    assert len(quoted) > 50
+    assert not [quote for quote in quoted if not any(quote in text for text in texts)]

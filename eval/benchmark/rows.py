@@ -1,6 +1,6 @@
 """The benchmark's rows: how to find them, what they sum up to, and how they are printed.
 
-python -m eval.benchmark.rows docs/results/benchmark.json    # the tables that the README must hold (tested)
+python -m eval.benchmark.rows docs/results/benchmark.json    # the tables of docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 Row = dict[str, Any]
-SHOWN = (197, 512, 1024, 4096, 16384, 65536)  # lengths in the README
+SHOWN = (197, 512, 1024, 4096, 16384, 65536)  # lengths in the table
 FITTED = 4  # longest lengths that the slope of the peak memory is fitted over
 
 
