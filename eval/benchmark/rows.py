@@ -133,7 +133,7 @@ def _sum_up(row: Row) -> str:
 
 
 def format_markdown(rows: list[Row]) -> str:
-    """A CPU's rows as two tables for the README: the attention, and whole models with one input."""
+    """A CPU's rows as two tables: the attention, and whole models with one input."""
     lengths = [tokens for tokens in SHOWN if tokens in values_of(rows, "tokens", "attention")]
     last = f"{lengths[-1]:,}"
     head = ["forward / forward and backward", *(f"{tokens:,}" for tokens in lengths)]
@@ -182,7 +182,7 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def main(path: Path) -> None:
-    """Print the README's tables from a result of the benchmark on a CPU."""
+    """Print the tables from a result of the benchmark on a CPU."""
     print(format_markdown(json.loads(path.read_text("utf-8"))["rows"]))
 
 
