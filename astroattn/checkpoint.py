@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from astroattn.patching.record import (
     tensor_names,
     write_record,
 )
+from astroattn.patching.report import make_notes
 from astroattn.patching.saving import RECORD_KEY
 from astroattn.patching.site import CORE
 from astroattn.plan import Plan, pick_configs, read_configs
@@ -204,7 +206,7 @@ def restore(
                 was, now = (f"a {row['class']} of head dimension {size}" for size in (row["head_dim"], core.head_dim))
                 raise ValueError(f"{source}: {row['name']} was {was}; here it is {now}")
             _load_tensors(core, row, tensors, source)
-    return report
+    return replace(report, notes=make_notes(model))
 
 
 def _check_record(record: Mapping[str, Any], source: str) -> Rows:

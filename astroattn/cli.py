@@ -9,17 +9,43 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import astroattn
-from astroattn.choices import DTYPES, POOLINGS, PYTHON_DOCS, TOLERANCES
+from astroattn.choices import DTYPES, FIGURES, POOLINGS, PYTHON_DOCS, TOLERANCES
 from astroattn.config import HIDDEN, TILES
+from astroattn.files import check_output, write_json
 from astroattn.plan import METRICS
+from astroattn.tables import Block, Table, render, render_markdown, terminal_width
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; whoever interrupts it knows why it ends, and needs no traceback."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("astroattn: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    table = "table"
+    markdown = "markdown"
+    json = "json"
+
+
+OUTPUTS = {"figure": FIGURES, "report": (".html",), "page": (".html",), "items": (".parquet",)}  # others are JSON
 
 app = typer.Typer(
+    cls=_Commands,
     help="Replace the self-attention of pretrained models by neuron-astrocyte networks, and see what it cost.",
     no_args_is_help=True,
     add_completion=False,
@@ -72,6 +98,9 @@ Classes = Annotated[
 Pooling = Annotated[str | None, typer.Option(help=f"Embedding: {', '.join(POOLINGS)}.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="What every head does: a .json that calibrate wrote.")]
 Seed = Annotated[int | None, typer.Option(help="Of random hidden layers and of the intervals.")]
+Form = Annotated[Format, typer.Option("--format", help="How the result is printed.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone, no progress.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over files that are there already.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -107,18 +136,22 @@ def patch_model(
     tile: Tile = None,
     entries: Entries = None,
     seed: Seed = None,
+    form: Form = Format.table,
+    quiet: Quiet = False,
+    force: Force = False,
 ) -> None:
     """Patch a model and show what became of every attention module."""
     from astroattn.recipes import open_recipe, override
 
+    _prepare(quiet, force, json=json_path)
     settings = _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed)
     recipe = override(open_recipe(model), settings, {"size": size}, layers, plan)
-    report = recipe.patch(recipe.load(weights, device, dtype))
-    print(report)
+    report = recipe.patch(recipe.load(weights, device, dtype, items=False))
+    chosen = {"plan": recipe.plan.to_dict()} if recipe.plan else {"config": dataclasses.asdict(recipe.settings)}
+    plain = chosen | report.to_dict()
+    _show(report.blocks(), plain, form)
     if json_path:
-        chosen = {"plan": recipe.plan.to_dict()} if recipe.plan else {"config": dataclasses.asdict(recipe.settings)}
-        result = chosen | report.to_dict()
-        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(json_path, plain)
 
 
 @app.command("compare")
@@ -155,10 +188,22 @@ def compare_model(
     tile: Tile = None,
     entries: Entries = None,
     seed: Seed = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="NAME=A,B", help="Compare once for each value of a setting: exact_keys=16,32.")
+    ] = None,
+    form: Form = Format.table,
+    quiet: Quiet = False,
+    force: Force = False,
 ) -> None:
-    """Run a model and its patched copy on the same inputs and show what changed, beside three controls."""
-    from astroattn.recipes import open_recipe, override
+    """Run a model and its patched copy on the same inputs and show what changed, beside controls."""
+    from astroattn.fidelity.verdict import check_tolerance
+    from astroattn.recipes import open_recipe, override, parse_sweep
 
+    _prepare(quiet, force, json=json_path, figure=figure, report=report, items=items)
+    for option, value in (("figure", figure), ("report", report), ("items", items), ("tolerance", tolerance)):
+        if sweep and value is not None:
+            raise ValueError(f"{option}: is of one comparison; --sweep makes several")
+    check_tolerance(metric, tolerance)
     recipe = override(
         open_recipe(model),
         _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed),
@@ -166,21 +211,16 @@ def compare_model(
         layers,
         plan,
     )
-    if figure:
-        from astroattn.fidelity.figure import check_path
-
-        check_path(figure)
-    if report:
-        from astroattn.fidelity.page import check_page
-
-        check_page("report", report)
-    from astroattn.fidelity.verdict import check_tolerance
-
-    check_tolerance(metric, tolerance)
-    _check_folder("json", json_path)
-    _check_folder("items", items)
-    result = recipe.compare(recipe.load(weights, device, dtype), diagnose=diagnose, seed=seed or 0)
-    print(result)
+    if sweep:
+        setting, values = parse_sweep(sweep)
+        found = recipe.sweep(recipe.load(weights, device, dtype), setting, values, seed=seed or 0, progress=not quiet)
+        _show(found.blocks(), found.to_dict(), form)
+        if json_path:
+            found.save_json(json_path)
+        return
+    loaded = recipe.load(weights, device, dtype)
+    result = recipe.compare(loaded, diagnose=diagnose, seed=seed or 0, progress=not quiet)
+    _show(result.blocks(), result.to_dict(), form)
     if json_path:
         result.save_json(json_path)
     if items:
@@ -191,7 +231,7 @@ def compare_model(
         result.report(report, metric, tolerance)
     if tolerance is not None:
         verdict = result.verdict(metric, tolerance)
-        print(verdict)
+        print(verdict, file=sys.stderr if form is Format.json else sys.stdout)
         raise typer.Exit(0 if verdict.kept else 1)
 
 
@@ -199,21 +239,18 @@ def compare_model(
 def report_runs(
     results: Annotated[list[Path], typer.Argument(metavar="A.json B.json ...", help="What compare --json wrote.")],
     out: Annotated[Path | None, typer.Option(help="Write a page into this .html instead of printing.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    form: Form = Format.table,
+    force: Force = False,
 ) -> None:
     """Say what differs between runs of compare on the same items: each of the others against the first."""
-    if out and markdown:
-        raise ValueError("markdown: goes to the terminal and out to a page; give one of them")
-    from astroattn.fidelity.page import check_page
     from astroattn.fidelity.runs import load_runs
 
-    if out:
-        check_page("out", out)
+    _prepare(False, force, page=out)
     runs = load_runs(results)
     if out:
         runs.write_page(out)
     else:
-        print(runs.to_markdown() if markdown else runs)
+        _show(runs.blocks(), runs.to_dict(), form)
 
 
 @app.command("calibrate")
@@ -246,19 +283,23 @@ def calibrate_model(
     size: Size = None,
     layers: Layers = None,
     seed: Annotated[int, typer.Option(help="Of the choice of items and of the bounds.")] = 0,
+    form: Form = Format.table,
+    quiet: Quiet = False,
+    force: Force = False,
 ) -> None:
     """Choose what every head does, for a tolerance or a budget, and verify it on items that were not used for that."""
     from astroattn.recipes import open_recipe, override
 
+    _prepare(quiet, force, out=out)
     found = _data(data, limit, half, batch_size, tokens, classes, pooling, size)
     recipe = override(open_recipe(model), {}, found, layers)
-    _check_folder("out", out)
     loaded = recipe.load(weights, device, dtype)
     plan = recipe.calibrate(
-        loaded, tolerance=tolerance, cost=cost, entries=entries, metric=metric, seed=seed, state=state
-    )
+        loaded, tolerance=tolerance, cost=cost, entries=entries, metric=metric, seed=seed, state=state,
+        progress=not quiet,
+    )  # fmt: skip
     plan.save(out)
-    print(plan)
+    _show(plan.blocks(), plan.to_dict(), form)
 
 
 @app.command("info")
@@ -268,6 +309,8 @@ def show_info(
     ] = None,
     weights: Weights = None,
     device: Device = None,
+    form: Form = Format.table,
+    quiet: Quiet = False,
 ) -> None:
     """Show versions and devices and, for a model, its attention modules and what patching makes of them."""
     import torch
@@ -275,15 +318,22 @@ def show_info(
     from astroattn.fidelity.environment import describe_cpu_kernels, describe_device, describe_versions
     from astroattn.recipes import open_recipe
 
-    for package, version in describe_versions().items():
-        print(f"{package:<14}{version or 'not installed'}")
+    _prepare(quiet, False)
     names = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    for name in names:
-        print(f"{name:<14}{describe_device(torch.device(name))}")
-    print(f"{'cpu kernels':<14}{describe_cpu_kernels()}")
+    plain: dict[str, Any] = {
+        "versions": describe_versions(),
+        "devices": {name: describe_device(torch.device(name)) for name in names},
+        "cpu kernels": describe_cpu_kernels(),
+    }
+    rows = [(package, version or "not installed") for package, version in plain["versions"].items()]
+    rows += [*plain["devices"].items(), ("cpu kernels", plain["cpu kernels"])]
+    blocks: list[Block] = [Table(("what", "version or kind"), rows)]
     if model:
         recipe = open_recipe(model)
-        print(recipe.patch(recipe.load(weights, device)))
+        report = recipe.patch(recipe.load(weights, device, items=False))
+        plain["report"] = report.to_dict()
+        blocks += ["", *report.blocks()]
+    _show(blocks, plain, form)
 
 
 @app.command("recipes")
@@ -340,9 +390,22 @@ def _data(
     }
 
 
-def _check_folder(name: str, path: Path | None) -> None:
-    if path and not path.parent.is_dir():
-        raise ValueError(f"{name}: there is no folder {str(path.parent)!r}")
+def _prepare(quiet: bool, force: bool, **outputs: Path | None) -> None:
+    """Before any work: whether all files can be written, by their options, and no bars where they are not wanted."""
+    for name, path in outputs.items():
+        if path:
+            check_output(name, path, OUTPUTS.get(name, (".json",)), force=force)
+    if quiet:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+
+def _show(blocks: list[Block], plain: dict[str, Any], form: Format) -> None:
+    if form is Format.json:
+        print(json.dumps(plain, indent=1))
+    else:
+        print(render(blocks, terminal_width()) if form is Format.table else render_markdown(blocks))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

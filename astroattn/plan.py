@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from astroattn.config import AstroConfig, check_heads
+from astroattn.files import write_json
+from astroattn.tables import Block, Table, render
 
 FORMAT = 1
 METRICS = {
@@ -114,7 +116,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; every distinct config stands there once."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -191,19 +193,27 @@ class Plan:
         )
 
     def __str__(self) -> str:
+        return render(self.blocks())
+
+    def blocks(self) -> list[Block]:
+        """What is printed of it, for `astroattn.tables`."""
         configs = list(dict.fromkeys(config for heads in self.modules.values() for config in heads))
         names = {config: _letters(number) for number, config in enumerate(configs)}
         count = sum(len(heads) for heads in self.modules.values())
         cost = "" if self.cost is None else f", {self.cost:.1%} of softmax's products"
         size = "" if self.entries is None else f", {self.entries:.4g} entries in the mean"
-        lines = [f"plan for {self.model}: {len(self.modules)} modules, {count} heads{size}{cost}"]
-        lines += _table([row for name in self.modules for row in self._rows(name, names)])
+        rows = [row for name in self.modules for row in self._rows(name, names)]
+        titles = ("module", "does", "heads", "cost", "of all cost", "of all error")
+        lines: list[Block] = [
+            f"plan for {self.model}: {len(self.modules)} modules, {count} heads{size}{cost}",
+            Table(titles[: len(rows[0])], rows, names=0),
+        ]
         for config, letter in names.items():
             used = sum(heads.count(config) for heads in self.modules.values())
             lines.append(f"{letter}: {_describe(config)} ({used} head{'s' if used > 1 else ''})")
         if self.promise is not None:
             lines.append(f"promise: {self.promise}")
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return lines + [f"note: {note}" for note in self.notes]
 
     def _rows(self, name: str, names: Mapping[AstroConfig, str]) -> list[tuple[str, ...]]:
         """One line of the table for each distinct config of a module."""
@@ -217,7 +227,7 @@ class Plan:
                 cost = sum(share.cost for share in shares) / len(shares)
                 sums = (sum(s.cost_share for s in shares), sum(s.error_share for s in shares))
                 cells += [f"{part:.1%}" for part in (cost, *sums)]
-            rows.append(("" if rows else name or "(the model itself)", *cells))
+            rows.append((name or "(the model itself)", *cells))
         return rows
 
 
@@ -326,11 +336,3 @@ def _ranges(heads: list[int]) -> str:
         else:
             runs.append([head])
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    titles = ("module", "does", "heads", "cost", "of all cost", "of all error")
-    cells = [titles[: len(rows[0])], *rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -21,9 +21,11 @@ from astroattn.data.loading import first_names
 from astroattn.models import LoadedModel, load_model
 from astroattn.patching import PatchReport, patch
 from astroattn.plan import Plan
+from astroattn.suggestions import suggest
 
 if TYPE_CHECKING:
     from astroattn.fidelity import Fidelity
+    from astroattn.fidelity.sweep import Sweep
 
 NOT_MEASURED = "not measured here"
 
@@ -86,13 +88,24 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     measured: tuple[Measurement, ...] = ()
 
-    def load(self, weights: str | Path | None = None, device: str | None = None, dtype: str = "float32") -> LoadedModel:
-        """The model, not yet patched; on a GPU where there is one, unless `device` says otherwise."""
+    def load(
+        self,
+        weights: str | Path | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        *,
+        items: bool = True,
+    ) -> LoadedModel:
+        """The model, not yet patched; on a GPU where there is one, unless `device` says otherwise.
+
+        Without `items` it needs no tokenizer or processor, and takes no texts, photos or recordings.
+        """
         if dtype not in DTYPES:
-            raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
+            raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}{suggest(dtype, DTYPES)}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        kind = getattr(torch, dtype)
         try:
-            return load_model(self.id, weights=weights, size=self.data.size, dtype=getattr(torch, dtype), device=device)
+            return load_model(self.id, weights=weights, size=self.data.size, dtype=kind, device=device, items=items)
         except ValueError as error:
             raise ValueError(f"{error}{_similar(self.id)}") from None
 
@@ -132,6 +145,28 @@ class Recipe:
             data="; ".join([found.name, *found.notes, *loaded.notes, f"batches of {data.batch_size}"]),
             progress=progress,
         )
+
+    def sweep(
+        self,
+        loaded: LoadedModel,
+        setting: str,
+        values: Sequence[int | str | bool],
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Sweep:
+        """Compare the model with patched copies that differ in one setting, without controls and layers.
+
+        Raises:
+            ValueError: a value that the setting cannot have, before anything is measured.
+        """
+        from astroattn.fidelity.sweep import Sweep
+
+        recipes = [override(self, {setting: value}, {}, None) for value in values]
+        results = [
+            recipe.compare(loaded, diagnose=0, controls=False, seed=seed, progress=progress) for recipe in recipes
+        ]
+        return Sweep(setting, tuple(values), tuple(results))
 
     def calibrate(
         self,
@@ -276,6 +311,29 @@ def parse_recipe(table: Mapping[str, Any], folder: Path | None = None) -> Recipe
     return recipe
 
 
+def parse_sweep(text: str) -> tuple[str, list[int | str | bool]]:
+    """A field of `AstroConfig` and values for it, from `exact_keys=16,32,64`.
+
+    Raises:
+        ValueError: no such field, or values that are not of its type.
+    """
+    name, _, listed = text.partition("=")
+    name = name.strip().replace("-", "_")
+    kinds = get_type_hints(AstroConfig)
+    if name not in kinds:
+        raise ValueError(f"sweep: {name!r} is not known; there are {', '.join(kinds)}{suggest(name, kinds)}")
+    words = [word.strip() for word in listed.split(",") if word.strip()]
+    if not words:
+        raise ValueError(f"sweep: {text!r} has no values; write {name}=this,that")
+    if kinds[name] is str:
+        return name, list(words)
+    known = {"true": True, "false": False} if kinds[name] is bool else {}
+    try:
+        return name, [known[word.lower()] if known else int(word) for word in words]
+    except (KeyError, ValueError):
+        raise ValueError(f"sweep: {listed!r}; {name} must be {kinds[name].__name__}") from None
+
+
 def parse_layers(text: str) -> list[int] | str | None:
     """`where` of `patch`: None for `"all"`, indices for `"0-5,8"`, else the name pattern itself."""
     text = text.strip()
@@ -302,7 +360,7 @@ def _read(kind: type, table: Any, prefix: str = "") -> Any:
     names = [each.name for each in fields(kind)]
     for name, value in table.items():
         if name not in names:
-            raise ValueError(f"{prefix}{name}: is not known; there are {', '.join(names)}")
+            raise ValueError(f"{prefix}{name}: is not known; there are {', '.join(names)}{suggest(name, names)}")
         allowed = get_args(types[name]) if isinstance(types[name], UnionType) else (types[name],)
         if isinstance(value, bool | int | float | str) and type(value) not in allowed:
             wanted = " or ".join(each.__name__ for each in allowed if each is not type(None))

@@ -2,27 +2,27 @@
 
 A script is run as `python -m eval.NAME [--json FILE] [--figure FILE] [--limit N] [--seed S]`. It has
 `measure() -> rows` (a list of dicts of plain values), `plot(rows) -> Figure` and `main()`, which takes the options
-below and is run by `typer.run(main)`.
+below and is run by `run_script(main)`, or `run_script(main, data=True)` where it reads what `data_folder` names.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from astroattn import files
 from astroattn.fidelity.environment import describe_device, describe_versions
+from astroattn.tables import Table, terminal_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +32,25 @@ FigureOption = Annotated[Path | None, typer.Option("--figure", help="Draw the fi
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use at most this many examples.")]
 SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds: 0, 1, ...")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
+DATA = "ASTROATTN_DATA"
+DATA_HELP = f"The environment variable {DATA} names the folder with real models and data that this script reads."
+
+
+def run_script(main: Callable[..., Any], *, data: bool = False) -> None:
+    """Run a script on the command line; input that cannot be used ends in one line on stderr and exit code 2."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=DATA_HELP if data else None)(main)
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def data_folder() -> Path | None:
+    """The folder that ASTROATTN_DATA names, or None where it is not set."""
+    folder = os.environ.get(DATA)
+    return Path(folder) if folder else None
 
 
 def provenance(seed: int, device: str = "cpu") -> dict[str, Any]:
@@ -56,13 +75,14 @@ def rounded(value: Any) -> Any:
 def write_json(path: Path, rows: list[dict[str, Any]], *, seed: int, device: str = "cpu") -> None:
     """Write `{"rows": rows, **provenance(seed, device)}`, making the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": rows, **provenance(seed, device)}, indent=2) + "\n", encoding="utf-8")
+    files.write_json(path, {"rows": rows, **provenance(seed, device)}, indent=2)
 
 
 def write_figure(path: Path, figure: Figure) -> None:
     """Save a figure, making the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with files.replacing(path) as part:
+        figure.savefig(part, dpi=150, bbox_inches="tight")
 
 
 def fill_marks(page: str, texts: Mapping[str, str]) -> str:
@@ -82,20 +102,31 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def summarise_seeds(rows: Sequence[dict[str, Any]], measures: Sequence[str]) -> dict[str, Any]:
-    """The rows of several seeds as one: mean seconds and measures, these with standard deviations; 0 for one seed."""
+    """The rows of several seeds as one: mean seconds and measures, these with standard deviations (see `spread`)."""
     summary = dict(rows[0]) | {"seconds": statistics.mean(row["seconds"] for row in rows)}
     for name in measures:
         values = [row[name] for row in rows]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        summary |= {name: statistics.mean(values), f"{name}_spread": spread}
+        summary |= {name: statistics.mean(values), f"{name}_spread": spread(values)}
     return rounded(summary)
 
 
+def spread(values: Sequence[float]) -> float | None:
+    """The standard deviation; None of a single value, which has none."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def show(value: float | None, form: str) -> str:
+    """A number in this format, or a dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
 def print_rows(rows: list[dict[str, Any]], *, title: str) -> None:
-    """Print rows as a table with one column per key of the first row; floats get four digits."""
-    table = Table(title=title, title_justify="left")
-    for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right")
-    for row in rows:
-        table.add_row(*(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in rows[0]))
-    Console().print(table)
+    """Print rows as a table with one column per key of the first row; floats get four digits, None a dash."""
+    cells = [[_cell(row[name]) for name in rows[0]] for row in rows]
+    print(Table(list(rows[0]), cells, title=title).text(terminal_width()))
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, float):
+        return show(value, ".4g")
+    return str(value)

@@ -20,7 +20,7 @@ from rich.console import Console
 from astroattn.data import PYTHON_DOCS, load_data
 from astroattn.fidelity import Fidelity, compare
 from astroattn.models import load_model
-from eval.common import SeedOption
+from eval.common import SeedOption, run_script
 from eval.train_digits import LARGE, LARGE_FOLDER, load_digits_vit, load_split
 
 CHUNKS, TOKENS = 40, 256
@@ -116,4 +116,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import typer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from eval.common import (
     SeedOption,
     print_rows,
     relative_error,
+    run_script,
     write_figure,
     write_json,
 )
@@ -142,4 +142,4 @@ def main(json: JsonOption = None, figure: FigureOption = None, limit: LimitOptio
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

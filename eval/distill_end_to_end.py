@@ -17,12 +17,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from astroattn import AstroConfig, DistillReport, distill, patch
-from eval.common import JsonOption, LimitOption, SeedsOption, print_rows, relative_error, summarise_seeds, write_json
+from eval.common import (
+    JsonOption,
+    LimitOption,
+    SeedsOption,
+    print_rows,
+    relative_error,
+    run_script,
+    show,
+    summarise_seeds,
+    write_json,
+)
 from eval.distill import BATCH, ITEMS, TOKENS, split
 from eval.heads import first_items, load_minilm
 
@@ -119,7 +128,8 @@ def format_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     lines += [
         f"| {row['moved']} | {row['weights']:,} | {row['rate'] or '-'} | {row['seconds']:.0f} "
-        f"| {row['error']:.3f} ± {row['error_spread']:.3f} | {row['cosine']:.4f} ± {row['cosine_spread']:.4f} |"
+        f"| {row['error']:.3f} ± {show(row['error_spread'], '.3f')} "
+        f"| {row['cosine']:.4f} ± {show(row['cosine_spread'], '.4f')} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -134,4 +144,4 @@ def main(seeds: SeedsOption = 3, limit: LimitOption = None, json: JsonOption = N
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

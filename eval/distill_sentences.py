@@ -32,8 +32,17 @@ from astroattn import AstroConfig, distill, patch
 from astroattn.data.texts import read_texts
 from astroattn.fidelity.passes import forward, pool, token_mask
 from astroattn.models import LoadedModel, load_model
-from eval.common import JsonOption, LimitOption, SeedsOption, print_rows, summarise_seeds, write_json
-from eval.heads import data_folder
+from eval.common import (
+    JsonOption,
+    LimitOption,
+    SeedsOption,
+    data_folder,
+    print_rows,
+    run_script,
+    show,
+    summarise_seeds,
+    write_json,
+)
 
 Stages = dict[str, dict[str, Any] | None]  # what is measured after, and the options of `distill`; None: no training
 
@@ -170,7 +179,7 @@ def format_markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["attention"], row["training"], str(row["steps"]), f"{row['seconds']:.0f}"]
         for name, digits in (("spearman", 2), ("cosine", 4)):
-            spread = f" ± {row[f'{name}_spread']:.{digits}f}" if row["attention"] != ORIGINAL else ""
+            spread = f" ± {show(row[f'{name}_spread'], f'.{digits}f')}" if row["attention"] != ORIGINAL else ""
             cells.append(f"{row[name]:.{digits}f}{spread}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -194,4 +203,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main, data=True)

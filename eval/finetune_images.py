@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from astroattn.data import load_data
 from astroattn.models import load_model
 from eval import finetuning_variants as variants
-from eval.common import JsonOption, LimitOption
+from eval.common import JsonOption, LimitOption, run_script
 from eval.finetune_text import TEST, VALIDATION, Items, split
 from eval.finetuning import Settings, Task
 from eval.train_digits import augment, load_digits_vit, load_split
@@ -135,4 +135,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

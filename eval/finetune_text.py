@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from astroattn.data import load_data
 from astroattn.models import find_package_folder
 from eval import finetuning_variants as variants
-from eval.common import JsonOption, LimitOption
+from eval.common import JsonOption, LimitOption, run_script
 from eval.finetuning import Settings, Task
 
 VALIDATION, TEST = 0.1, 0.2  # shares that are held out
@@ -176,4 +176,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

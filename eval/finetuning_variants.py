@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from astroattn import AstroConfig, patch
-from eval.common import print_rows, write_json
+from eval.common import print_rows, show, spread, write_json
 from eval.finetuning import Settings, Task, finetune, make_accelerator, shuffle
 from eval.finetuning_state import last_checkpoint
 
@@ -149,7 +148,7 @@ def run_all(
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean over seeds, one row per task and kind of attention; `spread` is the standard deviation of the accuracy.
 
-    Accuracies are in percent; `difference` is to the original with the same seeds, NaN without it; the loss in nats;
+    Accuracies are in percent; `difference` is to the original with the same seeds, None without it; the loss in nats;
     seconds of a run.
     """
     summary = []
@@ -170,8 +169,8 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "attention": attention,
                 "seeds": len(mine),
                 "accuracy": statistics.mean(values),
-                "spread": statistics.stdev(values) if len(values) > 1 else math.nan,
-                "difference": statistics.mean(differences) if comparable else math.nan,
+                "spread": spread(values),
+                "difference": statistics.mean(differences) if comparable else None,
                 "loss": statistics.mean(row["loss"] for row in mine.values()),
                 **seconds,
             }
@@ -184,8 +183,9 @@ def format_markdown(rows: list[dict[str, Any]]) -> str:
     columns = ("accuracy, %", "minus the original, points", "loss, nats", "distillation, s", "fine-tuning, s")
     lines = [f"| task | attention | {' | '.join(columns)} |", "| --- " * (2 + len(columns)) + "|"]
     lines += [
-        f"| {row['task']} | {row['attention']} | {row['accuracy']:.2f} ± {row['spread']:.2f} "
-        f"| {row['difference']:+.2f} | {row['loss']:.3f} | {row['distill_seconds']:.0f} | {row['seconds']:.0f} |"
+        f"| {row['task']} | {row['attention']} | {row['accuracy']:.2f} ± {show(row['spread'], '.2f')} "
+        f"| {show(row['difference'], '+.2f')} | {row['loss']:.3f} "
+        f"| {row['distill_seconds']:.0f} | {row['seconds']:.0f} |"
         for row in summarise(rows)
     ]
     return "\n".join(lines)

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from eval.common import JsonOption, print_rows, rounded, write_json
+from eval.common import JsonOption, print_rows, rounded, run_script, write_json
 
 ROOT = Path(__file__).parents[1]
 TAIL = 2000  # characters of a stage's output that are kept
@@ -105,4 +105,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -7,11 +7,9 @@ in the folder that the environment variable ASTROATTN_DATA names (`vit_tiny_patc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from astroattn.data import PYTHON_DOCS, load_data
 from astroattn.fidelity.calls import find_astrocytes, read_call
 from astroattn.fidelity.passes import call
 from astroattn.models import load_model
+from eval.common import data_folder
 from eval.train_digits import load_digits_vit, load_split
 
 CALIBRATION, REPORTED = "even", "odd"  # halves of the data: what may be fitted on, and what is reported
@@ -65,12 +64,6 @@ def load_vit(items: int) -> Subject:
 def first_items(inputs: Any, count: int) -> Any:
     """The first items of a batch."""
     return {name: x[:count] for name, x in inputs.items()} if isinstance(inputs, Mapping) else inputs[:count]
-
-
-def data_folder() -> Path | None:
-    """The folder that ASTROATTN_DATA names, or None where it is not set."""
-    folder = os.environ.get("ASTROATTN_DATA")
-    return Path(folder) if folder else None
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from eval import summary
 from eval.benchmark.rows import format_markdown as format_speed
-from eval.common import fill_marks, write_figure
+from eval.common import fill_marks, run_script, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -26,13 +26,14 @@ from eval.common import (
     JsonOption,
     LimitOption,
     SeedsOption,
+    data_folder,
     print_rows,
     rounded,
+    run_script,
     write_figure,
     write_json,
 )
 from eval.frontier.cases import SOURCES, Case
-from eval.heads import data_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,4 +109,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main, data=True)

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import typer
 from scipy.stats import entropy, linregress, t
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +33,17 @@ from astroattn import AstroConfig
 from astroattn.hidden import RandomHidden
 from astroattn.ops.clustering import learn_clusters, weighted_means
 from astroattn.ops.static import add_states, read, write
-from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, rounded, write_figure, write_json
+from eval.common import (
+    FigureOption,
+    JsonOption,
+    LimitOption,
+    SeedOption,
+    print_rows,
+    rounded,
+    run_script,
+    write_figure,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -342,4 +351,4 @@ def main(json: JsonOption = None, figure: FigureOption = None, limit: LimitOptio
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

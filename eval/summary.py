@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import typer
+from eval.common import run_script
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 PHOTOS = ("top1_agreement", "logit_error", "accuracy")
@@ -84,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import typer
 from scipy.stats import linregress
 from torch import Tensor
 from tqdm import tqdm
@@ -34,6 +33,7 @@ from eval.common import (
     print_rows,
     relative_error,
     rounded,
+    run_script,
     write_figure,
     write_json,
 )
@@ -256,4 +256,4 @@ def main(json: JsonOption = None, figure: FigureOption = None, limit: LimitOptio
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

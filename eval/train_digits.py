@@ -29,7 +29,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.common import SeedOption, provenance
+from eval.common import SeedOption, provenance, run_script
 
 ARCHITECTURE = {
     "img_size": 28,
@@ -187,4 +187,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

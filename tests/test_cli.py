@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,63 @@ def test_compare_photos_with_a_recipe(weights: str, photos: Path, tmp_path: Path
     assert "logit_error" in saved["rows"]["patched"]["values"]
 
 
+def test_what_is_asked_for_as_json_is_all_on_stdout(
+    bert: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    options = ["--data", texts, *SMALL, "--diagnose", "0", "--limit", "3", "--json", str(path), "--quiet"]
+    assert run("compare", bert, *options, "--format", "json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads(path.read_text())
+    assert printed.err == ""
+    path.write_text("mine")
+    assert run("compare", bert, *options) == 2
+    assert "is there already; --force writes over it" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+    for command in ("patch", "info"):
+        assert run(command, bert, "--format", "json", "--quiet") == 0
+        assert json.loads(capsys.readouterr().out)
+    assert run("patch", bert, "--format", "markdown", "--json", str(path), "--force") == 0
+    assert "| 0 | encoder.layer.0.attention.self | BertSelfAttention |" in capsys.readouterr().out
+    assert json.loads(path.read_text())
+
+
+def test_a_sweep_is_one_comparison_for_each_value(
+    bert: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweep.json"
+    assert run("compare", bert, "--data", texts, *SMALL, "--sweep", "exact-keys=0,2", "--json", str(path)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line[:1].isdigit()] == ["0", "2"]
+    saved = json.loads(path.read_text())
+    assert (saved["setting"], saved["values"]) == ("exact_keys", [0, 2])
+    for value, result in zip(saved["values"], saved["results"], strict=True):
+        assert result["rows"]["patched"]["config"] | {"exact_keys": value} == result["rows"]["patched"]["config"]
+        assert set(result["rows"]) == {"original", "patched"}
+    positions = [result["rows"]["patched"]["values"]["positions"]["value"] for result in saved["results"]]
+    assert positions[0] + 2 == positions[1]
+
+
+def test_a_report_needs_no_tokenizer(bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in Path(bert).iterdir():
+        if path.name in ("config.json", "model.safetensors"):
+            shutil.copy(path, tmp_path)
+    assert run("patch", str(tmp_path)) == 0
+    assert "2 of 2 attention modules" in capsys.readouterr().out
+
+
+def test_an_interruption_is_one_line_and_leaves_no_file(
+    bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("astroattn.files.Path.replace", interrupt)  # all is written, but not yet in place
+    assert run("patch", bert, "--json", str(tmp_path / "report.json"), "--quiet") == 130
+    assert capsys.readouterr().err.splitlines() == ["astroattn: interrupted"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", bert) == 0
     text = capsys.readouterr().out
@@ -199,7 +257,7 @@ def test_a_decoder_is_calibrated_and_compared(
     assert 16 < found.entries <= 40
     assert run("compare", llama, "--data", long_texts, "--plan", str(plan), "--json", str(result)) == 0
     assert json.loads(result.read_text())
-    assert run("calibrate", llama, "--data", long_texts, "--entries", "4", "--out", str(plan)) == 2
+    assert run("calibrate", llama, "--data", long_texts, "--entries", "4", "--out", str(plan), "--force") == 2
     assert "entries: 4; a streaming memory has at least 16" in capsys.readouterr().err
 
 
@@ -231,7 +289,18 @@ def test_a_decoder_is_calibrated_and_compared(
         (["patch", "nowhere.toml"], "recipe: cannot read 'nowhere.toml'"),
         (["patch", "BERT", "--dtype", "int8"], "dtype: must be one of"),
         (["patch", "BERT", "--near", "-2"], "near"),
-        (["patch", "BERT", "--hidden", "astral"], "hidden"),
+        (["patch", "BERT", "--hidden", "hebian"], "did you mean 'hebbian'?"),
+        (["patch", "BERT", "--json", "a.txt"], "json: must end in .json, got 'a.txt'"),
+        (["patch", "BERT", "--json", "PHOTOS"], "json: must end in .json"),
+        (["patch", "timm:vit_tiny_patch16_22"], "did you mean 'vit_tiny_patch16_224'?"),
+        (["patch", "package:transformer"], "did you mean 'transformers'?"),
+        (["compare", "BERT", "--data", "TEXTS", "--sweep", "exat_keys=1"], "did you mean 'exact_keys'?"),
+        (["compare", "BERT", "--data", "TEXTS", "--sweep", "near=x"], "sweep: 'x'; near must be int"),
+        (["compare", "BERT", "--data", "TEXTS", "--sweep", "near"], "sweep: 'near' has no values"),
+        (
+            ["compare", "BERT", "--data", "TEXTS", "--sweep", "near=1", "--figure", "a.png"],
+            "figure: is of one comparison",
+        ),
         (["patch", "BERT", "--layers", "9"], "9"),
         (["patch", "BERT", "--json", "no/such/folder/a.json"], "no/such/folder"),
     ],

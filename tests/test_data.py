@@ -98,11 +98,21 @@ def test_a_tar_is_read_in_place_and_labelled_by_the_list_beside_it(tmp_path: Pat
     assert sorted(os.listdir(tmp_path)) == ["classes.tsv", "photos.tar"]
 
 
+def test_folders_may_be_called_by_index_and_wnid(tmp_path: Path) -> None:
+    (tmp_path / "classes.tsv").write_text(CLASSES)
+    for folder in ("0000_n01", "0002_n03", "n02"):
+        save_photo(tmp_path / folder / "1.png")
+    assert load_data(str(tmp_path), "image").labels == [0, 2, 1]
+    (tmp_path / "n02").rename(tmp_path / "0000_n02")  # index and wnid of two classes
+    unknown = load_data(str(tmp_path), "image")
+    assert unknown.labels is None
+
+
 def test_a_class_list_knows_indices_only_with_their_wnid(tmp_path: Path) -> None:
     classes = tmp_path / "list.tsv"
     classes.write_text(CLASSES)
     path = make_tar(tmp_path / "photos.tar", {"0001_n03.png": photo_bytes()})
-    with pytest.raises(ValueError, match=r"classes: .* has no class '1_n03'"):
+    with pytest.raises(ValueError, match=r"classes: .* has no class '0001_n03'"):
         load_data(str(path), "image", classes=classes)
     save_photo(tmp_path / "folder" / "crane" / "1.png")
     save_photo(tmp_path / "folder" / "tench" / "1.png")

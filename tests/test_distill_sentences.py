@@ -149,6 +149,7 @@ def test_seeds_become_means_and_spreads() -> None:
         "cosine": 0.7,
         "cosine_spread": 0.1,
     }
+    assert summarise_seeds(rows[:1], script.MEASURES)["spearman_spread"] is None  # one value has none
 
 
 def test_without_data_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from scripts import run
 
 from astroattn.recipes import load_recipe
+from eval import __main__ as listing
 from eval import common, demo, summary, train_digits
 from eval.frontier.comparing import dominated, format_markdown
 from eval.frontier.contestants import PEERS
@@ -94,6 +95,51 @@ def test_rows_are_written_with_what_they_depend_on(tmp_path: Path) -> None:
     assert written["rows"] == [{"m": 16, "error": 0.5}]
     assert written["seed"] == 3
     assert {"command", "versions", "device"} <= set(written)
+
+
+def test_everything_that_can_be_run_is_listed_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    listing.main()
+    lines = capsys.readouterr().out.splitlines()
+    listed = {line.split()[2]: line for line in lines}
+    folder = Path(listing.__file__).parent
+    packages = {path.parent.name for path in folder.glob("*/__main__.py")}
+    assert {f"eval.{name}" for name in (*packages, "demo", "distill", "generate.page")} <= set(listed)
+    assert not {"eval", "eval.common", "eval.heads", "eval.finetuning"} & set(listed)
+    assert "How the error of a hidden layer falls" in listed["eval.error_vs_hidden"]
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_scripts_that_read_the_data_folder_say_so_and_refuse_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(limit: int = 1) -> None:
+        """Raise."""
+        raise ValueError(f"limit: {limit}; must be 4 or more")
+
+    for data in (True, False):
+        monkeypatch.setattr("sys.argv", ["script", "--help"])
+        with pytest.raises(SystemExit):
+            common.run_script(main, data=data)
+        assert ("ASTROATTN_DATA" in capsys.readouterr().out) == data
+    monkeypatch.setattr("sys.argv", ["script", "--limit", "2"])
+    with pytest.raises(SystemExit, match="2"):
+        common.run_script(main)
+    assert capsys.readouterr().err == "error: limit: 2; must be 4 or more\n"
+    folder = Path(listing.__file__).parent
+    for path in folder.rglob("*.py"):  # all that call `data_folder`, or import what does, say that they read it
+        text = path.read_text("utf-8")
+        if "    run_script(main)" in text:
+            assert "data_folder()" not in text, path
+
+
+def test_rows_are_printed_on_one_line_each(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [{"what": "a longer name", "error": 0.123456, "spread": None, "of": number} for number in range(3)]
+    common.print_rows(rows, title="three")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "three"
+    assert lines[-1].split() == ["a", "longer", "name", "0.1235", "-", "2"]
+    assert max(map(len, lines)) <= 40
 
 
 def test_demo_ends_with_tables_figures_and_sentences(tmp_path: Path) -> None:

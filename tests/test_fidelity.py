@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from scipy import special, stats
 from timm.models.vision_transformer import VisionTransformer
@@ -33,10 +35,12 @@ from astroattn.fidelity.calls import find_astrocytes
 from astroattn.fidelity.resources import measure_memory
 from astroattn.fidelity.subject import share_weights
 from astroattn.patching import patch
+from astroattn.tables import Table, render_markdown
 
 EXACT = AstroConfig(near=4096)
 ROUGH = AstroConfig(num_hidden=2, near=2, exact_keys=2, tiles="position", tile=4)
-CONTROLS = ["original", "patched", "uniform", "near alone", "random"]
+BUDGETS = ["window, same budget", "exact keys, same budget"]
+CONTROLS = ["original", "patched", "uniform", "near alone", "random", *BUDGETS]
 SMALL = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -226,9 +230,9 @@ def test_controls_stand_beside_every_result() -> None:
         assert {"seconds", "peak_bytes", "keys", "positions", "cost", "accuracy"} <= set(result.rows[name].values)
     errors = {name: result.value("logit_error", name) for name in CONTROLS[1:]}
     assert errors["patched"] < min(errors["uniform"], errors["random"])
-    assert len(set(errors.values())) == 4
-    text = str(result)
-    assert all(name in text for name in CONTROLS)
+    assert len(set(errors.values())) == 6
+    text = render_markdown(result.blocks())
+    assert all(f"| {name} |" in text for name in CONTROLS)
     with pytest.raises(KeyError, match="'spearman' was not measured"):
         result.value("spearman")
 
@@ -259,6 +263,72 @@ def test_control_configs() -> None:
     assert (near.hidden, near.exact_keys, near.near, near.tiles) == ("none", 0, 2, "position")
     assert (controls["random"].hidden, controls["random"].num_hidden, controls["random"].near) == ("random", 2, 0)
     assert "near alone" not in control_configs(AstroConfig(hidden="random"))
+    assert "near alone" not in control_configs(AstroConfig(hidden="random", near=4), causal=True)
+
+
+@pytest.mark.parametrize("config", [ROUGH, AstroConfig(), AstroConfig(hidden="random", num_hidden=9, near=0)])
+def test_controls_of_the_same_budget(config: AstroConfig) -> None:
+    bert = BertModel(BertConfig(**SMALL | {"max_position_embeddings": 200})).eval()
+    result = run(bert, [text_batch([200, 180], 200)], config, controls=True, diagnose=0)
+    for name in BUDGETS:
+        assert 0.8 * result.value("positions") < result.value("positions", name) <= result.value("positions")
+        assert result.rows[name].config["hidden"] == "none"
+    window, keys = (result.rows[name].config for name in BUDGETS)
+    assert (window["exact_keys"], window["tiles"]) == (0, "position")
+    assert keys["near"] == config.near
+    assert keys["exact_keys"] > config.exact_keys
+
+
+def test_controls_of_a_causal_model() -> None:
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
+    config = AstroConfig(hidden="random", num_hidden=8, near=4)
+    result = run(gpt, [text_batch([40, 40], 40)], config, controls=True, diagnose=0)
+    assert list(result.rows) == ["original", "patched", "uniform", "random", "newest and mean"]
+    assert result.value("positions", "newest and mean") == result.value("positions") == 12
+
+
+def test_time_and_cost_are_those_of_the_row_over_the_originals() -> None:
+    result = run(make_bert(), [text_batch([12, 7], 12)], controls=True)
+    for name in result.rows:
+        seconds = result.value("seconds", name) / result.value("seconds", "original")
+        assert result.value("time", name) == pytest.approx(seconds)
+    assert result.value("time", "original") == result.value("cost", "original") == 1
+    assert str(result).index("cost") < str(result).index("time / original") < str(result).index("seconds")
+
+
+def test_layers_are_ranked_by_what_they_cost_and_lose() -> None:
+    plan = Plan(
+        model="",
+        modules={
+            "encoder.layer.0.attention.self": (replace(ROUGH, exact_keys=8),) * 4,
+            "encoder.layer.1.attention.self": (ROUGH,) * 4,
+        },
+    )
+    result = run(make_bert(), [text_batch([60, 50], 60)], plan)
+    shares = [layer.cost_share for layer in result.layers]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] > shares[1]
+    products = [
+        float(np.mean(layer.isolated_error)) * share for layer, share in zip(result.layers, shares, strict=True)
+    ]
+    (table,) = [block for block in result.blocks() if isinstance(block, Table) and "product" in block.columns]
+    assert [row[0] for row in table.rows] == [
+        result.layers[index].name for index in sorted(range(2), key=lambda index: -products[index])
+    ]
+    half = run(make_bert(), [text_batch([60, 50], 60)], where=[1])
+    assert 0 < half.layers[0].cost_share < 0.7  # the layer left exact has its own share
+
+
+def test_a_figure_of_no_error_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    text = Axes.text
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **kw: drawn.append(s) or text(self, x, y, s, **kw))
+    for config, expected in ((EXACT, True), (ROUGH, False)):
+        drawn.clear()
+        run(make_vit(), [torch.randn(4, 3, 48, 48)], config).figure(tmp_path / "a.png")
+        assert ("no error" in drawn) == expected
+    with pytest.raises(ValueError, match=r"figure: must end in .png, .pdf or .svg"):
+        run(make_vit(), [torch.randn(4, 3, 48, 48)], EXACT, diagnose=0).figure(tmp_path / "a.gif")
 
 
 def test_labels_give_accuracy_of_all_and_mcnemar_of_the_patched() -> None:

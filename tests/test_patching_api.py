@@ -17,9 +17,12 @@ from patching_models import ALL, build, image, outputs, text
 from safetensors import safe_open
 from torch import nn
 
+import astroattn
 import astroattn.patching.checking as checking
 from astroattn import AstroConfig, AstrocyteAttention
+from astroattn.cost import covers
 from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
+from astroattn.patching.report import FASTER_FROM
 from astroattn.patching.sdpa import SdpaSite
 
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
@@ -40,6 +43,52 @@ def pickled(model: nn.Module) -> nn.Module:
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+# what the report says
+
+
+def test_the_report_says_what_is_untrained_and_what_softmax_answers(tmp_path: Path) -> None:
+    learned = AstroConfig(hidden="learned", num_hidden=2)
+    model = build(ALL["bert"])
+    report = patch(model, learned, 0)
+    assert report.notes == ("the learned hidden layers of 1 modules are untrained: distill the model first",)
+    with torch.no_grad():
+        cores(model).popitem()[1].hidden.query_weight.add_(1)
+    assert patch(model, learned, 0).notes == ()  # it is trained, and stays as it is
+    assert patch(model, learned).notes[0].startswith("the learned hidden layers of 1 modules")
+    unpatch(model)
+    patch(model, learned, 0)
+    with torch.no_grad():
+        cores(model).popitem()[1].hidden.query_weight.add_(1)
+    astroattn.save(model, tmp_path)
+    assert astroattn.load(build(ALL["bert"]), tmp_path).notes == ()
+    assert "untrained" not in str(patch(build(ALL["bert"]), SHORT))
+    for config, tokens in ((SHORT, 2), (AstroConfig(), 128), (replace(SHORT, exact_keys=9, exact_queries=1), 10)):
+        note = f"sequences of up to {tokens} tokens are answered by softmax attention: there every key is exact"
+        report = patch(build(ALL["bert"]), config)
+        assert report.notes[0] == note
+        assert f"note: {note}" in str(report)
+        assert note in report.to_dict()["notes"]
+        assert covers(config, tokens, None)
+        assert not covers(config, tokens + 1, None)
+
+
+def test_the_report_says_from_which_length_on_the_default_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Path(__file__).parent.parent / "docs" / "results" / "benchmark.json"
+    rows = json.loads(results.read_text("utf-8"))["rows"]
+    found = {
+        row["backend"]: row["faster than SDPA from"]
+        for row in rows
+        if (row["part"], row.get("name"), row.get("dtype"), row.get("pass"))
+        == ("summary", "default", "float32", "forward")
+    }
+    assert {"native": found["auto"], "torch": found["torch"]} == FASTER_FROM
+    longest = max(row.get("tokens", 0) for row in rows if (row.get("backend"), row.get("name")) == ("torch", "default"))
+    for refusal, said in ((None, "faster than softmax's from 1,024 tokens on"), ("none", f"up to {longest:,} tokens")):
+        monkeypatch.setattr("astroattn.ops.native.library.refusal", lambda dtype, refusal=refusal: refusal)
+        assert said in patch(build(ALL["bert"])).notes[-1]
+    assert not any("CPU" in note for note in patch(build(ALL["bert"]), SHORT).notes)  # which was not measured
 
 
 # where

@@ -305,7 +305,8 @@ def test_a_plan_for_a_module_that_stays_exact_here() -> None:
 def test_compare_shows_the_controls_beside_a_plan() -> None:
     plan = make_plan()
     result = compare(make_bert(), [IDS], plan, progress=False)
-    assert list(result.rows) == ["original", "patched", "uniform", "near alone", "random"]
+    controls = ["uniform", "near alone", "random", "window, same budget", "exact keys, same budget"]
+    assert list(result.rows) == ["original", "patched", *controls]
     assert result.rows["patched"].config == plan.to_dict()
     assert result.value("embedding_cosine") > result.value("embedding_cosine", "uniform")
     assert "1 attention modules are exact" in result.notes[0]

@@ -86,7 +86,7 @@ def test_a_recipe_may_have_a_plan_beside_it(tmp_path: Path) -> None:
     [
         ({"plan": 3}, "plan: must be str, got 3"),
         ({"nmae": "x"}, "nmae: is not known; there are id, "),
-        ({"settings": {"num_hiden": 3}}, r"settings\.num_hiden: is not known"),
+        ({"settings": {"num_hiden": 3}}, r"settings\.num_hiden: is not known; .*; did you mean 'num_hidden'\?"),
         ({"data": {"token": 3}}, r"data\.token: is not known"),
         ({"measured": [{"comand": "x"}]}, r"measured\[0\]\.comand: is not known"),
         ({"measured": [{"command": "x"}]}, r"measured\[0\]: .*data"),

@@ -552,7 +552,7 @@ def run(*arguments: str) -> int:
 def test_report_prints_a_table_and_writes_a_page(
     saved: tuple[str, str], better: Fidelity, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("report", *saved, "--markdown") == 0
+    assert run("report", *saved, "--format", "markdown") == 0
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table[:4]}) == 1
@@ -564,7 +564,10 @@ def test_report_prints_a_table_and_writes_a_page(
     read = Reader(path)
     assert [caption for caption, _ in read.tables] == ["Runs, with 95 % intervals", "better against rough"]
     assert len(read.all("figure")) == 1
-    assert run("report", *saved, "--out", str(path), "--markdown") == 2
+    assert run("report", *saved, "--out", str(path)) == 2
+    assert "is there already; --force writes over it" in capsys.readouterr().err
+    assert run("report", *saved, "--format", "json") == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"better"}
 
 
 def test_runs_on_other_items_are_refused(

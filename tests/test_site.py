@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # A block that is shown, or one in a comment: what those that are shown need beforehand.
 BLOCK = re.compile(
-    r"(?P<skip><!-- not run: [^>]+ -->\s*\n)?^```python\n(?P<shown>.*?)^```|^<!-- python\n(?P<given>.*?)^-->",
+    r"(?P<skip><!-- not run: [^>]+ -->\s*\n)?^```python(?: exec=[^\n]+)?\n(?P<shown>.*?)^```"
+    r"|^<!-- python\n(?P<given>.*?)^-->",
     re.MULTILINE | re.DOTALL,
 )
-PAGES = [page for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))] if "```python" in page.read_text("utf-8")]
-RUN_BY_THE_BUILD = sorted((DOCS / "examples").glob("*.md"))
+PAGES = [page for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if "```python" in page.read_text("utf-8")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order and in one namespace, all but those that follow `<!-- not run: REASON -->`."""
     monkeypatch.chdir(tmp_path)
@@ -42,45 +42,25 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             exec(compile(lines + match[group], page, "exec"), namespace)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built without a network from a copy, as the builder writes beside its pages."""
-    folder = tmp_path_factory.mktemp("site")
-    shutil.copytree(DOCS, folder / "docs")
-    shutil.copy(ROOT / "mkdocs.yml", folder)
+def test_site_is_whole_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    """Built without a network, from a copy, as the builder writes beside its pages; `test_blocks_run` runs them."""
+    shutil.copytree(DOCS, tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     offline = {f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https", "HTTP", "HTTPS")}
-    environment = {**os.environ, **offline, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **offline, "PYTHONPATH": str(ROOT), "RUN_EXAMPLES": "false"}
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "site"
-
-
-@pytest.mark.xdist_group("site")
-def test_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    site = tmp_path / "site"
     for page in DOCS.rglob("*.md"):
         name = page.relative_to(DOCS).with_suffix("")
         built = site / "index.html" if name.stem == "index" else site / name / "index.html"
         html = built.read_text("utf-8")
         loaded = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?([^\" >]+)|<link[^>]+href=\"?([^\" >]+)", html)
         assert not [url for pair in loaded for url in pair if re.match(r"(?:https?:)?//", url)], name
-
-
-@pytest.mark.xdist_group("site")
-def test_examples_ran(site: Path) -> None:
-    """A block that fails is a warning, so that the build is not strict's to stop alone: each has printed its last."""
-    assert len(RUN_BY_THE_BUILD) >= 6
-    for page in RUN_BY_THE_BUILD:
-        html = (site / "examples" / page.stem / "index.html").read_text("utf-8")
-        assert html.count('class="highlight"') >= 2 * page.read_text("utf-8").count("```python"), page.stem
-        assert "Traceback" not in html
-
-
-@pytest.mark.xdist_group("site")
-def test_docstrings_become_tables(site: Path) -> None:
     html = (site / "api" / "patch" / "index.html").read_text("utf-8")
-    assert "doc-section-title\">Parameters" in html
-    assert "doc-section-title\">Raises" in html
+    assert 'doc-section-title">Parameters' in html
+    assert 'doc-section-title">Raises' in html
 
 
 def test_pages_hold_what_was_measured() -> None:

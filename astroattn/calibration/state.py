@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from astroattn.calibration.effects import Measured
 from astroattn.config import AstroConfig
+from astroattn.files import replacing
 
 
 class State:
@@ -48,9 +48,9 @@ class State:
             return
         fields = zip(*self.items, strict=True)
         tensors = {name: torch.stack(parts) for name, parts in zip(Measured._fields, fields, strict=True)}
-        whole = self._path.with_name(self._path.name + ".new")  # so that an interruption leaves the old or the new
-        save_file(tensors, whole, metadata={"identity": json.dumps(self._identity), "notes": json.dumps(self.notes)})
-        os.replace(whole, self._path)
+        about = {"identity": json.dumps(self._identity), "notes": json.dumps(self.notes)}
+        with replacing(self._path) as part:
+            save_file(tensors, part, metadata=about)
 
     def _read(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open

@@ -17,6 +17,7 @@ from astroattn.fidelity.metrics import Array
 from astroattn.fidelity.passes import Outputs, count_items, forward, pool, to_model, token_mask
 from astroattn.imports import needs
 from astroattn.plan import FALLING, METRICS, Promise
+from astroattn.suggestions import suggest
 
 with needs("eval"):
     from scipy import stats
@@ -186,7 +187,8 @@ class Verifier:
 def check_metric(metric: Any, tolerance: float | None) -> None:
     """Raise TypeError or ValueError for a metric that is none, or a tolerance that it cannot have."""
     if not callable(metric) and metric not in (names := ("auto", *METRICS)):
-        raise ValueError(f"metric: {metric!r}; must be one of {', '.join(names)}, or a function of two Outputs")
+        meant = suggest(metric, names)
+        raise ValueError(f"metric: {metric!r}; must be one of {', '.join(names)}, or a function of two Outputs{meant}")
     if tolerance is None:
         return
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):

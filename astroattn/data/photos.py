@@ -100,16 +100,17 @@ def find_classes(source: Path) -> Path | None:
 
 
 def label_photos(photos: Sequence[Photo], classes: Mapping[str, int]) -> tuple[list[int] | None, str | None]:
-    """The class index of every photo, by the name of its folder or by a file name INDEX_WNID.jpg.
+    """The class index of every photo, by the name of its folder or of its file; INDEX_WNID may begin with zeros.
 
     Without an index for every photo there are no labels; then the first name that is not known comes back too.
     """
     labels = []
     for photo in photos:
-        word = str(photo.label) if photo.label is not None else _strip_zeros(PurePosixPath(photo.name).stem)
-        if word.lower() not in classes:
+        word = str(photo.label) if photo.label is not None else PurePosixPath(photo.name).stem
+        known = next((key for key in (word.lower(), _strip_zeros(word).lower()) if key in classes), None)
+        if known is None:
             return None, word
-        labels.append(classes[word.lower()])
+        labels.append(classes[known])
     return labels, None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
+from astroattn.config import AstroConfig
+from astroattn.cost import count_cost
 
 
 class AttentionCall(NamedTuple):
@@ -69,6 +71,16 @@ class _Call(NamedTuple):
     key_mask: Tensor | None
 
 
+class _Sequence(NamedTuple):
+    """What the cost of a config depends on besides it."""
+
+    head_dim: int
+    queries: int
+    keys: int
+    causal: bool
+    grid: tuple[int, int] | None
+
+
 class CostMeter:
     """The mean cost of a query over the attention calls of a model.
 
@@ -82,6 +94,10 @@ class CostMeter:
         self._exact = {name: model.get_submodule(name) for name in exact}
         self._calls: list[_Call] = []
         self._queries = self._keys = self._positions = self._products = 0.0
+        self._names = {module: name for name, module in self._astrocytes.items()}
+        self._products_of: dict[str, float] = defaultdict(float)
+        self._sequences: Counter[_Sequence] = Counter()
+        self._attended = 0.0  # positions of the queries of these
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -107,10 +123,14 @@ class CostMeter:
             if keys == 0:
                 continue
             positions, ratio = float(keys), 1.0
+            weight = count * queries
             if module is not None:
                 cost = module.cost(queries, keys, causal=causal, grid=grid, window=window)
                 positions, ratio = cost.positions, cost.ratio
-            weight = count * queries
+                self._products_of[self._names[module]] += weight * keys * ratio
+                if window is None:
+                    self._sequences[_Sequence(module.head_dim, queries, keys, causal, grid)] += weight
+                    self._attended += weight * positions
             self._queries += weight
             self._keys += weight * keys
             self._positions += weight * positions
@@ -125,6 +145,31 @@ class CostMeter:
             "positions": self._positions / self._queries,
             "cost": self._products / self._keys,
         }
+
+    def cost_shares(self) -> dict[str, float]:
+        """By the name of an astrocyte, its part of the products of all attention calls."""
+        return {name: products / self._products for name, products in self._products_of.items()}
+
+    @property
+    def causal(self) -> bool:
+        """Whether a call of an astrocyte was causal."""
+        return any(sequence.causal for sequence in self._sequences)
+
+    @property
+    def longest(self) -> int:
+        """Most keys of a call of an astrocyte, those with a window of their own left out; 0 where there is none."""
+        return max((sequence.keys for sequence in self._sequences), default=0)
+
+    def attended(self) -> float:
+        """Mean positions of a query of the astrocytes, those with a window of their own left out."""
+        return self._attended / self._sequences.total()
+
+    def would_attend(self, config: AstroConfig) -> float:
+        """The same with this config in all of them."""
+        return (
+            sum(weight * count_cost(config, *sequence).positions for sequence, weight in self._sequences.items())
+            / self._sequences.total()
+        )
 
     def _note(self, module: AstrocyteAttention, args: Any, kwargs: Any) -> None:
         seen = read_call(module, args, kwargs)

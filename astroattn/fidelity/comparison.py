@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -19,7 +21,7 @@ from tqdm import tqdm
 from astroattn.choices import POOLINGS
 from astroattn.config import BY_LENGTH, AstroConfig
 from astroattn.fidelity import metrics
-from astroattn.fidelity.calls import find_astrocytes
+from astroattn.fidelity.calls import CostMeter, find_astrocytes
 from astroattn.fidelity.diagnosis import Diagnosis, LayerFidelity
 from astroattn.fidelity.environment import describe_device, describe_versions
 from astroattn.fidelity.items import MOST_ITEMS, make_columns, name_items
@@ -40,6 +42,9 @@ from astroattn.fidelity.subject import Reading, Subject, left_exact
 from astroattn.ops.layout import MOST_HIDDEN
 from astroattn.patching import fallbacks
 from astroattn.plan import Plan
+from astroattn.suggestions import suggest
+
+UNIFORM = AstroConfig(hidden="random", activation="constant", num_hidden=1, near=0)
 
 
 def compare(
@@ -87,8 +92,10 @@ def compare(
         pooling: how hidden states become an embedding: `"mean"` over real tokens, `"cls"`, `"model"` (its own), or
             `"auto"`: `mean` for text, `model` for photos. Recordings have no embedding: their frames are compared.
         diagnose: number of batches, from the first, that are also measured per layer and head.
-        controls: also measure uniform attention, the near field alone and random features with the same m; beside
-            streaming memories as many newest tokens, with the mean of all older ones ("newest and mean").
+        controls: also measure uniform attention, the near field alone and random features with the same m, and what
+            else could be done with as many positions as the patched model attends to in the first batch: a window of
+            them, and exact keys in place of hidden neurons. Of causal attention the window is that of the newest
+            tokens, with the mean of all older ones ("newest and mean").
         seed: of the bootstrap intervals.
         name: of the model, for the tables.
         data: a name of the inputs, for the same.
@@ -100,7 +107,7 @@ def compare(
         TypeError: a batch that is neither a tensor nor a mapping.
     """
     if pooling not in POOLINGS:
-        raise ValueError(f"pooling: must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        raise ValueError(f"pooling: must be one of {', '.join(POOLINGS)}, got {pooling!r}{suggest(pooling, POOLINGS)}")
     if diagnose < 0:
         raise ValueError(f"diagnose: must be 0 or more batches, got {diagnose}")
     if find_astrocytes(model):
@@ -112,11 +119,9 @@ def compare(
     batches = iter(batches)
     if (first := next(batches, None)) is None:
         raise ValueError("batches: there are none")
-    inputs = to_patch(model, first)
-    subjects = {"original": Subject(model), "patched": Subject(model, config, where, inputs)}
-    if controls:
-        same = _same_modules(subjects["patched"]) if isinstance(config, Plan) else where
-        subjects |= {title: Subject(model, choice, same, inputs) for title, choice in control_configs(config).items()}
+    checked = to_patch(model, first)
+    subjects = {"original": Subject(model), "patched": Subject(model, config, where, checked)}
+    same = _same_modules(subjects["patched"]) if isinstance(config, Plan) else where
     diagnosis = Diagnosis(subjects["patched"].model)
     exact_check: float | None = None
     diagnosed = count = 0
@@ -134,11 +139,17 @@ def compare(
             if chosen is not None and len(chosen) < count - start:
                 raise ValueError(f"labels: {start + len(chosen)}, but there are {count} items or more")
             original: Reading | None = None
-            for subject in subjects.values():
+            queue = list(subjects.items())
+            for title, subject in queue:
                 reading = subject.run(inputs, pooling, original, chosen)
                 if writes and reading.outputs.hidden is not None:
                     subject.transcripts += transcribe(subject.model, reading.outputs.hidden, inputs, tokenizer)
                 original = original or reading
+                if title == "patched" and controls and not number:  # only now is it known what it attends to
+                    more = control_configs(config, subject.meter.causal) | budget_configs(config, subject.meter)
+                    added = {title: Subject(model, choice, same, checked) for title, choice in more.items()}
+                    subjects |= added
+                    queue += added.items()
             if number < diagnose and original is not None:
                 difference = _difference(diagnosis.add(inputs), original.outputs, token_mask(inputs))
                 exact_check = max(exact_check or 0.0, difference)
@@ -162,7 +173,7 @@ def compare(
         data=data,
         items=count,
         rows=rows,
-        layers=_number(diagnosis.layers(), subjects["patched"]),
+        layers=_with_place(diagnosis.layers(), subjects["patched"]),
         diagnosed=diagnosed,
         exact_check=exact_check,
         notes=tuple(notes),
@@ -180,34 +191,72 @@ def compare(
     )
 
 
-def _number(layers: tuple[LayerFidelity, ...], subject: Subject) -> tuple[LayerFidelity, ...]:
-    """The layers with their index among the self-attention modules."""
-    index = {} if subject.report is None else {row.name: row.index for row in subject.report.rows}
-    return tuple(replace(layer, index=index.get(layer.name)) for layer in layers)
-
-
 def _same_modules(subject: Subject) -> Callable[[str, nn.Module], bool]:
     """The `where` of `patch` that means the modules which are patched in this copy."""
     names = {row.name for row in subject.report.patched} if subject.report is not None else set()
     return lambda name, module: name in names
 
 
-def control_configs(config: AstroConfig | Plan) -> dict[str, AstroConfig]:
+def control_configs(config: AstroConfig | Plan, causal: bool = False) -> dict[str, AstroConfig]:
     """The controls that every comparison shows beside `config`; beside a plan, those of its widest heads."""
-    heads = [config] if isinstance(config, AstroConfig) else [head for mine in config.modules.values() for head in mine]
-    heads = [head for head in heads if head.hidden != "exact"]
-    controls = {"uniform": AstroConfig(hidden="random", activation="constant", num_hidden=1, near=0)}
+    heads = _changed_heads(config)
+    controls = {"uniform": UNIFORM}
     if entries := max((head.entries for head in heads if head.hidden == "streaming"), default=0):
-        controls["newest and mean"] = replace(controls["uniform"], near=entries)
+        controls["newest and mean"] = replace(UNIFORM, near=entries)
         return controls | {"random": AstroConfig(hidden="random", near=0)}
     if isinstance(config, Plan):
         near, neurons = (max((getattr(head, name) for head in heads), default=0) for name in ("near", "num_hidden"))
         config = AstroConfig(near=near, num_hidden=max(neurons, 1))
-    if config.near:
+    if config.near and not causal:  # which needs a static layer beside the near field
         controls["near alone"] = replace(config, hidden="none", exact_keys=0)
     # Where the length decides how many neurons there are, random features get the most that can be.
     neurons = MOST_HIDDEN if config.num_hidden == BY_LENGTH else config.num_hidden
     return controls | {"random": AstroConfig(hidden="random", num_hidden=neurons, near=0, seed=config.seed)}
+
+
+def budget_configs(config: AstroConfig | Plan, meter: CostMeter) -> dict[str, AstroConfig]:
+    """The controls with as many positions as the patched model attends to, whose calls the meter has seen.
+
+    A window of them, or of causal attention the newest of them and the mean of the others; and near and exact keys in
+    place of hidden neurons. They have at most so many, as near to it as can be.
+    """
+    heads = _changed_heads(config)
+    if not meter.longest or not heads:
+        return {}
+    budget = meter.attended()
+
+    def most(make: Callable[[int], AstroConfig]) -> AstroConfig:
+        """The config with the largest number that is within the budget."""
+        return make(max(1, bisect_right(range(1, meter.longest), budget, key=lambda n: meter.would_attend(make(n)))))
+
+    if meter.causal:
+        if any(head.hidden == "streaming" for head in heads):
+            return {}  # `control_configs` has it
+        return {"newest and mean": replace(UNIFORM, near=max(1, round(budget) - 1))}
+    near = max(heads, key=lambda head: head.near).near
+    base = config if isinstance(config, AstroConfig) else AstroConfig(near=near)
+    return {
+        "window, same budget": most(lambda n: AstroConfig(hidden="none", near=n, exact_keys=0, tiles="position")),
+        "exact keys, same budget": most(lambda n: replace(base, hidden="none", exact_keys=n)),
+    }
+
+
+def _changed_heads(config: AstroConfig | Plan) -> list[AstroConfig]:
+    """The configs of heads that are not exact."""
+    heads = [config] if isinstance(config, AstroConfig) else [head for mine in config.modules.values() for head in mine]
+    return [head for head in heads if head.hidden != "exact"]
+
+
+def _with_place(layers: Iterable[LayerFidelity], subject: Subject) -> tuple[LayerFidelity, ...]:
+    """Layers with their index, and their share of all products; the calls of one module cost the same."""
+    found = tuple(layers)
+    calls = Counter(layer.name for layer in found)
+    shares = {name.removesuffix(".astrocyte"): share for name, share in subject.meter.cost_shares().items()}
+    index = {} if subject.report is None else {row.name: row.index for row in subject.report.rows}
+    return tuple(
+        replace(layer, index=index.get(layer.name), cost_share=shares[layer.name] / calls[layer.name])
+        for layer in found
+    )
 
 
 def _summarise(
@@ -251,10 +300,14 @@ def _summarise(
                 values["transcript_error"] = word_error(subject.transcripts, transcripts, seed)
             if "embedding" in parts and subject is not first:
                 values |= metrics.summarise_embeddings(parts["embedding"], original["embedding"], seed)
-        rows[title] = Row(_plain(subject.config), values | subject.costs())
+        values |= subject.costs()
+        values["time"] = Value(values["seconds"].value / first.costs()["seconds"].value)
+        rows[title] = Row(_plain(subject.config), values)
     keys = rows["patched"].values.get("keys")
     if keys is not None:
         rows["original"].values.update(keys=keys, positions=keys, cost=Value(1.0))
+    if subjects["patched"].peak_bytes == first.peak_bytes:
+        notes.append("the peak of the memory is the original's: it is reached outside attention")
     return rows, notes
 
 

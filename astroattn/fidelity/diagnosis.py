@@ -35,6 +35,7 @@ class LayerFidelity:
         together_cosine: mean cosine between the attention outputs of a token.
         hidden_error: of the hidden state that the layer's block gives, together; None where no block was found.
         index: of the module among the self-attention modules of the model, as `where` of `patch` counts them.
+        cost_share: of the products of all attention calls, those of this one; None where they were not counted.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LayerFidelity:
     together_cosine: list[float]
     hidden_error: float | None
     index: int | None = None
+    cost_share: float | None = None
 
 
 class Diagnosis:

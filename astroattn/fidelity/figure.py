@@ -9,6 +9,7 @@ import numpy as np
 
 from astroattn.fidelity.diagnosis import LayerFidelity
 from astroattn.fidelity.metrics import METRICS
+from astroattn.files import check_output, replacing
 from astroattn.imports import needs
 
 with needs("eval"):
@@ -18,6 +19,8 @@ with needs("eval"):
 if TYPE_CHECKING:
     from astroattn.fidelity.result import Fidelity
 
+ROUNDING = 1e-6  # of relative errors
+SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours, which stay apart for all common kinds of colour blindness
 ALONE, TOGETHER, HIDDEN = "#0072B2", "#D55E00", "#555555"
 PATCHED, CONTROL = "#D55E00", "#B8B8B8"
@@ -53,15 +56,13 @@ def draw(result: Fidelity, path: str | Path) -> None:
     chosen = next((pair for pair in BARS if pair[0] in result.rows["patched"].values), BARS[0])
     for name, key in zip(("upper", "lower"), chosen, strict=True):
         draw_bars(axes[name], result, key)
-    figure.savefig(path)
+    with replacing(path) as part:
+        figure.savefig(part)
 
 
 def check_path(path: str | Path) -> None:
     """Raise ValueError where `draw` could not write, so that it is known before a long measurement."""
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"figure: there is no folder {str(Path(path).parent)!r}")
-    if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"figure: must end in .png, .pdf or .svg, got {str(path)!r}")
+    check_output("figure", Path(path), SUFFIXES, force=True)
 
 
 def _title(result: Fidelity) -> str:
@@ -79,11 +80,13 @@ def _draw_heads(axes: Any, layers: tuple[LayerFidelity, ...], heads: int) -> Non
     table = np.full((len(layers), heads), np.nan)
     for row, layer in enumerate(layers):
         table[row, : len(layer.isolated_error)] = layer.isolated_error
-    # Where every key is exact all errors are 0: the scale must not open below it.
-    image = axes.imshow(
-        table, aspect="auto", cmap="Blues", vmin=0, vmax=np.nanmax(table, initial=1e-6), interpolation="nearest"
-    )
     axes.set_title("error of every head, its layer alone", fontsize=10, loc="left")
+    largest = np.nanmax(table, initial=0)
+    if largest < ROUNDING:  # as where every key is exact: colours would show rounding
+        axes.text(0.5, 0.5, "no error", ha="center", va="center", transform=axes.transAxes)
+        axes.set_xticks([])
+        return
+    image = axes.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=largest, interpolation="nearest")
     axes.set_xlabel("head")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.08, pad=0.03)
@@ -91,7 +94,7 @@ def _draw_heads(axes: Any, layers: tuple[LayerFidelity, ...], heads: int) -> Non
     if heads <= 6 and len(layers) <= 24:  # room for numbers
         for (row, head), value in np.ndenumerate(table):
             if np.isfinite(value):
-                colour = "white" if value > 0.55 * np.nanmax(table) else "black"
+                colour = "white" if value > 0.55 * largest else "black"
                 axes.text(head, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from astroattn.fidelity import metrics
 from astroattn.fidelity.metrics import Array
 from astroattn.fidelity.speech import count_word_errors
+from astroattn.files import replacing
 from astroattn.imports import needs
 
 MOST_ITEMS = 50_000  # the first so many have a row: some 10 MB of JSON
@@ -105,7 +106,8 @@ def save_items(columns: Columns, path: str | Path) -> None:
         import pyarrow as pa
         from pyarrow import parquet
 
-    parquet.write_table(pa.table(columns), path)
+    with replacing(path) as part:
+        parquet.write_table(pa.table(columns), part)
 
 
 def load_items(path: str | Path) -> Columns:

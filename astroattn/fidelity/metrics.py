@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ METRICS = {
     "keys": Metric("keys", "{:.1f}", "keys that softmax attends to, mean over queries; real tokens only"),
     "positions": Metric("positions", "{:.1f}", "keys and centroids that a query attends to, mean"),
     "cost": Metric("cost", "{:.1%}", "products of length D per query over the 2N of softmax, all work counted"),
+    "time": Metric("time / original", "{:.1%}", "of a batch through the whole model, over the original's"),
     "seconds": Metric("seconds / batch", "{:.3f}", "median over batches, without hooks"),
     "peak_bytes": Metric("peak memory, MB", "{:.1f}", "of one pass over the first batch, weights not counted"),
     "nonfinite": Metric("not finite", "{:.0f}", "items whose logits, embedding or frames hold NaN or infinity"),
@@ -235,3 +237,20 @@ def bootstrap(
         return Value(value)
     low, high = np.nanpercentile(draws, [50 - 50 * level, 50 + 50 * level])
     return Value(value, float(low), float(high))
+
+
+def show(key: str, value: Value | None) -> str:
+    """A figure by its name in `METRICS`, as tables have it; nothing where it was not measured."""
+    if value is None:
+        return ""
+    if not math.isfinite(value.value):
+        return "not finite"
+    return METRICS[key].form.format(value.value * SCALES.get(key, 1.0))
+
+
+def show_interval(key: str, value: Value | None) -> str:
+    """Its interval, where it has one."""
+    if value is None or value.low is None or value.high is None or not math.isfinite(value.value):
+        return ""
+    form, scale = METRICS[key].form, SCALES.get(key, 1.0)
+    return f"[{form.format(value.low * scale)}, {form.format(value.high * scale)}]"

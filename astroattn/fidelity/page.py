@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from astroattn.fidelity.metrics import METRICS, SCALES, Value
+from astroattn.fidelity.metrics import Value, show, show_interval
+from astroattn.files import write_text
 from astroattn.imports import needs
 
 # Dark lines and letters of a chart take the colour of the page's text; what is coloured keeps its own.
@@ -33,14 +33,6 @@ class Chart(NamedTuple):
     description: str
 
 
-def check_page(name: str, path: str | Path) -> None:
-    """Raise ValueError, naming the argument, where no page could be written, so that it is known before measuring."""
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"{name}: there is no folder {str(Path(path).parent)!r}")
-    if Path(path).suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"{name}: must end in .html, got {str(path)!r}")
-
-
 def write_page(path: str | Path, template: str, **content: Any) -> None:
     """Fill a template; whatever comes from models and data is escaped."""
     with needs("eval"):
@@ -53,7 +45,7 @@ def write_page(path: str | Path, template: str, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    Path(path).write_text(environment.get_template(template).render(content), encoding="utf-8")
+    write_text(path, environment.get_template(template).render(content))
 
 
 def draw_chart(name: str, title: str, description: str, draw: Callable[[Any], None], height: float = 3.2) -> Chart:
@@ -75,14 +67,6 @@ def draw_chart(name: str, title: str, description: str, draw: Callable[[Any], No
     return Chart(INK.sub("currentColor", svg), title, description)
 
 
-def show(key: str, value: Value | None, interval: bool = True) -> str:
-    """A figure by its name in `METRICS`, with its interval; nothing where it was not measured."""
-    if value is None:
-        return ""
-    if not math.isfinite(value.value):
-        return "not finite"
-    form, scale = METRICS[key].form, SCALES.get(key, 1.0)
-    text = form.format(value.value * scale)
-    if interval and value.low is not None and value.high is not None:
-        text += f" [{form.format(value.low * scale)}, {form.format(value.high * scale)}]"
-    return text
+def show_both(key: str, value: Value | None, interval: bool = True) -> str:
+    """A figure by its name in `METRICS`, with its interval."""
+    return " ".join(filter(None, (show(key, value), show_interval(key, value) if interval else "")))

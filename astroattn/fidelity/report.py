@@ -16,9 +16,10 @@ import numpy as np
 from astroattn.fidelity.diagnosis import LayerFidelity
 from astroattn.fidelity.figure import ALONE, BARS, LOWER_IS_BETTER, TOGETHER, draw_bars, draw_layers
 from astroattn.fidelity.metrics import METRICS, Array
-from astroattn.fidelity.page import Chart, Table, check_page, draw_chart, show, write_page
+from astroattn.fidelity.page import Chart, Table, draw_chart, show_both, write_page
 from astroattn.fidelity.result import Fidelity
 from astroattn.fidelity.verdict import MEASURED, judge
+from astroattn.files import check_output
 
 WORST_LAYERS = 3
 WORST_ITEMS = 12
@@ -53,7 +54,7 @@ def write_report(result: Fidelity, path: str | Path, metric: str = "auto", toler
     Raises:
         ValueError: a path that is not of an HTML file in an existing folder; as `judge`.
     """
-    check_page("report", path)
+    check_output("report", Path(path), (".html",), force=True)
     verdict = judge(result, metric, tolerance)
     order = _rank(result)
     changed = _changed(result)
@@ -63,7 +64,7 @@ def write_report(result: Fidelity, path: str | Path, metric: str = "auto", toler
         result=result,
         verdict=verdict,
         label=METRICS[MEASURED[verdict.metric]].label,
-        shown={name: show(MEASURED[verdict.metric], row.values.get(MEASURED[verdict.metric]), name == "patched")
+        shown={name: show_both(MEASURED[verdict.metric], row.values.get(MEASURED[verdict.metric]), name == "patched")
                for name, row in result.rows.items() if name != "original"},
         costs=_cost_table(result),
         charts=_layer_charts(result.layers),
@@ -91,14 +92,14 @@ def _cost_table(result: Fidelity) -> Table:
     for name, row in result.rows.items():
         seconds = row.values["seconds"].value
         ratio = f"{seconds / base:.2f}" if base else ""
-        rows.append([name, *(show(key, row.values.get(key)) for key in COSTS), ratio])
+        rows.append([name, *(show_both(key, row.values.get(key)) for key in COSTS), ratio])
     return Table("Cost of a pass", columns, rows)
 
 
 def _control_table(result: Fidelity) -> Table:
     rows = []
     for key, metric in METRICS.items():
-        cells = [show(key, row.values.get(key), name == "patched") for name, row in result.rows.items()]
+        cells = [show_both(key, row.values.get(key), name == "patched") for name, row in result.rows.items()]
         if any(cells) and key not in COSTS:
             rows.append([metric.label, *cells])
     return Table("Fidelity and task, with 95 % intervals", ["figure", *result.rows], rows)

@@ -6,19 +6,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.table import Table
-
 from astroattn.fidelity.diagnosis import LayerFidelity
 from astroattn.fidelity.items import save_items
-from astroattn.fidelity.metrics import METRICS, SCALES, Value
+from astroattn.fidelity.metrics import METRICS, Value, show, show_interval
 from astroattn.fidelity.verdict import Verdict, judge
+from astroattn.files import write_text
+from astroattn.tables import Block, Table, render
 
-TABLE_WIDTH = 132
+INTERVAL = "95 % interval"  # of the patched model's figures
+WORST = 5  # layers
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Fidelity:
         head = json.dumps(plain, indent=1).removesuffix("\n}")
         columns = ",\n".join(lines)  # each on one line
         text = head + ',\n "per_item": {\n' + columns + "\n }\n}\n"
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(path, text)
 
     def save_items(self, path: str | Path) -> None:
         """Write `per_item` to a Parquet file; `load_items` reads it."""
@@ -101,67 +100,87 @@ class Fidelity:
 
         draw(self, path)
 
-    def __rich__(self) -> Group:
-        parts: list[Any] = [f"{self.model}: {self.items} items of {self.data}", _summary_table(self)]
+    def blocks(self) -> list[Block]:
+        """What is printed of it, for `astroattn.tables`."""
+        blocks: list[Block] = [f"{self.model}: {self.items} items of {self.data}", "", _summary_table(self), ""]
         if self.layers:
-            parts.append(_layer_table(self))
-        parts += [f"note: {note}" for note in self.notes]
-        return Group(*parts)
+            blocks += [_layer_table(self), ""]
+            if (table := _worst_table(self.layers)) is not None:
+                blocks += [table, ""]
+        return blocks[:-1] + [f"note: {note}" for note in self.notes]
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=TABLE_WIDTH, markup=False, highlight=False).print(self)
-        return text.getvalue().rstrip()
+        return render(self.blocks())
 
 
 def _summary_table(result: Fidelity) -> Table:
-    table = Table(caption=r"\[low, high]: 95 % interval", caption_justify="left")
-    table.add_column("")
+    """A line for each figure; the interval of the patched model's is a column of its own."""
+    columns = [""]
     for name in result.rows:
-        table.add_column(name, justify="right")
+        columns += [name, INTERVAL] if name == "patched" else [name]
+    lines = []
     for key, metric in METRICS.items():
-        cells = [_show(key, row.values.get(key), interval=name == "patched") for name, row in result.rows.items()]
+        cells = []
+        for name, row in result.rows.items():
+            value = row.values.get(key)
+            cells.append(show(key, value))
+            if name == "patched":
+                cells.append(show_interval(key, value))
         if any(cells):
-            table.add_row(metric.label, *cells)
-    return table
-
-
-def _show(key: str, value: Value | None, interval: bool) -> str:
-    if value is None:
-        return ""
-    if not math.isfinite(value.value):
-        return "not finite"
-    form, scale = METRICS[key].form, SCALES.get(key, 1.0)
-    text = form.format(value.value * scale)
-    if interval and value.low is not None and value.high is not None:
-        text += f"\n[{form.format(value.low * scale)}, {form.format(value.high * scale)}]"
-    return text
+            lines.append((metric.label, *cells))
+    return Table(columns, lines)
 
 
 def _layer_table(result: Fidelity) -> Table:
-    table = Table(
-        title=f"per layer, on {result.diagnosed} items: relative error of the attention output against softmax",
-        title_justify="left",
-        caption="alone: the layer reads the original's queries, keys and values. together: all layers are patched.",
-        caption_justify="left",
-    )
-    table.add_column("layer")
-    for name in ("alone", "worst head", "cosine", "|log normaliser|", "together", "cosine", "hidden state"):
-        table.add_column(name, justify="right")
-    repeated = any(layer.call for layer in result.layers)
-    for layer in result.layers:
+    names = _layer_names(result.layers)
+    rows = []
+    for name, layer in zip(names, result.layers, strict=True):
         worst = max(range(len(layer.isolated_error)), key=lambda head: layer.isolated_error[head])
-        table.add_row(
-            f"{layer.name} ({layer.call})" if repeated else layer.name,
-            _mean(layer.isolated_error),
-            f"{layer.isolated_error[worst]:.3f} (head {worst})",
-            _mean(layer.isolated_cosine),
-            _mean(layer.normaliser_error),
-            _mean(layer.together_error),
-            _mean(layer.together_cosine),
-            "" if layer.hidden_error is None else f"{layer.hidden_error:.3f}",
+        rows.append(
+            (
+                name,
+                _mean(layer.isolated_error),
+                f"{layer.isolated_error[worst]:.3f} ({worst})",
+                _mean(layer.isolated_cosine),
+                _mean(layer.normaliser_error),
+                _mean(layer.together_error),
+                _mean(layer.together_cosine),
+                "" if layer.hidden_error is None else f"{layer.hidden_error:.3f}",
+            )
         )
-    return table
+    return Table(
+        ("layer", "alone", "worst head", "cosine", "|log normaliser|", "together", "cosine", "hidden state"),
+        rows,
+        title=f"per layer, on {result.diagnosed} items: relative error of the attention output against softmax",
+        caption="alone: the layer reads the original's queries, keys and values. together: all layers are patched.",
+        names=0,
+    )
+
+
+def _worst_table(layers: tuple[LayerFidelity, ...]) -> Table | None:
+    """The layers that are paid for most and lose most; None where the cost of layers is not known."""
+    scored = []
+    for name, layer in zip(_layer_names(layers), layers, strict=True):
+        error, share = sum(layer.isolated_error) / len(layer.isolated_error), layer.cost_share
+        if share is not None and math.isfinite(error):
+            scored.append((error * share, error, share, name))
+    if len(scored) < 2:
+        return None
+    rows = [
+        (name, f"{error:.3f}", f"{share:.1%}", f"{product:.4f}")
+        for product, error, share, name in sorted(scored, reverse=True)[:WORST]
+    ]
+    return Table(
+        ("layer", "alone", "share of all cost", "product"),
+        rows,
+        title="layers that cost and lose most: error alone x share of the cost",
+        names=0,
+    )
+
+
+def _layer_names(layers: tuple[LayerFidelity, ...]) -> list[str]:
+    repeated = any(layer.call for layer in layers)
+    return [f"{layer.name} ({layer.call})" if repeated else layer.name for layer in layers]
 
 
 def _mean(values: list[float]) -> str:

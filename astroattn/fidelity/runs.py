@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from io import StringIO
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console, Group
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from astroattn.fidelity.figure import CONTROL, PATCHED
 from astroattn.fidelity.metrics import METRICS, Array
-from astroattn.fidelity.page import Chart, Table, check_page, draw_chart, show, write_page
-from astroattn.fidelity.result import TABLE_WIDTH, Fidelity
+from astroattn.fidelity.page import Chart, Table, draw_chart, show_both, write_page
+from astroattn.fidelity.result import Fidelity
 from astroattn.fidelity.saved import load_result
+from astroattn.tables import Block, render
+from astroattn.tables import Table as TextTable
 
 RESAMPLES = 2000
 SUMMARY = (
@@ -96,23 +94,21 @@ class Runs:
         return tables
 
     def write_page(self, path: str | Path, seed: int = 0) -> None:
-        """Write one HTML page of it, which needs no network; ValueError for a path that cannot be one."""
-        check_page("out", path)
+        """Write one HTML page of it, which needs no network."""
         write_page(path, "runs.html", results=self.results, tables=self.tables(seed), charts=_frontier(self.results))
 
-    def to_markdown(self, seed: int = 0) -> str:
-        """The tables in Markdown, for a pull request."""
+    def blocks(self, seed: int = 0) -> list[Block]:
+        """What is printed."""
         first = next(iter(self.results.values()))
-        return "\n\n".join([f"{first.items} items of {_escape(first.data)}", *map(_markdown, self.tables(seed))])
+        tables = [TextTable(each.columns, each.rows, title=each.caption) for each in self.tables(seed)]
+        return [f"{first.items} items of {first.data}", *tables]
 
-    def __rich__(self) -> Group:
-        first = next(iter(self.results.values()))
-        return Group(f"{first.items} items of {first.data}", *map(_rich_table, self.tables()))
+    def to_dict(self, seed: int = 0) -> dict[str, Any]:
+        """Per other run, what differs from the first; plain values for JSON."""
+        return {name: [asdict(each) for each in rows] for name, rows in self.differences(seed).items()}
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=TABLE_WIDTH, markup=False, highlight=False).print(self)
-        return text.getvalue().rstrip()
+        return render(self.blocks())
 
 
 def load_runs(paths: Sequence[str | Path]) -> Runs:
@@ -207,10 +203,10 @@ def _summary(results: Mapping[str, Fidelity]) -> Table:
         rows.append(
             [
                 name,
-                show("positions", values.get("positions")),
-                show("cost", values.get("cost")),
+                show_both("positions", values.get("positions")),
+                show_both("cost", values.get("cost")),
                 f"{_relative_time(result):.2f}",
-                *(show(key, values.get(key)) for key in there),
+                *(show_both(key, values.get(key)) for key in there),
             ]
         )
     columns = ["run", "positions", "cost", "time / original", *(METRICS[key].label for key in there)]
@@ -263,21 +259,3 @@ def _frontier(results: Mapping[str, Fidelity]) -> list[Chart]:
     return [
         draw_chart("frontier", f"{label} against cost", "Lower left is better; the figures are in the table.", draw)
     ]
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _markdown(table: Table) -> str:
-    lines = [table.columns, ["---"] + ["---:"] * (len(table.columns) - 1), *table.rows]
-    return "\n".join([f"**{_escape(table.caption)}**", "", *(f"| {' | '.join(map(_escape, row))} |" for row in lines)])
-
-
-def _rich_table(table: Table) -> RichTable:
-    drawn = RichTable(title=Text(table.caption), title_justify="left")
-    for number, column in enumerate(table.columns):
-        drawn.add_column(column, justify="right" if number else "left")
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    return drawn

@@ -42,7 +42,7 @@ class Subject:
         self.transcripts: list[str] = []
         self.nonfinite = 0
         self.peak_bytes: int | None = None
-        self._meter = CostMeter(self.model, [] if self.report is None else left_exact(self.report))
+        self.meter = CostMeter(self.model, [] if self.report is None else left_exact(self.report))
         self._seconds: list[float] = []
         self._parts: dict[str, list[Array]] = defaultdict(list)
 
@@ -52,9 +52,9 @@ class Subject:
             device = next(self.model.parameters()).device
             self.peak_bytes = measure_memory(lambda: forward(self.model, inputs), device)
         mask = token_mask(inputs)
-        with self._meter.watch():
+        with self.meter.watch():
             outputs, seconds = measure_time(lambda: forward(self.model, inputs))
-        self._meter.add(mask)
+        self.meter.add(mask)
         self._seconds.append(seconds)
         speech = is_speech(inputs)
         embedding = None if speech else pool(self.model, outputs, mask, pooling)
@@ -101,7 +101,7 @@ class Subject:
 
     def costs(self) -> dict[str, Value]:
         """What it takes to run: positions, cost, time, memory."""
-        values = {name: Value(value) for name, value in self._meter.totals().items()}
+        values = {name: Value(value) for name, value in self.meter.totals().items()}
         values["seconds"] = Value(statistics.median(self._seconds))
         values["peak_bytes"] = Value(float(self.peak_bytes or 0))
         return values

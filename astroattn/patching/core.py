@@ -14,7 +14,7 @@ from astroattn.config import AstroConfig
 from astroattn.hidden import LearnedHidden
 from astroattn.patching.checking import Configs, check, check_heads, make_core, run_original, shape_of, site_at
 from astroattn.patching.grid import PatchGrid, place_grids
-from astroattn.patching.report import PatchReport, Row
+from astroattn.patching.report import PatchReport, Row, make_notes
 from astroattn.patching.site import CORE, NO_GRID, Site, install, remove, site_of
 from astroattn.patching.survey import Found, Where, front_ends, select, survey
 from astroattn.plan import Plan
@@ -335,4 +335,4 @@ def _report(
                 kinds=kinds,
             )
         )
-    return PatchReport(type(model).__name__, tuple(rows), note)
+    return PatchReport(type(model).__name__, tuple(rows), note, make_notes(model))

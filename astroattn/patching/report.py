@@ -5,6 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
+from astroattn.attention import AstrocyteAttention
+from astroattn.config import AstroConfig
+from astroattn.cost import covered_length
+from astroattn.hidden import LearnedHidden
+from astroattn.ops.native import library
+from astroattn.tables import Block, Table, render
+
+# Tokens from which on the default took less time than SDPA, forward, with these kernels; docs/results/benchmark.json.
+FASTER_FROM = {"native": 1024, "torch": None}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,11 +35,12 @@ class Row:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Every attention module of a patched model, in module order, and how the probe forward went."""
+    """Every attention module of a patched model, in module order, how the probe forward went, and what to know."""
 
     model: str
     rows: tuple[Row, ...]
     probe: str
+    notes: tuple[str, ...] = ()
 
     @property
     def patched(self) -> list[Row]:
@@ -43,17 +57,53 @@ class PatchReport:
         return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
+        return render(self.blocks())
+
+    def blocks(self) -> list[Block]:
+        """What is printed of it, for `astroattn.tables`."""
         head = f"{self.model}: {len(self.patched)} of {len(self.rows)} attention modules are astrocytes"
-        return "\n".join([head, *_table(self.rows), f"probe: {self.probe}"])
+        return [head, _table(self.rows), f"probe: {self.probe}", *(f"note: {note}" for note in self.notes)]
 
 
-def _table(rows: tuple[Row, ...]) -> list[str]:
-    cells = [("#", "module", "class", "heads", "now", "why")]
+def _table(rows: tuple[Row, ...]) -> Table:
+    cells = []
     for row in rows:
         heads = f"{row.heads} x {row.head_dim}" if row.heads else "-"
         why = "; ".join(filter(None, (f"its heads have {row.kinds} configs" if row.kinds > 1 else "", row.reason)))
         index = "-" if row.index is None else str(row.index)
         cells.append((index, row.name or "(the model itself)", row.class_name, heads, row.status, why))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    return Table(("#", "module", "class", "heads", "now", "why"), cells, names=1, remarks=5)
+
+
+def make_notes(model: nn.Module) -> tuple[str, ...]:
+    """What to know about the astrocytes of a model before it is used: no training, short sequences, no gain in time."""
+    cores = [module for module in model.modules() if isinstance(module, AstrocyteAttention)]
+    notes = []
+    if untrained := sum(_is_untrained(core) for core in cores):
+        notes.append(f"the learned hidden layers of {untrained} modules are untrained: distill the model first")
+    configs = {config for core in cores for config in core.configs if config.hidden != "exact"}
+    if short := min((covered_length(config) for config in configs), default=0):
+        notes.append(f"sequences of up to {short:,} tokens are answered by softmax attention: there every key is exact")
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if configs == {AstroConfig()} and devices == {"cpu"}:
+        notes.append(_time_note())
+    return tuple(notes)
+
+
+def _is_untrained(core: AstrocyteAttention) -> bool:
+    """Both weights of a learned layer start alike, and no training keeps them so."""
+    layer = core.hidden
+    if not isinstance(layer, LearnedHidden) or layer.key_weight.is_meta or layer.query_weight.is_meta:
+        return False
+    return torch.equal(layer.key_weight, layer.query_weight)
+
+
+def _time_note() -> str:
+    kernels = "torch" if library.refusal(torch.float32) else "native"
+    start = FASTER_FROM[kernels]
+    what = "the default's attention, in C++," if kernels == "native" else "the default's attention, in plain PyTorch,"
+    if start is None:
+        return f"on a CPU measured here {what} was slower than softmax's at every length up to 4,096 tokens"
+    return (
+        f"on a CPU measured here {what} was faster than softmax's from {start:,} tokens on, and slower in shorter ones"
+    )

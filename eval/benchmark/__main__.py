@@ -26,7 +26,7 @@ from eval.benchmark.figure import plot
 from eval.benchmark.models import measure_models
 from eval.benchmark.rows import Row, print_results, summarise
 from eval.benchmark.timing import Effort
-from eval.common import FigureOption, JsonOption, SeedOption, write_figure, write_json
+from eval.common import FigureOption, JsonOption, SeedOption, run_script, write_figure, write_json
 
 
 class Dtype(StrEnum):
@@ -107,4 +107,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

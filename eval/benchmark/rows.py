@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
+
+from eval.common import run_script
 
 Row = dict[str, Any]
 SHOWN = (197, 512, 1024, 4096, 16384, 65536)  # lengths in the table
@@ -187,4 +188,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -41,7 +41,7 @@ from astroattn.simulation import NeuronAstrocyteNetwork, StaticNeurons
 from eval.calcium_traces.astrocyte import draw_weights, normalise, score, stream
 from eval.calcium_traces.cases import Case, load_image, load_text
 from eval.calcium_traces.figure import plot
-from eval.common import FigureOption, JsonOption, print_rows, rounded, write_figure, write_json
+from eval.common import FigureOption, JsonOption, print_rows, rounded, run_script, write_figure, write_json
 
 SEED, REDRAWS = 16, 10
 COUNTS = (1000, 100_000)
@@ -228,4 +228,4 @@ TABLES = {  # by part: title, and what its columns show
 }
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main, data=True)

@@ -14,7 +14,8 @@ from astroattn.data import PYTHON_DOCS, load_data
 from astroattn.data.photos import Photo
 from astroattn.data.texts import read_file
 from astroattn.models import LoadedModel, load_model
-from eval.heads import data_folder, read_layers
+from eval.common import data_folder
+from eval.heads import read_layers
 from eval.train_digits import load_digits_vit, load_split
 
 TOKENS = 196

@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import typer
 from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -47,6 +46,7 @@ from eval.common import (
     print_rows,
     relative_error,
     rounded,
+    run_script,
     write_figure,
     write_json,
 )
@@ -262,4 +262,4 @@ TABLES = {  # by part: title, and what its columns show
 }
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main, data=True)

@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from eval.common import JsonOption, print_rows, provenance, rounded, write_json
+from eval.common import JsonOption, print_rows, provenance, rounded, run_script, write_json
 from eval.coverage.examining import Row, Status, examine_at, make_row
 from eval.coverage.page import count_statuses, format_page
 from eval.coverage.pool import run_all
@@ -84,4 +84,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -8,12 +8,21 @@ from typing import Annotated
 
 import typer
 
-from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, write_figure, write_json
+from eval.common import (
+    FigureOption,
+    JsonOption,
+    LimitOption,
+    SeedOption,
+    data_folder,
+    print_rows,
+    run_script,
+    write_figure,
+    write_json,
+)
 from eval.error_vs_hidden.plot import plot, plot_layers, plot_theory
 from eval.error_vs_hidden.real import FULL, Settings, measure_real
 from eval.error_vs_hidden.rows import select, tabulate
 from eval.error_vs_hidden.synthetic import fit_slopes, measure_synthetic
-from eval.heads import data_folder
 
 FullOption = Annotated[bool, typer.Option("--full", help="More items, seeds and training: about 20 minutes.")]
 
@@ -54,4 +63,4 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main, data=True)

@@ -19,7 +19,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from eval.common import FigureOption, JsonOption, LimitOption, SeedOption, print_rows, write_figure, write_json
+from eval.common import (
+    FigureOption,
+    JsonOption,
+    LimitOption,
+    SeedOption,
+    print_rows,
+    run_script,
+    write_figure,
+    write_json,
+)
 from eval.frontier.cases import SOURCES, choose_sources
 from eval.frontier.comparing import describe, dominated, format_markdown
 from eval.frontier.figure import plot
@@ -75,4 +84,4 @@ def _merge(rows: list[Row], found: list[Row]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main, data=True)

@@ -17,8 +17,7 @@ from astroattn.data import PYTHON_DOCS, load_data
 from astroattn.data.loading import HALVES
 from astroattn.fidelity.passes import forward, pool, token_mask
 from astroattn.models import load_model
-from eval.common import relative_error
-from eval.heads import data_folder
+from eval.common import data_folder, relative_error
 from eval.train_digits import load_digits_vit, load_split
 
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from eval.common import FigureOption, JsonOption, LimitOption, print_rows, write_figure, write_json
+from eval.common import FigureOption, JsonOption, LimitOption, print_rows, run_script, write_figure, write_json
 from eval.generate import copying, distance, loss, recall, speed
 from eval.generate.caches import NAMES
 from eval.generate.figure import plot
@@ -93,4 +93,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main, data=True)

@@ -11,9 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from eval.common import fill_marks, write_figure
+from eval.common import fill_marks, run_script, write_figure
 from eval.generate.distance import BUCKETS
 from eval.generate.figure import Row, about, of_largest, plot
 
@@ -125,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 import astroattn
 from astroattn import Plan
+from eval.common import run_script
 from eval.generate.subjects import LOADERS
 
 FOLDER = Path(__file__).parent.parent.parent / "docs" / "results" / "generate_plans"
@@ -58,4 +59,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main, data=True)

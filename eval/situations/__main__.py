@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from eval.common import JsonOption, SeedOption, print_rows, write_json
+from eval.common import JsonOption, SeedOption, print_rows, run_script, write_json
 from eval.coverage.pool import run_all
 from eval.situations.drawing import Situation, draw
 from eval.situations.examining import WRONG, examine, judge
@@ -79,4 +79,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)
