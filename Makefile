@@ -9,7 +9,7 @@ JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo wheel clean
+.PHONY: help setup test lint demo docs wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -42,6 +42,9 @@ test: lint ## lint, then the tests (JOBS=2 at a time)
 demo: setup ## patch a BERT and a ViT, and see what it cost (writes out/demo)
 	$(BIN)/python -m eval.demo
 
+docs: setup ## the documentation as a site (in site), strictly: a dead link or an example that fails is an error
+	$(BIN)/python -m zensical build --clean --strict
+
 # PyTorch brings libgomp.so.1, and is loaded before the kernels: a second one would be a second pool of threads.
 wheel: setup ## the wheel, named after the systems that it runs on, and the sdist (in dist)
 	rm -rf build/wheel dist
@@ -50,4 +53,4 @@ wheel: setup ## the wheel, named after the systems that it runs on, and the sdis
 	mv build/wheel/*.tar.gz dist
 
 clean: ## remove .venv, caches and outputs
-	rm -rf $(VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) out dist build site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -116,8 +116,10 @@ class AstrocyteAttention(nn.Module):
         """Attend.
 
         Args:
-            query: [B, H, Nq, D]. key: [B, H, Nk, D]. value: [B, H, Nk, Dv]. float32, float64, bfloat16 or float16, all
-                three the same; under autocast they are taken in its dtype, as by `scaled_dot_product_attention`.
+            query: [B, H, Nq, D], float32, float64, bfloat16 or float16, as key and value; under autocast all three are
+                taken in its dtype, as by `scaled_dot_product_attention`.
+            key: [B, H, Nk, D].
+            value: [B, H, Nk, Dv].
             key_mask: [B, Nk] bool, True = a real token. Padding does not move the results of real tokens. Sequences
                 without a real token give zeros, and so do queries that are padding, except in softmax attention.
             causal: a query sees no later key; with Nq < Nk the queries are the last tokens.
@@ -181,10 +183,13 @@ class AstrocyteAttention(nn.Module):
         streaming memory knows no padding.
 
         Args:
-            query, key, value: the new tokens [B, H, N, D], [B, H, N, D], [B, H, N, Dv], one or more; to a streaming
-                memory keys and values may have fewer heads, each read by as many query heads in turn.
+            query: the new tokens [B, H, N, D], one or more.
+            key: theirs [B, H, N, D]; to a streaming memory keys and values may have fewer heads, each read by as many
+                query heads in turn.
+            value: theirs [B, H, N, Dv].
             state: what the call before has returned, which is used up by that; None: these are the first tokens.
-            key_mask, scale: as in `forward`.
+            key_mask: as in `forward`.
+            scale: as in `forward`.
 
         Returns:
             The output [B, H, N, Dv] and the state for the next call (of float32 at least). Streaming memories whose

@@ -8,10 +8,11 @@ below and is run by `run_script(main)`, or `run_script(main, data=True)` where i
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +83,16 @@ def write_figure(path: Path, figure: Figure) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight")
+
+
+def fill_marks(page: str, texts: Mapping[str, str]) -> str:
+    """The page with each text between its two marks, `<!-- NAME -->` and `<!-- end -->`."""
+    for name, text in texts.items():
+        parts = re.split(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", page, flags=re.DOTALL)
+        if len(parts) != 2:
+            raise ValueError(f"page: it has {len(parts) - 1} places for {name!r}; one is needed")
+        page = text.join(parts)
+    return page
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:

@@ -1,6 +1,6 @@
-"""The table of measured fidelity in the README, made from the committed results of `astroattn compare`.
+"""The table of measured fidelity on the benchmarks page, made from the committed results of `astroattn compare`.
 
-python -m eval.summary        # prints the table; the README must hold it as it is (tested)
+python -m eval.summary        # prints the table; `python -m eval.overview` puts it into docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def format_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Print the README's table of measured fidelity."""
+    """Print the table of measured fidelity."""
     print(format_markdown(measure()))
 
 

@@ -181,8 +181,8 @@ def test_script_writes_tables_and_figures(tmp_path, measured: tuple, monkeypatch
 
 def test_error_of_random_features_falls_as_the_root_of_m() -> None:
     fits = {fit["hidden"]: fit["slope"] for fit in synthetic.fit_slopes(committed("error_vs_hidden"))}
-    readme = (summary.RESULTS.parent.parent / "README.md").read_text("utf-8")
-    assert f"fits a slope of\n{fits['independent']:.2f}" in readme
+    page = (summary.RESULTS.parent / "science.md").read_text("utf-8")
+    assert f"fits a slope of\n{fits['independent']:.2f}" in page
     assert synthetic.draw_error(4096, "independent", 0) < 0.5 * synthetic.draw_error(256, "independent", 0)
 
 

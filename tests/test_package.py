@@ -1,4 +1,4 @@
-"""What is shipped: imports, the wheel, versions, and the examples of the README."""
+"""What is shipped: imports, the wheel, and versions."""
 
 from __future__ import annotations
 
@@ -217,13 +217,3 @@ def test_nothing_is_unpickled_and_no_remote_code_is_trusted() -> None:
     assert sources
     found = [str(path.relative_to(ROOT)) for path in sources if PICKLE.search(path.read_text("utf-8"))]
     assert found == ["eval/situations/wrapping.py"]  # which pickles a model itself, to see that it survives it
-
-
-README_BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\s*\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def test_readme_examples_run(tmp_path: Path) -> None:
-    """Every Python block runs, in order and in one namespace, but those that follow `<!-- not run: REASON -->`."""
-    blocks = [code for skipped, code in README_BLOCK.findall((ROOT / "README.md").read_text("utf-8")) if not skipped]
-    assert blocks
-    run_python("\n".join(blocks), cwd=tmp_path)

@@ -85,7 +85,9 @@ class Distiller:
             (no FSDP). None: one process, the model's device and precision.
 
     Attributes:
-        model: what is trained. step: whole steps until now. losses: of each, the mean over its batches and layers.
+        model: what is trained.
+        step: whole steps until now.
+        losses: of each step, the mean over its batches and layers.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, a model without what is to be trained.

@@ -30,9 +30,9 @@ class DistillReport:
 
     Attributes:
         layers: the error of each learned layer; of all patched layers where none is learned.
-        output_before, output_after: of the whole patched model on the held-out batches, the loss where it is one of
-            the model, and that of "end_to_end" where it is one of layers; NaN where the model gives neither hidden
-            states nor logits.
+        output_before: of the whole patched model on the held-out batches, the loss where it is one of the model, and
+            that of "end_to_end" where it is one of layers; NaN where the model gives neither hidden states nor logits.
+        output_after: the same after this run.
         losses: of each step of this run; of layers, their mean.
         steps: of all runs until now.
         ended: why the run ended, in words.

@@ -97,7 +97,8 @@ def compare(
             them, and exact keys in place of hidden neurons. Of causal attention the window is that of the newest
             tokens, with the mean of all older ones ("newest and mean").
         seed: of the bootstrap intervals.
-        name, data: names of the model and of the inputs, for the tables.
+        name: of the model, for the tables.
+        data: a name of the inputs, for the same.
         progress: show a progress bar.
 
     Raises:

@@ -83,7 +83,12 @@ def integrate(
 
     Args:
         network: its hidden neurons and its leak are used; its state is not changed.
-        query, key, value, x, causal, scale: as in `NeuronAstrocyteNetwork.run`. They are taken in float64.
+        query: as in `NeuronAstrocyteNetwork.run`, as are the next five; all are taken in float64.
+        key: [B, H, N, D].
+        value: [B, H, N, Dv].
+        x: [B, H, N, Dv], or None.
+        causal: read each token as soon as it is written.
+        scale: multiplies q.k; None is D^-0.5.
         constants: tau_n and tau_p; None is the default of `TimeConstants`.
         samples: moments kept per token and phase, the last one at its end.
 

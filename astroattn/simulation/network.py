@@ -118,7 +118,10 @@ class NeuronAstrocyteNetwork:
         """Forget, then stream a sequence: all tokens are written, then all are read; or each is written and read.
 
         Args:
-            query, key: [B, H, N, D]. value: [B, H, N, Dv]. x: [B, H, N, Dv], added to the last layer.
+            query: [B, H, N, D].
+            key: [B, H, N, D].
+            value: [B, H, N, Dv].
+            x: [B, H, N, Dv], added to the last layer.
             causal: read each token as soon as it is written.
             scale: multiplies q.k (its root multiplies q and k); None is D^-0.5.
             record: letters of what to keep: "h", "p", "H", "g". H takes N Dv m numbers per head.

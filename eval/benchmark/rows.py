@@ -1,6 +1,6 @@
 """The benchmark's rows: how to find them, what they sum up to, and how they are printed.
 
-python -m eval.benchmark.rows docs/results/benchmark.json    # the tables that the README must hold (tested)
+python -m eval.benchmark.rows docs/results/benchmark.json    # the tables of docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from eval.common import run_script
 
 Row = dict[str, Any]
-SHOWN = (197, 512, 1024, 4096, 16384, 65536)  # lengths in the README
+SHOWN = (197, 512, 1024, 4096, 16384, 65536)  # lengths in the table
 FITTED = 4  # longest lengths that the slope of the peak memory is fitted over
 
 
@@ -134,7 +134,7 @@ def _sum_up(row: Row) -> str:
 
 
 def format_markdown(rows: list[Row]) -> str:
-    """A CPU's rows as two tables for the README: the attention, and whole models with one input."""
+    """A CPU's rows as two tables: the attention, and whole models with one input."""
     lengths = [tokens for tokens in SHOWN if tokens in values_of(rows, "tokens", "attention")]
     last = f"{lengths[-1]:,}"
     head = ["forward / forward and backward", *(f"{tokens:,}" for tokens in lengths)]
@@ -183,7 +183,7 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def main(path: Path) -> None:
-    """Print the README's tables from a result of the benchmark on a CPU."""
+    """Print the tables from a result of the benchmark on a CPU."""
     print(format_markdown(json.loads(path.read_text("utf-8"))["rows"]))
 
 

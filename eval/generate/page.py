@@ -6,13 +6,12 @@ python -m eval.generate.page
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from eval.common import run_script, write_figure
+from eval.common import fill_marks, run_script, write_figure
 from eval.generate.distance import BUCKETS
 from eval.generate.figure import Row, about, of_largest, plot
 
@@ -111,13 +110,8 @@ def load_results() -> dict[str, list[Row]]:
 
 def fill(page: str, results: dict[str, list[Row]]) -> str:
     """The page with the table of each task between its two marks, `<!-- task -->` and `<!-- end -->`."""
-    for task, table in FORMATS.items():
-        text = table(results[task]) if task in results else MISSING
-        parts = re.split(rf"(?<=<!-- {task} -->\n).*?(?=\n<!-- end -->)", page, flags=re.DOTALL)
-        if len(parts) != 2:
-            raise ValueError(f"page: it has {len(parts) - 1} places for {task!r}; one is needed")
-        page = text.join(parts)
-    return page
+    tables = {task: table(results[task]) if task in results else MISSING for task, table in FORMATS.items()}
+    return fill_marks(page, tables)
 
 
 def main() -> None:
