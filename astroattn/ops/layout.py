@@ -120,7 +120,7 @@ class Budget(NamedTuple):
         if keys < 0:
             keys = body if body <= LEAST_BODY else min(round(KEYS_PER_ROOT * root), MOST_KEYS) // -keys
         if hidden < 0:
-            hidden = max(8 * round(min(HIDDEN_PER_ROOT * root, MOST_HIDDEN) / -hidden / 8), 8)
+            hidden = min(max(8 * round(HIDDEN_PER_ROOT * root / -hidden / 8), 8), MOST_HIDDEN // -hidden)
         tile = SUBTILE * min(max(-(-tile // SUBTILE), 1), -(-body // SUBTILE))
         return Layout(self.grid, self.prefix, tile, self.by_content, near, min(keys, body), hidden, self.steps)
 
