@@ -56,11 +56,12 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a command printed: its data, its date, and the figures by their names in `fidelity.METRICS`."""
+    """What a command printed: its data, date and versions, and the figures by their names in `fidelity.METRICS`."""
 
     command: str
     data: str
     date: str
+    versions: Mapping[str, str]
     values: Mapping[str, float]
 
 
