@@ -305,7 +305,6 @@ def parse_recipe(table: Mapping[str, Any], folder: Path | None = None) -> Recipe
     plan = table.pop("plan", None)
     if plan is not None and not isinstance(plan, str):
         raise ValueError(f"plan: must be str, got {plan!r}")
-    preset = table.pop("preset", None)
     preset, settings = table.pop("preset", None), table.pop("settings", None)
     for name, other in (("preset", preset), ("settings", settings)):
         if plan is not None and other is not None:

@@ -98,7 +98,7 @@ def quote(command: str, library: str) -> Measurement:
     others = {"transformers", "timm"} - {library}
     return Measurement(
         command=command,
-        data=result["data"],
+        data=f"{result['items']} items of {result['data']}",
         date=result["environment"]["date"][:10],
         versions={name: versions[name] for name in VERSIONS if name not in others},
         values={name: round(patched[name], 4) for name in (*names, *COSTS)},

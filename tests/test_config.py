@@ -40,10 +40,7 @@ def test_every_number_has_a_range() -> None:
 @settings(deadline=None)
 @given(
     st.fixed_dictionaries(
-        {
-            name: st.one_of(st.integers(least, 10**6), *map(st.just, FREE.get(name, ())))
-            for name, least in LEAST.items()
-        }
+        {name: st.one_of(st.integers(least, 10**6), *map(st.just, FREE.get(name, ()))) for name, least in LEAST.items()}
         | {"hidden": st.sampled_from(HIDDEN), "activation": st.sampled_from(ACTIVATIONS), "orthogonal": st.booleans()}
         | {"backend": st.sampled_from(BACKENDS), "tiles": st.sampled_from(TILES)}
     )
