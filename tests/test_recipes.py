@@ -286,7 +286,7 @@ def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ("MiniLMM", "model: cannot load 'MiniLMM'.*; there is a recipe 'minilm'$"),
         ("minilm.toml", "recipe: cannot read 'minilm.toml'.*; there is a recipe 'minilm'$"),
-        ("vit-tiny-patch16-22", ".*; there is a recipe 'vit_tiny_patch16_224' and a recipe 'vit_base_patch16_224' and.*"),
+        ("vit-tiny-patch16-22", ".*; there is a recipe 'vit_tiny_patch16_224' and a recipe 'vit_base_patch16_224'.*"),
         ("something-else", "model: cannot load [^;]*$"),
         ("someone/minilmm", "model: cannot load [^;]*$"),
     ],
