@@ -255,7 +255,7 @@ def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_recipes_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "minilm                all-MiniLM-L6-v2 (BERT, 6 layers, 12 heads of 32)" in lines
+    assert "minilm                   all-MiniLM-L6-v2 (BERT, 6 layers, 12 heads of 32)" in lines
 
 
 def test_a_decoder_is_calibrated_and_compared(
