@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from astroattn.checkpoint import from_pretrained as from_pretrained
     from astroattn.checkpoint import load as load
     from astroattn.checkpoint import save as save
+    from astroattn.config import PRESETS as PRESETS
     from astroattn.config import AstroConfig as AstroConfig
     from astroattn.cost import Cost as Cost
     from astroattn.distillation import Distiller as Distiller
@@ -37,6 +38,7 @@ _HOMES = {
     "Cost": "cost",
     "DistillReport": "distillation",
     "Distiller": "distillation",
+    "PRESETS": "config",
     "PatchReport": "patching",
     "Plan": "plan",
     "calibrate": "calibration",

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 import astroattn
 from astroattn.choices import DTYPES, FIGURES, POOLINGS, PYTHON_DOCS, TOLERANCES
-from astroattn.config import HIDDEN, TILES
+from astroattn.config import HIDDEN, PRESETS, TILES
 from astroattn.files import check_output, write_json
 from astroattn.plan import METRICS
 from astroattn.tables import Block, Table, render, render_markdown, terminal_width
@@ -72,6 +72,9 @@ Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 Size = Annotated[int | None, typer.Option(min=1, help="Pixels per side of the photos; position embeddings follow.")]
 Layers = Annotated[
     str | None, typer.Option(help="Which attention modules: all, indices as in 0-5,8, or a name pattern as in '*.3.*'.")
+]
+PresetWord = Annotated[
+    str | None, typer.Option("--preset", help=f"Settings by a word: {', '.join(PRESETS)}; other options refine them.")
 ]
 Hidden = Annotated[str | None, typer.Option(help=f"Hidden layer: {', '.join(HIDDEN)}.")]
 NumHidden = Annotated[int | None, typer.Option(help="Hidden neurons per head (m); -1: by the length.")]
@@ -128,6 +131,7 @@ def patch_model(
     size: Size = None,
     layers: Layers = None,
     plan: PlanFile = None,
+    preset: PresetWord = None,
     hidden: Hidden = None,
     num_hidden: NumHidden = None,
     near: Near = None,
@@ -145,7 +149,7 @@ def patch_model(
 
     _prepare(quiet, force, json=json_path)
     settings = _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed)
-    recipe = override(open_recipe(model), settings, {"size": size}, layers, plan)
+    recipe = override(open_recipe(model), settings, {"size": size}, layers, plan, preset)
     report = recipe.patch(recipe.load(weights, device, dtype, items=False))
     chosen = {"plan": recipe.plan.to_dict()} if recipe.plan else {"config": dataclasses.asdict(recipe.settings)}
     plain = chosen | report.to_dict()
@@ -180,6 +184,7 @@ def compare_model(
     size: Size = None,
     layers: Layers = None,
     plan: PlanFile = None,
+    preset: PresetWord = None,
     hidden: Hidden = None,
     num_hidden: NumHidden = None,
     near: Near = None,
@@ -210,6 +215,7 @@ def compare_model(
         _data(data, limit, half, batch_size, tokens, classes, pooling, size),
         layers,
         plan,
+        preset,
     )
     if sweep:
         setting, values = parse_sweep(sweep)

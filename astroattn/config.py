@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Literal
 
 from astroattn.suggestions import suggest
 
 HIDDEN = ("hebbian", "random", "learned", "streaming", "none", "exact")
 MIXABLE = ("hebbian", "none", "exact")  # without weights of their own, so that the heads of a module may differ
+Preset = Literal["fast", "balanced", "exact"]
 BACKENDS = ("auto", "torch", "triton", "native")
 ACTIVATIONS = (
     "positive_exp",
@@ -24,6 +27,7 @@ ACTIVATIONS = (
 TILES = ("content", "position")
 STATIC = ("random", "learned")  # with weights that no sequence changes
 BY_LENGTH = -1  # of a number that the length of the sequence decides
+HALF_BY_LENGTH = -2  # half of that
 STATIC_HIDDEN = 16  # neurons of a static layer that is not told how many
 ENTRIES_STEP, LEAST_ENTRIES = 8, 16  # of a streaming memory
 _LEAST = {
@@ -36,7 +40,12 @@ _LEAST = {
     "entries": LEAST_ENTRIES,
     "seed": 0,
 }
-_BY_LENGTH = ("num_hidden", "near", "exact_keys", "tile")
+_BY_LENGTH = {
+    "num_hidden": (BY_LENGTH, HALF_BY_LENGTH),
+    "near": (BY_LENGTH,),
+    "exact_keys": (BY_LENGTH, HALF_BY_LENGTH),
+    "tile": (BY_LENGTH,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +55,7 @@ class AstroConfig:
     Queries are cut into tiles, and those into sub-tiles of four. A sub-tile attends some keys with exp(q.k) as in
     softmax; all other keys are read through the astrocyte and its hidden layer. `BY_LENGTH` (-1) leaves a number to the
     length n of the sequence: the default's tiles, neurons and exact keys grow as sqrt(n), and up to 128 tokens it is
-    softmax attention.
+    softmax attention. `HALF_BY_LENGTH` (-2) takes half of what it says, for neurons and exact keys.
 
     Args:
         hidden: the hidden layer. "hebbian" learns its weights from the keys being read; "random" draws them once,
@@ -101,9 +110,10 @@ class AstroConfig:
             value = getattr(self, field.name)
             if type(value).__name__ != field.type:  # bool is an int, but not a number of neurons
                 raise TypeError(f"{field.name}: {value!r} of type {type(value).__name__}; expected {field.type}")
-            by_length = field.name in _BY_LENGTH and value == BY_LENGTH
-            if field.name in _LEAST and value < _LEAST[field.name] and not by_length:
-                or_else = f", or {BY_LENGTH}: by the length" if field.name in _BY_LENGTH else ""
+            by_length = _BY_LENGTH.get(field.name, ())
+            if field.name in _LEAST and value < _LEAST[field.name] and value not in by_length:
+                or_else = f", or {BY_LENGTH}: by the length" if by_length else ""
+                or_else += f", or {HALF_BY_LENGTH}: half of that" if HALF_BY_LENGTH in by_length else ""
                 raise ValueError(f"{field.name}: {value}; must be at least {_LEAST[field.name]}{or_else}")
         choices = (("hidden", HIDDEN), ("tiles", TILES), ("activation", ACTIVATIONS), ("backend", BACKENDS))
         for name, allowed in choices:
@@ -123,8 +133,34 @@ class AstroConfig:
                 raise ValueError(f"near: {self.near}; entries={self.entries} has room for at most {most} newest tokens")
         if self.hidden in STATIC:  # its weights are there before any sequence
             for name, value in (("num_hidden", STATIC_HIDDEN), ("near", 0), ("exact_keys", 0)):
-                if getattr(self, name) == BY_LENGTH:
+                if getattr(self, name) < 0:
                     object.__setattr__(self, name, value)
+
+
+# "fast" has half of the default's exact keys and neurons, which is two thirds of its cost. "exact" is what its name
+# says up to 256 tokens; in longer sequences it is near to softmax attention, which hidden="exact" is.
+PRESETS: Mapping[str, AstroConfig] = MappingProxyType(
+    {
+        "fast": AstroConfig(num_hidden=HALF_BY_LENGTH, exact_keys=HALF_BY_LENGTH),
+        "balanced": AstroConfig(),
+        "exact": AstroConfig(num_hidden=64, exact_keys=256),
+    }
+)
+
+
+def as_config(config: AstroConfig | str | None, argument: str = "config") -> AstroConfig:
+    """The config that is meant by a word of `PRESETS`, or by None: the default.
+
+    Raises:
+        TypeError: something else, given as this argument. ValueError: another word.
+    """
+    if config is None or isinstance(config, AstroConfig):
+        return config or AstroConfig()
+    if not isinstance(config, str):
+        raise TypeError(f"{argument}: expected an AstroConfig, a Plan, a word or None, got {type(config).__name__}")
+    if config not in PRESETS:
+        raise ValueError(f"{argument}: {config!r}; must be one of {', '.join(PRESETS)}{suggest(config, PRESETS)}")
+    return PRESETS[config]
 
 
 def is_tiled(config: AstroConfig) -> bool:

@@ -128,7 +128,7 @@ def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> 
     if body <= 0 or not is_tiled(config):
         return body <= 0
     near = LEAST_NEAR if config.near == ROOT else config.near
-    exact_keys = LEAST_BODY if config.exact_keys == ROOT else config.exact_keys
+    exact_keys = LEAST_BODY if config.exact_keys < 0 else config.exact_keys
     return max(near, exact_keys) >= body  # by a bare comparison, which holds for a range of lengths in a graph
 
 
@@ -139,7 +139,7 @@ def covered_length(config: AstroConfig) -> int:
     if not is_tiled(config):
         return config.exact_queries
     near = LEAST_NEAR if config.near == ROOT else config.near
-    exact_keys = LEAST_BODY if config.exact_keys == ROOT else config.exact_keys
+    exact_keys = LEAST_BODY if config.exact_keys < 0 else config.exact_keys
     return config.exact_queries + max(near, exact_keys)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -15,7 +15,7 @@ import torch
 
 from astroattn.calibration import calibrate
 from astroattn.choices import DTYPES
-from astroattn.config import AstroConfig
+from astroattn.config import AstroConfig, as_config
 from astroattn.data import Data, load_data
 from astroattn.data.loading import first_names
 from astroattn.models import LoadedModel, load_model
@@ -56,11 +56,12 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a command printed: its data, its date, and the figures by their names in `fidelity.METRICS`."""
+    """What a command printed: its data, date and versions, and the figures by their names in `fidelity.METRICS`."""
 
     command: str
     data: str
     date: str
+    versions: Mapping[str, str]
     values: Mapping[str, float]
 
 
@@ -73,7 +74,8 @@ class Recipe:
         library: `"transformers"` or `"timm"`.
         title: what people call it.
         layers: which attention modules: `"all"`, indices and ranges (`"0-5,8"`), or a name pattern.
-        settings: fields of `AstroConfig`; those left out have their defaults.
+        settings: fields of `AstroConfig`; those left out have their defaults or, where the file names a preset beside
+            them (`preset = "fast"`), what that says.
         plan: what every head does, instead of settings; in the file the path of one, relative to it.
         data: `DataSettings`.
         measured: what was measured with these settings; empty for nothing.
@@ -241,13 +243,20 @@ def override(
     data: Mapping[str, Any],
     layers: str | None,
     plan: str | Path | None = None,
+    preset: str | None = None,
 ) -> Recipe:
-    """The recipe with other values; None leaves what it says. A plan, the path of its file, replaces the settings.
+    """The recipe with other values; None leaves what it says.
+
+    A plan, the path of its file, replaces the settings; a preset, a word of `PRESETS`, settings or plan.
 
     Raises:
-        ValueError: a plan that cannot be read; settings for a recipe that has a plan.
+        ValueError: a plan that cannot be read; settings for a recipe that has a plan; a plan and a preset.
     """
     changed = {name: value for name, value in settings.items() if value is not None}
+    if preset is not None:
+        if plan is not None:
+            raise ValueError("preset: cannot be set, as a plan says what every head does")
+        recipe = replace(recipe, plan=None, settings=as_config(preset, "preset"))
     chosen = recipe.plan if plan is None else Plan.load(plan)
     if chosen is not None and (others := changed.keys() - {"seed"}):  # the seed is also that of the intervals
         raise ValueError(f"{min(others)}: cannot be set, as a plan says what every head does")
@@ -296,11 +305,14 @@ def parse_recipe(table: Mapping[str, Any], folder: Path | None = None) -> Recipe
     plan = table.pop("plan", None)
     if plan is not None and not isinstance(plan, str):
         raise ValueError(f"plan: must be str, got {plan!r}")
-    if plan is not None and "settings" in table:
-        raise ValueError("settings: a recipe has a plan or settings, not both")
+    preset, settings = table.pop("preset", None), table.pop("settings", None)
+    for name, other in (("preset", preset), ("settings", settings)):
+        if plan is not None and other is not None:
+            raise ValueError(f"{name}: a recipe has a plan or {name}, not both")
+    base = as_config(preset, "preset")
     parts = {
         "plan": None if plan is None else Plan.load((folder or Path()) / plan),
-        "settings": _read(AstroConfig, table.pop("settings", {}), "settings."),
+        "settings": base if settings is None else _read(AstroConfig, settings, "settings.", asdict(base)),
         "data": _read(DataSettings, table.pop("data", {}), "data."),
         "measured": tuple(_read(Measurement, row, f"measured[{n}].") for n, row in enumerate(measured)),
     }
@@ -352,8 +364,8 @@ def parse_layers(text: str) -> list[int] | str | None:
     return indices
 
 
-def _read(kind: type, table: Any, prefix: str = "") -> Any:
-    """Make a dataclass of a TOML table; unknown keys and wrong types are errors that name the key."""
+def _read(kind: type, table: Any, prefix: str = "", base: Mapping[str, Any] | None = None) -> Any:
+    """Make a dataclass of a TOML table over `base`; unknown keys and wrong types are errors that name the key."""
     if not isinstance(table, Mapping):
         raise ValueError(f"{prefix.rstrip('.')}: must be a table, got {table!r}")
     types = get_type_hints(kind)
@@ -366,7 +378,7 @@ def _read(kind: type, table: Any, prefix: str = "") -> Any:
             wanted = " or ".join(each.__name__ for each in allowed if each is not type(None))
             raise ValueError(f"{prefix}{name}: must be {wanted}, got {value!r}")
     try:
-        return kind(**table)
+        return kind(**{**(base or {}), **table})
     except TypeError as error:  # a field without a default that is missing
         raise ValueError(f"{prefix.rstrip('.') or 'recipe'}: {str(error).split(') ')[-1]}") from None
 

@@ -7,6 +7,7 @@ below and is run by `run_script(main)`, or `run_script(main, data=True)` where i
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -76,6 +77,11 @@ def write_json(path: Path, rows: list[dict[str, Any]], *, seed: int, device: str
     """Write `{"rows": rows, **provenance(seed, device)}`, making the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {"rows": rows, **provenance(seed, device)}, indent=2)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that `write_json` has written to this file, none where it is missing."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def write_figure(path: Path, figure: Figure) -> None:

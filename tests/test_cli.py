@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 import astroattn
-from astroattn import AstroConfig, Plan
+from astroattn import PRESETS, AstroConfig, Plan
 from astroattn.cli import main
 
 SMALL = ["--near", "4", "--exact-keys", "2", "--tile", "2", "--num-hidden", "2"]
@@ -121,6 +122,17 @@ def test_patch(bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     report = json.loads(path.read_text())
     assert [row["status"] for row in report["rows"]] == ["exact", "astrocyte"]
     assert (report["config"]["near"], report["config"]["seed"]) == (4, 7)
+
+
+def test_a_preset_is_refined_by_other_options(
+    bert: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("patch", bert, "--preset", "fast", "--near", "4", "--format", "json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out)["config"] == asdict(replace(PRESETS["fast"], near=4))
+    path = tmp_path / "result.json"
+    options = ["--data", texts, "--preset", "exact", "--diagnose", "0", "--limit", "3", "--json", str(path)]
+    assert run("compare", bert, *options) == 0
+    assert json.loads(path.read_text())["rows"]["patched"]["config"] == asdict(PRESETS["exact"])
 
 
 def test_compare_texts(bert: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +255,7 @@ def test_info(bert: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_recipes_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "minilm                all-MiniLM-L6-v2 (BERT, 6 layers, 12 heads of 32)" in lines
+    assert "minilm                   all-MiniLM-L6-v2 (BERT, 6 layers, 12 heads of 32)" in lines
 
 
 def test_a_decoder_is_calibrated_and_compared(
@@ -284,6 +296,8 @@ def test_a_decoder_is_calibrated_and_compared(
         (["calibrate", "BERT", "--data", "TEXTS", "--out", "a.json", "--limit", "8", "--tolerance", "0.9"], "so 11 in"),
         (["compare", "BERT", "--data", "TEXTS", "--plan", "no.json"], "plan: 'no.json': cannot read it"),
         (["patch", "BERT", "--plan", "PLAN", "--near", "8"], "near: cannot be set, as a plan says"),
+        (["patch", "BERT", "--plan", "PLAN", "--preset", "fast"], "preset: cannot be set, as a plan says"),
+        (["patch", "BERT", "--preset", "fats"], "preset: 'fats'; must be one of fast, balanced, exact; did you mean"),
         (["patch", "BERT", "--plan", "PLAN"], "plan: BertModel has no attention module 'a'"),
         (["patch", "./nowhere"], "model: there is no folder './nowhere'"),
         (["patch", "nowhere.toml"], "recipe: cannot read 'nowhere.toml'"),
@@ -297,10 +311,7 @@ def test_a_decoder_is_calibrated_and_compared(
         (["compare", "BERT", "--data", "TEXTS", "--sweep", "exat_keys=1"], "did you mean 'exact_keys'?"),
         (["compare", "BERT", "--data", "TEXTS", "--sweep", "near=x"], "sweep: 'x'; near must be int"),
         (["compare", "BERT", "--data", "TEXTS", "--sweep", "near"], "sweep: 'near' has no values"),
-        (
-            ["compare", "BERT", "--data", "TEXTS", "--sweep", "near=1", "--figure", "a.png"],
-            "figure: is of one comparison",
-        ),
+        (["compare", "BERT", "--data", "TEXTS", "--sweep", "near=1", "--figure", "a.png"], "figure: is of one"),
         (["patch", "BERT", "--layers", "9"], "9"),
         (["patch", "BERT", "--json", "no/such/folder/a.json"], "no/such/folder"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astroattn import AstroConfig
-from astroattn.config import ACTIVATIONS, BACKENDS, BY_LENGTH, HIDDEN, STATIC, TILES
+from astroattn.config import ACTIVATIONS, BACKENDS, BY_LENGTH, HALF_BY_LENGTH, HIDDEN, STATIC, TILES
 
 LEAST = {
     "num_hidden": 1,
@@ -23,7 +23,12 @@ LEAST = {
     "entries": 16,
     "seed": 0,
 }
-FREE = ("num_hidden", "near", "exact_keys", "tile")  # may be left to the length
+FREE = {  # may be left to the length
+    "num_hidden": (BY_LENGTH, HALF_BY_LENGTH),
+    "near": (BY_LENGTH,),
+    "exact_keys": (BY_LENGTH, HALF_BY_LENGTH),
+    "tile": (BY_LENGTH,),
+}
 STATIC_LEAST = {"num_hidden": 16, "near": 0, "exact_keys": 0}
 TYPES = {field.name: {"int": int, "str": str, "bool": bool}[field.type] for field in dataclasses.fields(AstroConfig)}
 
@@ -35,10 +40,7 @@ def test_every_number_has_a_range() -> None:
 @settings(deadline=None)
 @given(
     st.fixed_dictionaries(
-        {
-            name: st.one_of(st.integers(least, 10**6), *[st.just(BY_LENGTH)] * (name in FREE))
-            for name, least in LEAST.items()
-        }
+        {name: st.one_of(st.integers(least, 10**6), *map(st.just, FREE.get(name, ()))) for name, least in LEAST.items()}
         | {"hidden": st.sampled_from(HIDDEN), "activation": st.sampled_from(ACTIVATIONS), "orthogonal": st.booleans()}
         | {"backend": st.sampled_from(BACKENDS), "tiles": st.sampled_from(TILES)}
     )
@@ -53,7 +55,7 @@ def test_json_gives_the_same_configuration(values: dict) -> None:
     if config.hidden == "streaming" and values["near"] == BY_LENGTH:
         values["near"] = config.entries // 2
     if config.hidden in STATIC:  # nothing is left to the length but tiles
-        values |= {name: least for name, least in STATIC_LEAST.items() if values[name] == BY_LENGTH}
+        values |= {name: least for name, least in STATIC_LEAST.items() if values[name] < 0}
     assert dataclasses.asdict(config) == values
     assert AstroConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert len({config, AstroConfig(**values)}) == 1  # hashable
@@ -62,8 +64,8 @@ def test_json_gives_the_same_configuration(values: dict) -> None:
 @pytest.mark.parametrize("name", LEAST)
 def test_numbers_below_their_range(name: str) -> None:
     assert getattr(AstroConfig(**{name: LEAST[name]}), name) == LEAST[name]
-    free = ", or -1: by the length" if name in FREE else ""
-    for value in {LEAST[name] - 1, -1, -2, -(10**9)} - ({BY_LENGTH} if name in FREE else set()):
+    free = "".join((", or -1: by the length", ", or -2: half of that")[: len(FREE.get(name, ()))])
+    for value in {LEAST[name] - 1, -1, -2, -3, -(10**9)} - set(FREE.get(name, ())):
         with pytest.raises(ValueError, match=rf"^{name}: {value}; must be at least {LEAST[name]}{free}$"):
             AstroConfig(**{name: value})
     if name in FREE:

@@ -91,8 +91,8 @@ def test_a_peer_answers_in_every_layer_and_leaves_the_model_as_it_was(monkeypatc
     batches = list(case.batches("odd"))
     full = {"query_block": 16, "key_block": 16, "mass": 100, "similarity": 0}
     with torch.inference_mode():
-        truth = measuring._read(case, batches)
-        calls = measuring._record(case.model, batches[0][:1])
+        truth = measuring.read_outputs(case, batches)
+        calls = measuring.record_calls(case.model, batches[0][:1])
         assert len(calls) == 4
         found, cost, time = measuring._run_peer(Peer(block_sparse, lambda n: []), full, case, batches, calls)
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
@@ -102,7 +102,7 @@ def test_a_peer_answers_in_every_layer_and_leaves_the_model_as_it_was(monkeypatc
         assert not torch.allclose(found, truth, rtol=0.1)
         assert cost == pytest.approx(1 / (2 * 197))
         assert not find_astrocytes(case.model)
-        assert torch.equal(measuring._read(case, batches), truth)
+        assert torch.equal(measuring.read_outputs(case, batches), truth)
 
 
 def test_a_peer_refuses_padding_and_causal_masks() -> None:

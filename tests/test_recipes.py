@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+import tomllib
+from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+from scripts import run
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from astroattn import AstroConfig, Plan
+from astroattn import PRESETS, AstroConfig, Plan, unpatch
 from astroattn.fidelity import METRICS
+from astroattn.fidelity.calls import find_astrocytes
+from astroattn.models import LoadedModel
 from astroattn.recipes import (
     Measurement,
     Recipe,
@@ -20,14 +33,50 @@ from astroattn.recipes import (
     parse_layers,
     parse_recipe,
 )
+from eval import recipes
+from eval.coverage.subjects import subjects
 
 FOLDER = Path(__file__).parent.parent / "patches"
 SHIPPED = sorted(FOLDER.glob("*.toml"))
 PLAIN: dict[str, Any] = {"id": "timm:vit_tiny_patch16_224", "library": "timm", "measured": "not measured here"}
 
 
-def test_the_four_models_have_recipes() -> None:
-    assert {"minilm", "vit_tiny_patch16_224", "bert_base_uncased", "vit_base_patch16_224"} <= {p.stem for p in SHIPPED}
+TYPES = {  # what the models of transformers are, by the name of the recipe; those of timm can be made small by name
+    "bert_base_uncased": "bert",
+    "bge_small_en": "bert",
+    "dinov2_base": "dinov2",
+    "dinov2_small": "dinov2",
+    "distilbert_base_uncased": "distilbert",
+    "minilm": "bert",
+    "modernbert_base": "modernbert",
+    "roberta_base": "roberta",
+    "smollm2_135m": "llama",
+    "vit_base_patch16_224": "vit",
+    "whisper_base": "whisper",
+    "whisper_small": "whisper",
+    "whisper_tiny": "whisper",
+    "whisper_tiny_en": "whisper",
+}
+
+
+@cache
+def make_tiny(kind: str) -> nn.Module:
+    """A tiny model of a type of transformers, or the smallest of a name of timm, with random weights."""
+    if kind.startswith("timm:"):
+        return timm.create_model(kind.removeprefix("timm:"), depth=2, embed_dim=64, num_heads=2).eval()
+    return next(each for each in subjects() if (each.library, each.type) == ("transformers", kind)).build()[0]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_its_architecture_takes_a_recipe(path: Path) -> None:
+    recipe = load_recipe(path)
+    model = make_tiny(recipe.id if recipe.library == "timm" else TYPES[path.stem])
+    report = recipe.patch(LoadedModel(recipe.id, recipe.library, "", model, list))
+    assert report.patched
+    assert {core.config for core in find_astrocytes(model).values()} == {recipe.settings}
+    exact = [row.reason for row in report.exact if row.index is not None]
+    assert all("causal" in reason for reason in exact)  # of the decoder of Whisper
+    unpatch(model)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -37,9 +86,62 @@ def test_a_shipped_recipe_is_complete(path: Path) -> None:
     assert recipe.data.preprocessing
     assert recipe.id.startswith("timm:") == (recipe.library == "timm")
     for measurement in recipe.measured:
-        assert "astroattn compare" in measurement.command or "python -m eval" in measurement.command
-        assert measurement.values
-        assert set(measurement.values) <= set(METRICS)
+        assert measurement.command.startswith("astroattn compare ")
+        assert {"cost", "time", "positions"} < set(measurement.values) < set(METRICS)
+        assert {"python", "astroattn", "torch", recipe.library} <= set(measurement.versions)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_recipe_is_written_as_eval_does(path: Path) -> None:
+    recipe, text = load_recipe(path), path.read_text("utf-8")
+    measured = [recipes.quote(each.command, recipe.library) for each in recipe.measured]
+    assert recipes.rewrite(text, measured) == text
+    assert tuple(measured) == recipe.measured
+    bare = recipes.rewrite(text, [])
+    assert parse_recipe(tomllib.loads(bare)) == replace(recipe, measured=())
+    assert recipes.rewrite(bare, measured) == text
+
+
+def test_a_recipe_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it says no command one is made up; the next time it is there, and what it needs is in another folder."""
+    for folder in ("patches", "docs/results", "somewhere", "model"):
+        (tmp_path / folder).mkdir(parents=True)
+    save_model(tmp_path / "model")
+    (tmp_path / "somewhere" / "texts.txt").write_text("a b c d\nb c a\nc c b a d d\nd\n" * 2)
+    path = tmp_path / "patches" / "tiny.toml"
+    path.write_text(
+        f'id = {json.dumps(str(tmp_path / "model"))}\nlibrary = "transformers"\nmeasured = "not measured here"\n\n'
+        '[data]\nsource = "data/texts.txt"\n'
+    )
+    gone = path.with_name("gone.toml")
+    gone.write_text('id = "nobody/nothing"\nlibrary = "transformers"\nmeasured = "not measured here"\n')
+    before = gone.read_text()
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    monkeypatch.delenv("ASTROATTN_DATA", raising=False)
+    assert "  tiny: ASTROATTN_DATA is not set" in run(recipes.main).output
+    assert not load_recipe(path).measured
+    monkeypatch.setenv("ASTROATTN_DATA", str(tmp_path / "somewhere"))
+    for _ in range(2):
+        output = run(recipes.main).output
+        assert "  gone: model: cannot load 'nobody/nothing'" in output
+        assert "tiny: " not in output
+        (measured,) = load_recipe(path).measured
+        command = "astroattn compare patches/tiny.toml --data data/texts.txt --half odd --json docs/results/tiny.json"
+        assert measured.command == command
+        assert measured.values["embedding_cosine"] == 1  # short texts are softmax
+        assert measured.versions["torch"] == torch.__version__.split("+")[0]
+    assert gone.read_text() == before
+    with pytest.raises(ValueError, match=r"^name: there is no recipe 'tinny'; did you mean 'tiny'\?$"):
+        recipes.main(["tinny"])
+
+
+def save_model(folder: Path) -> None:
+    """A tiny BERT that knows four words."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=6, max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    core = Tokenizer(WordLevel({word: index for index, word in enumerate(["?", "-", *"abcd"])}, unk_token="?"))
+    core.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", pad_token="-").save_pretrained(folder)
 
 
 def test_everything_in_a_recipe_arrives() -> None:
@@ -48,13 +150,15 @@ def test_everything_in_a_recipe_arrives() -> None:
         "layers": "0-2",
         "settings": {"num_hidden": 8, "hidden": "random", "near": 0},
         "data": {"source": "photos", "size": 448, "half": "even"},
-        "measured": [{"command": "c", "data": "d", "date": "2026-01-02", "values": {"kl": 0.5, "positions": 54}}],
+        "measured": [
+            {"command": "c", "data": "d", "date": "2026-01-02", "versions": {"torch": "2"}, "values": {"kl": 0.5}}
+        ],
     }
     recipe = parse_recipe(table)
     assert recipe.settings == AstroConfig(num_hidden=8, hidden="random", near=0)
     assert (recipe.title, recipe.layers, recipe.data.size, recipe.data.half) == ("tiny", "0-2", 448, "even")
-    values = {"kl": 0.5, "positions": 54}
-    assert recipe.measured == (Measurement(command="c", data="d", date="2026-01-02", values=values),)
+    measured = Measurement(command="c", data="d", date="2026-01-02", versions={"torch": "2"}, values={"kl": 0.5})
+    assert recipe.measured == (measured,)
     assert parse_recipe(PLAIN).measured == ()
 
 
@@ -81,9 +185,26 @@ def test_a_recipe_may_have_a_plan_beside_it(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+def test_a_recipe_may_name_a_preset_and_refine_it(tmp_path: Path) -> None:
+    assert parse_recipe(PLAIN | {"preset": "fast"}).settings == PRESETS["fast"]
+    refined = parse_recipe(PLAIN | {"preset": "exact", "settings": {"num_hidden": 8}})
+    assert refined.settings == replace(PRESETS["exact"], num_hidden=8)
+    assert override(refined, {"near": 4}, {}, None, preset="fast").settings == replace(PRESETS["fast"], near=4)
+    plan = Plan(model="BertModel", modules={"a": (AstroConfig(),)})
+    plan.save(tmp_path / "a.json")
+    planned = override(refined, {}, {}, None, tmp_path / "a.json")
+    again = override(planned, {}, {}, None, preset="balanced")
+    assert (planned.plan, again.plan, again.settings) == (plan, None, AstroConfig())
+    with pytest.raises(ValueError, match="preset: cannot be set, as a plan says what every head does"):
+        override(refined, {}, {}, None, tmp_path / "a.json", "fast")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"preset": "fats"}, r"preset: 'fats'; must be one of fast, balanced, exact; did you mean 'fast'\?"),
+        ({"preset": 3}, "preset: expected .* a word or None, got int"),
+        ({"preset": "fast", "plan": "a.json"}, "preset: a recipe has a plan or preset, not both"),
         ({"plan": 3}, "plan: must be str, got 3"),
         ({"nmae": "x"}, "nmae: is not known; there are id, "),
         ({"settings": {"num_hiden": 3}}, r"settings\.num_hiden: is not known; .*; did you mean 'num_hidden'\?"),
@@ -165,7 +286,7 @@ def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ("MiniLMM", "model: cannot load 'MiniLMM'.*; there is a recipe 'minilm'$"),
         ("minilm.toml", "recipe: cannot read 'minilm.toml'.*; there is a recipe 'minilm'$"),
-        ("vit-tiny-patch16-22", ".*; there is a recipe 'vit_tiny_patch16_224' and a recipe 'vit_base_patch16_224'$"),
+        ("vit-tiny-patch16-22", ".*; there is a recipe 'vit_tiny_patch16_224' and a recipe 'vit_base_patch16_224'.*"),
         ("something-else", "model: cannot load [^;]*$"),
         ("someone/minilmm", "model: cannot load [^;]*$"),
     ],

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from astroattn.choices import POOLINGS
-from astroattn.config import BY_LENGTH, AstroConfig
+from astroattn.config import AstroConfig, Preset, as_config
 from astroattn.fidelity import metrics
 from astroattn.fidelity.calls import CostMeter, find_astrocytes
 from astroattn.fidelity.diagnosis import Diagnosis, LayerFidelity
@@ -50,7 +50,7 @@ UNIFORM = AstroConfig(hidden="random", activation="constant", num_hidden=1, near
 def compare(
     model: nn.Module,
     batches: Iterable[Any],
-    config: AstroConfig | Plan | None = None,
+    config: AstroConfig | Plan | Preset | None = None,
     *,
     where: Any = None,
     labels: Sequence[int] | None = None,
@@ -80,7 +80,8 @@ def compare(
         batches: model inputs, each a mapping of keyword arguments or one tensor, with the items along dimension 0. An
             `attention_mask` [B, N] marks real tokens; padding is left out of every figure. A batch of recordings may
             hold `frame_mask` [B, T], True for the steps of its input before a clip ends; the model does not get it.
-        config: for `patch`; None is the default. With a plan the controls patch the modules that it names.
+        config: for `patch`; None is the default, a word one of `PRESETS`. With a plan the controls patch the modules
+            that it names.
         where: for `patch`; None is all layers.
         labels: the class of every item, in order, for accuracy; needs logits [B, C].
         scores: for sentence pairs, the score of items 2i and 2i + 1.
@@ -112,7 +113,7 @@ def compare(
         raise ValueError(f"diagnose: must be 0 or more batches, got {diagnose}")
     if find_astrocytes(model):
         raise ValueError("model: is patched already; unpatch it first (compare patches a copy of its own)")
-    config = config or AstroConfig()
+    config = config if isinstance(config, Plan) else as_config(config)
     where = within_encoder(model, where)
     writes = tokenizer is not None and find_speech_encoder(model) is not None
     total = len(batches) if isinstance(batches, Sized) else None
@@ -210,7 +211,7 @@ def control_configs(config: AstroConfig | Plan, causal: bool = False) -> dict[st
     if config.near and not causal:  # which needs a static layer beside the near field
         controls["near alone"] = replace(config, hidden="none", exact_keys=0)
     # Where the length decides how many neurons there are, random features get the most that can be.
-    neurons = MOST_HIDDEN if config.num_hidden == BY_LENGTH else config.num_hidden
+    neurons = MOST_HIDDEN if config.num_hidden < 0 else config.num_hidden
     return controls | {"random": AstroConfig(hidden="random", num_hidden=neurons, near=0, seed=config.seed)}
 
 

@@ -177,3 +177,10 @@ def pool(model: Any, outputs: Outputs, mask: Tensor | None, pooling: str) -> Ten
         return hidden.float().mean(1)
     # a select, as a product would spread NaN from padding
     return hidden.float().masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)
+
+
+def predictions(logits: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Logits, or hidden states, as [predictions, C]: the items, or the real tokens where there are [B, N, C]."""
+    if logits is None or logits.ndim == 2:
+        return logits
+    return logits.flatten(0, 1) if mask is None else logits[mask]

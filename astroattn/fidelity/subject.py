@@ -15,7 +15,7 @@ from astroattn.config import AstroConfig
 from astroattn.fidelity import metrics
 from astroattn.fidelity.calls import CostMeter
 from astroattn.fidelity.metrics import Array, Value
-from astroattn.fidelity.passes import Outputs, forward, frame_mask, is_speech, pool, token_mask
+from astroattn.fidelity.passes import Outputs, forward, frame_mask, is_speech, pool, predictions, token_mask
 from astroattn.fidelity.resources import measure_memory, measure_time
 from astroattn.models import FRAME_MASK
 from astroattn.patching import PatchReport, patch
@@ -58,7 +58,7 @@ class Subject:
         self._seconds.append(seconds)
         speech = is_speech(inputs)
         embedding = None if speech else pool(self.model, outputs, mask, pooling)
-        reading = Reading(_predictions(outputs.logits, mask), embedding, outputs)
+        reading = Reading(predictions(outputs.logits, mask), embedding, outputs)
         self._keep(reading, mask, original, labels)
         if speech and original is not None:
             self._compare_frames(inputs, outputs.hidden, original.outputs.hidden)
@@ -116,10 +116,3 @@ def share_weights(model: nn.Module) -> nn.Module:
     """A copy of a model in evaluation mode whose parameters and buffers are those of the original, not copies."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared).eval()
-
-
-def _predictions(logits: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Logits as [predictions, C]: the items, or the real tokens of a model that predicts every token."""
-    if logits is None or logits.ndim == 2:
-        return logits
-    return logits.flatten(0, 1) if mask is None else logits[mask]

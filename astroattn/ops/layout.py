@@ -19,6 +19,7 @@ KEYS_PER_ROOT, MOST_KEYS = 2.4, 128
 NEAR_PER_ROOT, LEAST_NEAR, MOST_NEAR = 0.15, 3, 4
 WIDTH = 64  # of a head; narrower ones have less to tell apart
 ROOT = -1  # of a number that the length decides
+HALF_ROOT = -2  # half of that
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class Layout:
 class Budget(NamedTuple):
     """A layout in which some numbers are left to the length of each sequence: plain values, as operators take them.
 
-    Attributes as in `Layout`; tile, near, exact_keys and num_hidden may be `ROOT`. Queries that are asked for in tiles
-    of another size than a multiple of `SUBTILE` get the next larger one.
+    Attributes as in `Layout`; tile, near, exact_keys and num_hidden may be `ROOT`, the last two also `HALF_ROOT`.
+    Queries that are asked for in tiles of another size than a multiple of `SUBTILE` get the next larger one.
     """
 
     grid: tuple[int, int] | None
@@ -116,10 +117,10 @@ class Budget(NamedTuple):
             tile = max(round(body**0.5), -(-body // MOST_TILES))
         if near == ROOT:
             near = min(max(round(NEAR_PER_ROOT * root), LEAST_NEAR), MOST_NEAR)
-        if keys == ROOT:
-            keys = body if body <= LEAST_BODY else min(round(KEYS_PER_ROOT * root), MOST_KEYS)
-        if hidden == ROOT:
-            hidden = min(max(8 * round(HIDDEN_PER_ROOT * root / 8), 8), MOST_HIDDEN)
+        if keys < 0:
+            keys = body if body <= LEAST_BODY else min(round(KEYS_PER_ROOT * root), MOST_KEYS) // -keys
+        if hidden < 0:
+            hidden = min(max(8 * round(HIDDEN_PER_ROOT * root / -hidden / 8), 8), MOST_HIDDEN // -hidden)
         tile = SUBTILE * min(max(-(-tile // SUBTILE), 1), -(-body // SUBTILE))
         return Layout(self.grid, self.prefix, tile, self.by_content, near, min(keys, body), hidden, self.steps)
 

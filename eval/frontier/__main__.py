@@ -11,9 +11,7 @@ stay as they are, so that the models can be measured one by one. Times need a ma
 
 from __future__ import annotations
 
-import json as files
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +23,7 @@ from eval.common import (
     LimitOption,
     SeedOption,
     print_rows,
+    read_rows,
     run_script,
     write_figure,
     write_json,
@@ -55,7 +54,7 @@ def main(
         raise typer.BadParameter(str(error)) from None
     if model is None and "digits" in names:
         console.print("ASTROATTN_DATA is not set: ViT-tiny and Whisper are left out, the digits ViT stands in")
-    rows = _read_rows(json) if json and model else []
+    rows = read_rows(json) if json and model else []
     for name in names:
         found = measure(limit, seed, name)
         print_rows([{key: row[key] for key in SHOWN} for row in found], title=found[0]["model"])
@@ -69,10 +68,6 @@ def main(
         console.print("  " + describe(row))
     if figure:
         write_figure(figure, plot(rows))
-
-
-def _read_rows(path: Path) -> list[Row]:
-    return files.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def _merge(rows: list[Row], found: list[Row]) -> list[Row]:

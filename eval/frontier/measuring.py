@@ -39,10 +39,10 @@ def measure(limit: int | None, seed: int, name: str) -> list[Row]:
     batches = list(case.batches("odd"))
     rows = []
     with torch.inference_mode():
-        truth = _read(case, batches)
-        calls = _record(case.model, first_items(batches[0], 1))
+        truth = read_outputs(case, batches)
+        calls = record_calls(case.model, first_items(batches[0], 1))
         runs = [
-            (line, point, True, partial(_run_ours, given))
+            (line, point, True, partial(run_ours, given))
             for line, points in find_ours(case).items()
             for point, given in points.items()
         ]
@@ -64,11 +64,11 @@ def _describe(budget: dict[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in budget.items())
 
 
-def _read(case: Case, batches: Sequence[Any]) -> Tensor:
+def read_outputs(case: Case, batches: Sequence[Any]) -> Tensor:
     return torch.cat([case.kind.read(case.model, inputs) for inputs in batches])
 
 
-def _record(model: nn.Module, inputs: Any) -> Calls:
+def record_calls(model: nn.Module, inputs: Any) -> Calls:
     """What the attention modules are called with in the original."""
     calls: Calls = []
     with patched(model, AstroConfig()) as report:
@@ -89,13 +89,13 @@ def _require_all(report: PatchReport) -> None:
         raise ValueError(f"model: {', '.join(exact)} stay exact, and all layers are to be compared")
 
 
-def _run_ours(given: Any, case: Case, batches: Sequence[Any], calls: Calls) -> tuple[Tensor, float, float]:
+def run_ours(given: Any, case: Case, batches: Sequence[Any], calls: Calls) -> tuple[Tensor, float, float]:
     """Outputs, cost and time of the model patched with what is given."""
     with patched(case.model, given) as report:
         _require_all(report)
         meter = CostMeter(case.model)
         with meter.watch():
-            found = _read(case, batches)
+            found = read_outputs(case, batches)
         meter.add(None)
         return found, meter.totals()["cost"], _time(case.model, calls)
 
@@ -110,7 +110,7 @@ def _run_peer(
             parent, _, attribute = name.rpartition(".")
             stands.append(Stand(peer, budget, core.num_heads, core.head_dim))
             setattr(case.model.get_submodule(parent), attribute, stands[-1])
-        found = _read(case, batches)
+        found = read_outputs(case, batches)
         for stand in stands:
             stand.counting = False  # counting may take as long as attending
         return found, mean(cost for stand in stands for cost in stand.costs), _time(case.model, calls)
