@@ -16,7 +16,7 @@ from astroattn import AstroConfig
 from astroattn.callbacks import FidelityCallback, measure_fidelity
 from astroattn.fidelity.calls import find_astrocytes
 
-CHOOSING = Path(__file__).parent.parent / "docs" / "choosing.md"
+PAGE = Path(__file__).parent.parent / "docs" / "finetuning.md"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 BATCH = {"input_ids": torch.arange(600).reshape(3, 200) % 90, "attention_mask": torch.ones(3, 200, dtype=torch.long)}
 
@@ -29,7 +29,7 @@ def make(cls: type = BertForSequenceClassification, **more: Any) -> Any:
 def test_the_example_of_the_docs_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = (
-        code for code in re.findall(r"```python\n(.*?)```", CHOOSING.read_text("utf-8"), re.S) if "Trainer" in code
+        code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S) if "FidelityCallback" in code
     )
     names: dict[str, Any] = {}
     exec(code, names)

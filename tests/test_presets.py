@@ -109,14 +109,14 @@ def test_another_word_is_one_error_and_changes_nothing(given: Any, kind: type[Ex
 
 
 def test_docs_have_what_was_measured(tmp_path: Path) -> None:
-    choosing = (DOCS / "choosing.md").read_text("utf-8")
+    choose = (DOCS / "choose.md").read_text("utf-8")
     rows = json.loads((DOCS / "results" / "presets.json").read_text("utf-8"))["rows"]
-    assert presets.format_markdown(rows) in choosing
+    assert presets.format_markdown(rows) in choose
     for model in {row["model"] for row in rows}:
         fast, balanced, exact = (row for row in rows if row["model"] == model)
         assert fast["error"] >= balanced["error"] >= exact["error"]
         assert fast["cost"] < balanced["cost"]
-    told = dict(re.findall(r'^\| "(\w+)" \| `(.*?)` \|', choosing, re.M))
+    told = dict(re.findall(r'^\| "(\w+)" \| `(.*?)` \|', choose, re.M))
     assert {word: eval(text, vars(astroattn) | {"AstroConfig": AstroConfig}) for word, text in told.items()} == PRESETS
 
 
