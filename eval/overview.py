@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from eval import summary
 from eval.benchmark.rows import format_markdown as format_speed
 from eval.common import fill_marks, run_script, write_figure
+from eval.generate.page import load_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,8 +90,8 @@ def format_numbers(rows: list[dict[str, Any]]) -> str:
     photos, texts = found["vit_tiny_448_plan"], found["minilm_512_plan"]
     lost = {
         row["cache"]: row["nats above"]
-        for row in json.loads((summary.RESULTS / "generate_loss_smollm2.json").read_text("utf-8"))["rows"]
-        if row["entries"] == ENTRIES
+        for row in load_results()["loss"]
+        if (row["model"], row["tokens"], row["entries"]) == ("SmolLM2-135M", 1024, ENTRIES)
     }
     price = "for {cost:.0%} of the arithmetic of its attention and {time:.2f} times its time"
     lines = [
