@@ -202,9 +202,7 @@ def _photo_data(
         if labels is None and classes:
             raise ValueError(f"classes: {str(found)!r} has no class {unknown!r}")
         if labels is not None:
-            return replace(
-                data, labels=labels, class_names=first_names(listed), notes=(f"classes from {found.name}",)
-            )
+            return replace(data, labels=labels, class_names=first_names(listed), notes=(f"classes from {found.name}",))
     labels, unknown = photos.label_photos(items, named)
     if labels is not None:
         return replace(
