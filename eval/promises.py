@@ -5,7 +5,7 @@ ViT, or of nearest neighbours of a BERT's embeddings, that must stay. The patche
 ViT-tiny (500 photos a half) needs ASTROATTN_DATA; without it the digits ViT stands in. Texts are cut into 256 tokens:
 of 512 there are fewer than such a promise needs.
 
-    python -m eval.promises --json out/promises.json --figure out/promises.png
+    python -m eval.promises --json out/promises.json --figure out/promises.png --model vit224 --model minilm512
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ def read(case: Case, batches: Sequence[Any]) -> Tensor:
     return torch.cat([case.kind.read(case.model, inputs) for inputs in batches])
 
 
-def measure(seeds: int, limit: int | None, tolerance: float) -> Iterator[dict[str, Any]]:
+def measure(
+    seeds: int, limit: int | None, tolerance: float, names: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """One row per model and seed: what was promised and for which cost, what the odd half shows, and the seconds."""
-    for name in ("vit224" if data_folder() else "digits", "minilm512"):
+    for name in names or ("vit224" if data_folder() else "digits", "minilm512"):
         case = load(name, limit)
         even, odd = (list(case.batches(half)) for half in ("even", "odd"))
         truth = read(case, odd)
@@ -93,17 +95,22 @@ def main(
     seeds: SeedsOption = 10,
     limit: LimitOption = None,
     tolerance: Annotated[float, typer.Option(help="The least share that must stay.", min=0.0, max=1.0)] = 0.99,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(METRICS)}; all that are here if none.")
+    ] = None,
 ) -> None:
     """Calibrate with several seeds on one half of the data, and measure on the other."""
+    if unknown := [name for name in model or () if name not in METRICS]:
+        raise ValueError(f"model: {unknown[0]!r}; must be of {', '.join(METRICS)}")
     rows = []
-    for row in measure(seeds, limit, tolerance):
+    for row in measure(seeds, limit, tolerance, model):
         rows.append(row)
         if json:  # at once, so that a run that breaks off is not lost
             write_json(json, rows, seed=0)
     print_rows(rows, title=f"A tolerance of {tolerance:.0%}")
-    for model in dict.fromkeys(row["model"] for row in rows):
-        held = [row["held"] for row in rows if row["model"] == model]
-        Console().print(f"{model}: held with {sum(held)} of {len(held)} seeds")
+    for title in dict.fromkeys(row["model"] for row in rows):
+        held = [row["held"] for row in rows if row["model"] == title]
+        Console().print(f"{title}: held with {sum(held)} of {len(held)} seeds")
     if figure:
         write_figure(figure, plot(rows))
 

@@ -186,3 +186,12 @@ def test_recipes_quote_the_committed_results() -> None:
             told["time"] = told["seconds"] / original["seconds"]["value"]
             for metric, value in measurement.values.items():
                 assert value == pytest.approx(told[metric], abs=5e-4)
+
+
+def test_the_method_says_how_often_promises_held() -> None:
+    rows = json.loads((summary.RESULTS / "promises_vit.json").read_text("utf-8"))["rows"]
+    page = (summary.RESULTS.parent / "method.md").read_text("utf-8")
+    held, mean = sum(row["held"] for row in rows), sum(row["cost"] for row in rows) / len(rows)
+    exact = sum(row["cost"] == 1 for row in rows)
+    assert f"held with {held} of {len(rows)} seeds, at {mean:.0%} of softmax's products in the mean; {exact} of" in page
+    assert max(row["seconds"] for row in rows) < 120
