@@ -10,42 +10,18 @@ Times need a machine that does nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import Annotated, Any
-
-import torch
-import typer
+from functools import partial
 
 from astroattn import PRESETS
-from eval.common import JsonOption, LimitOption, SeedOption, print_rows, read_rows, rounded, run_script, write_json
-from eval.frontier.cases import SOURCES, choose_sources, load_case
-from eval.frontier.measuring import read_outputs, record_calls, run_ours
-from eval.heads import first_items
-
-Row = dict[str, Any]
-Model = StrEnum("Model", {name: name for name in SOURCES})
+from eval.common import JsonOption, LimitOption, SeedOption, print_rows, read_rows, run_script, write_json
+from eval.frontier.cases import ModelOption, choose_from_command_line
+from eval.frontier.measuring import Row, measure_runs, run_ours
 
 
 def measure(limit: int | None, seed: int, name: str) -> list[Row]:
-    """One row per preset in the model that `SOURCES` calls `name`.
-
-    "error" is `what`, and "agreement" that with the original's outputs; "cost" is the products over softmax's 2N;
-    "time" that of the attention of all layers on one item over SDPA's, the median of turns that time both.
-    """
-    torch.manual_seed(seed)
-    case = load_case(name, limit)
-    batches = list(case.batches("odd"))
-    rows = []
-    with torch.inference_mode():
-        truth = read_outputs(case, batches)
-        calls = record_calls(case.model, first_items(batches[0], 1))
-        for preset, config in PRESETS.items():
-            found, cost, time = run_ours(config, case, batches, calls)
-            error, agreement = case.kind.compare(found, truth)
-            row = {"model": case.title, "tokens": case.tokens, "items": len(truth), "what": case.kind.error}
-            row |= {"preset": preset, "cost": cost, "time": time, "error": error, "agreement": agreement}
-            rows.append(rounded(row))
-    return rows
+    """One row per preset: `measure_runs`, with "preset"."""
+    runs = [({"preset": preset}, partial(run_ours, config)) for preset, config in PRESETS.items()]
+    return measure_runs(lambda case: runs, limit, seed, name)
 
 
 def format_markdown(rows: Sequence[Row]) -> str:
@@ -66,17 +42,12 @@ def _cell(row: Row) -> str:
 
 def main(
     json: JsonOption = None,
-    model: Annotated[
-        list[Model] | None, typer.Option(help="Only this model; may be given several times. By default all.")
-    ] = None,
+    model: ModelOption = None,
     limit: LimitOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Measure every preset in every model."""
-    try:
-        names = choose_sources(model)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    names = choose_from_command_line(model)
     rows = read_rows(json) if json and model else []
     for name in names:
         found = measure(limit, seed, name)

@@ -11,10 +11,6 @@ stay as they are, so that the models can be measured one by one. Times need a ma
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
-
-import typer
 from rich.console import Console
 
 from eval.common import (
@@ -28,30 +24,24 @@ from eval.common import (
     write_figure,
     write_json,
 )
-from eval.frontier.cases import SOURCES, choose_sources
+from eval.frontier.cases import ModelOption, choose_from_command_line
 from eval.frontier.comparing import describe, dominated, format_markdown
 from eval.frontier.figure import plot
 from eval.frontier.measuring import Row, measure
 
-Model = StrEnum("Model", {name: name for name in SOURCES})
 SHOWN = ("line", "budget", "cost", "time", "error", "agreement")
 
 
 def main(
     json: JsonOption = None,
     figure: FigureOption = None,
-    model: Annotated[
-        list[Model] | None, typer.Option(help="Only this model; may be given several times. By default all.")
-    ] = None,
+    model: ModelOption = None,
     limit: LimitOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Measure every contestant in every model, and name the peers that lie below our curve."""
     console = Console()
-    try:
-        names = choose_sources(model)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    names = choose_from_command_line(model)
     if model is None and "digits" in names:
         console.print("ASTROATTN_DATA is not set: ViT-tiny and Whisper are left out, the digits ViT stands in")
     rows = read_rows(json) if json and model else []

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from enum import StrEnum
+from typing import Annotated, Any, NamedTuple
 
 import torch.nn.functional as F
+import typer
 from torch import Tensor, nn
 
 from astroattn.data import PYTHON_DOCS, load_data
@@ -150,6 +152,12 @@ SOURCES = {
 }
 
 
+Model = StrEnum("Model", {name: name for name in SOURCES})
+ModelOption = Annotated[
+    list[Model] | None, typer.Option(help="Only this model; may be given several times. By default all.")
+]
+
+
 def choose_sources(names: Sequence[str] | None) -> list[str]:
     """The names asked for, or all whose data is there; the digits ViT only where the other ViTs are not."""
     has_data = data_folder() is not None
@@ -159,6 +167,14 @@ def choose_sources(names: Sequence[str] | None) -> list[str]:
     if missing:
         raise ValueError(f"model: {', '.join(missing)} needs the folder that ASTROATTN_DATA names; it is not set")
     return list(names)
+
+
+def choose_from_command_line(names: Sequence[str] | None) -> list[str]:
+    """The same, for an option: what is missing is an error of usage."""
+    try:
+        return choose_sources(names)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def load_case(name: str, limit: int | None) -> Case:

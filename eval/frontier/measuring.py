@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import mean, median
 from typing import Any
@@ -24,15 +24,21 @@ from eval.heads import first_items
 
 Row = dict[str, Any]
 Calls = list[tuple[str, AttentionCall]]  # what the attention modules of a model were called with, by their names
+Run = Callable[[Case, Sequence[Any], Calls], tuple[Tensor, float, float]]  # gives outputs, cost and time
 TURNS = Effort(5, 2.0)
 
 
 def measure(limit: int | None, seed: int, name: str) -> list[Row]:
-    """One row per contestant in the model that `SOURCES` calls `name`, on the odd half of its data.
+    """One row per contestant: `measure_runs`, with "line" (the method), "budget" and "ours"."""
+    return measure_runs(_contestants, limit, seed, name)
 
-    A row has "model", "tokens" and "items"; "line" (the method), "budget" and "ours"; "error" and "agreement" with the
-    original's outputs (None where there is no such thing); "cost", the products over softmax's 2N; "time", that of the
-    attention of all layers on one item over SDPA's, the median of turns that time both; and "what", what "error" is.
+
+def measure_runs(runs: Callable[[Case], list[tuple[Row, Run]]], limit: int | None, seed: int, name: str) -> list[Row]:
+    """One row per run in the model that `SOURCES` calls `name`, on the odd half of its data.
+
+    A row has "model", "tokens" and "items"; what goes with the run; "error" and "agreement" with the original's outputs
+    (None where there is no such thing); "cost", the products over softmax's 2N; "time", that of the attention of all
+    layers on one item over SDPA's, the median of turns that time both; and "what", what "error" is.
     """
     torch.manual_seed(seed)
     case = load_case(name, limit)
@@ -41,23 +47,27 @@ def measure(limit: int | None, seed: int, name: str) -> list[Row]:
     with torch.inference_mode():
         truth = read_outputs(case, batches)
         calls = record_calls(case.model, first_items(batches[0], 1))
-        runs = [
-            (line, point, True, partial(run_ours, given))
-            for line, points in find_ours(case).items()
-            for point, given in points.items()
-        ]
-        runs += [
-            (line, _describe(budget), False, partial(_run_peer, peer, budget))
-            for line, peer in PEERS.items()
-            for budget in peer.budgets(case.tokens)
-        ]
-        for line, budget, ours, run in tqdm(runs, case.title, unit="contestant"):
+        for labels, run in tqdm(runs(case), case.title, unit="run"):
             found, cost, time = run(case, batches, calls)
             error, agreement = case.kind.compare(found, truth)
             row = {"model": case.title, "tokens": case.tokens, "items": len(truth), "what": case.kind.error}
-            row |= {"line": line, "budget": budget, "ours": ours, "cost": cost, "time": time}
-            rows.append(rounded(row | {"error": error, "agreement": agreement}))
+            row |= labels | {"cost": cost, "time": time, "error": error, "agreement": agreement}
+            rows.append(rounded(row))
     return rows
+
+
+def _contestants(case: Case) -> list[tuple[Row, Run]]:
+    runs: list[tuple[Row, Run]] = [
+        ({"line": line, "budget": point, "ours": True}, partial(run_ours, given))
+        for line, points in find_ours(case).items()
+        for point, given in points.items()
+    ]
+    runs += [
+        ({"line": line, "budget": _describe(budget), "ours": False}, partial(_run_peer, peer, budget))
+        for line, peer in PEERS.items()
+        for budget in peer.budgets(case.tokens)
+    ]
+    return runs
 
 
 def _describe(budget: dict[str, int]) -> str:
