@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from astroattn.choices import FIGURES
 from astroattn.fidelity.diagnosis import LayerFidelity
 from astroattn.fidelity.metrics import METRICS
 from astroattn.files import check_output, replacing
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from astroattn.fidelity.result import Fidelity
 
 ROUNDING = 1e-6  # of relative errors
-SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours, which stay apart for all common kinds of colour blindness
 ALONE, TOGETHER, HIDDEN = "#0072B2", "#D55E00", "#555555"
 PATCHED, CONTROL = "#D55E00", "#B8B8B8"
@@ -35,7 +35,7 @@ BARS = (  # the first pair that was measured
 
 def draw(result: Fidelity, path: str | Path) -> None:
     """Draw a comparison into a file; its ending says the format (png, pdf, svg)."""
-    check_path(path)
+    check_output("figure", Path(path), FIGURES, force=True)  # known before anything is drawn
     layers = result.layers
     height = min(9.0, max(4.8, 2.0 + 0.25 * len(layers)))
     figure = Figure(figsize=(14, height), layout="constrained", dpi=150)
@@ -58,11 +58,6 @@ def draw(result: Fidelity, path: str | Path) -> None:
         draw_bars(axes[name], result, key)
     with replacing(path) as part:
         figure.savefig(part)
-
-
-def check_path(path: str | Path) -> None:
-    """Raise ValueError where `draw` could not write, so that it is known before a long measurement."""
-    check_output("figure", Path(path), SUFFIXES, force=True)
 
 
 def _title(result: Fidelity) -> str:
