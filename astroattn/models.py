@@ -10,15 +10,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from astroattn.imports import needs
 from astroattn.patching.saving import RECORD_KEY
 from astroattn.suggestions import suggest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # the auto class of transformers that keeps the head, by what the name of the architecture ends in
 HEADS = {

@@ -96,6 +96,9 @@ tell(Photo("a", bytes).open)
 tell(Clip("a", bytes).open)
 tell(resample, [0.0], 1, 2)
 tell(integrate, network, x, x, x)
+MISSING = {"numpy"}
+tell(compare)
+tell(astroattn.calibrate, nn.Linear(2, 2), [], cost=0.5)
 MISSING = {"jiwer"}
 tell(compare)
 MISSING = {"matplotlib"}
@@ -118,12 +121,31 @@ def test_patching_training_and_keeping_need_no_extras(tmp_path: Path) -> None:
     assert run(MISSING + PATCHING, tmp_path) == [""]
 
 
+def test_without_numpy_all_but_keeping_what_was_learned(tmp_path: Path) -> None:
+    before, _, _ = PATCHING.partition("    with tempfile")
+    tells = """
+    for keep in (lambda: astroattn.save(model, "kept"), lambda: astroattn.Distiller(model).save("kept")):
+        try:
+            keep()
+        except ImportError as error:
+            print(error)
+    astroattn.unpatch(model)
+    astroattn.patch(model)
+    out = model(x)
+    astroattn.save(model, "kept")
+    astroattn.load(other, "kept")
+    assert torch.equal(other(x), out)
+"""
+    lines = run(f"{MISSING}\nMISSING.add('numpy')\n{before}{tells}", tmp_path)
+    assert lines == ["numpy is not installed, and is needed here: pip install 'astroattn[train]'"] * 2
+
+
 def test_what_is_missing_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
     needed = [
         *("scipy", "scipy", "timm", "transformers", "transformers", "datasets", "PIL", "scipy", "scipy"),
-        *("scipy", "jiwer", "matplotlib"),
+        *("scipy", "numpy", "numpy", "jiwer", "matplotlib"),
     ]
-    extras = ["eval"] * 9 + ["science", "eval", "eval"]
+    extras = ["eval"] * 9 + ["science"] + ["eval"] * 4
     assert run(MISSING + NAMED, tmp_path) == [
         f"{package} is not installed, and is needed here: pip install 'astroattn[{extra}]'"
         for package, extra in zip(needed, extras, strict=True)

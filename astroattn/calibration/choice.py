@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from astroattn.fidelity.metrics import Array
+from astroattn.imports import needs
+
+with needs("eval"):
+    import numpy as np
 
 
 class Choice:

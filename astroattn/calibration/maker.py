@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -15,8 +14,12 @@ from astroattn.calibration.effects import Measured
 from astroattn.calibration.verifying import Verifier
 from astroattn.config import AstroConfig
 from astroattn.fidelity.metrics import Array
+from astroattn.imports import needs
 from astroattn.patching import PatchReport
 from astroattn.plan import FALLING, HeadShare, Plan, Promise
+
+with needs("eval"):
+    import numpy as np
 
 BUDGETS = 15  # of which the smallest that keeps a tolerance is searched, in equal ratios; the last is exact
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from math import ceil, inf, isfinite, log
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from astroattn.plan import FALLING, METRICS, Promise
 from astroattn.suggestions import suggest
 
 with needs("eval"):
+    import numpy as np
     from scipy import stats
 
 LEVEL = 0.9  # confidence of each bound

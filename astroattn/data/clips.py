@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from astroattn.imports import needs
+
+with needs("eval"):
+    import numpy as np
+    from numpy.typing import NDArray
 
 TRANSCRIPTS = "transcripts.tsv"
 

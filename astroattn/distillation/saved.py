@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from astroattn.imports import needs
+
 if TYPE_CHECKING:
     from astroattn.distillation.distiller import Distiller
 
@@ -20,7 +22,9 @@ FILE, FORMAT = "distiller.safetensors", 1
 
 def save(distiller: Distiller, folder: Path) -> None:
     """What `Distiller.save` does."""
-    from safetensors.torch import save_file
+    with needs("train"):
+        import numpy  # noqa: F401 (safetensors writes with it)
+        from safetensors.torch import save_file
 
     updates = distiller.updates
     state = updates.optimiser.state_dict()

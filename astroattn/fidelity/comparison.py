@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -39,10 +38,14 @@ from astroattn.fidelity.resources import MEMORY_METHODS
 from astroattn.fidelity.result import Fidelity, Row
 from astroattn.fidelity.speech import transcribe, within_encoder, word_error
 from astroattn.fidelity.subject import Reading, Subject, left_exact
+from astroattn.imports import needs
 from astroattn.ops.layout import MOST_HIDDEN
 from astroattn.patching import fallbacks
 from astroattn.plan import Plan
 from astroattn.suggestions import suggest
+
+with needs("eval"):
+    import numpy as np
 
 UNIFORM = AstroConfig(hidden="random", activation="constant", num_hidden=1, near=0)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from astroattn.choices import FIGURES
 from astroattn.fidelity.diagnosis import LayerFidelity
 from astroattn.fidelity.metrics import METRICS
@@ -14,6 +12,7 @@ from astroattn.files import check_output, replacing
 from astroattn.imports import needs
 
 with needs("eval"):
+    import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from astroattn.fidelity import metrics
 from astroattn.fidelity.metrics import Array
 from astroattn.fidelity.speech import count_word_errors
 from astroattn.files import replacing
 from astroattn.imports import needs
+
+with needs("eval"):
+    import numpy as np
 
 MOST_ITEMS = 50_000  # the first so many have a row: some 10 MB of JSON
 MOST_LETTERS = 160  # of a text that is the name of an item

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from astroattn.imports import needs
 
 with needs("eval"):
+    import numpy as np
+    from numpy.typing import NDArray
     from scipy import stats
 
 Array = NDArray[Any]

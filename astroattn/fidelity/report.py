@@ -11,8 +11,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from astroattn.fidelity.diagnosis import LayerFidelity
 from astroattn.fidelity.figure import ALONE, BARS, LOWER_IS_BETTER, TOGETHER, draw_bars, draw_layers
 from astroattn.fidelity.metrics import METRICS, Array
@@ -20,6 +18,10 @@ from astroattn.fidelity.page import Chart, Table, draw_chart, show_both, write_p
 from astroattn.fidelity.result import Fidelity
 from astroattn.fidelity.verdict import MEASURED, judge
 from astroattn.files import check_output
+from astroattn.imports import needs
+
+with needs("eval"):
+    import numpy as np
 
 WORST_LAYERS = 3
 WORST_ITEMS = 12

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from astroattn.fidelity.figure import CONTROL, PATCHED
 from astroattn.fidelity.metrics import METRICS, Array
 from astroattn.fidelity.page import Chart, Table, draw_chart, show_both, write_page
 from astroattn.fidelity.result import Fidelity
 from astroattn.fidelity.saved import load_result
+from astroattn.imports import needs
 from astroattn.tables import Block, render
 from astroattn.tables import Table as TextTable
+
+with needs("eval"):
+    import numpy as np
 
 RESAMPLES = 2000
 SUMMARY = (

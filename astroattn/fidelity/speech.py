@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from astroattn.fidelity.metrics import Array, Value, bootstrap
@@ -17,6 +16,7 @@ from astroattn.patching.survey import select, survey
 
 with needs("eval"):
     import jiwer
+    import numpy as np
 
 MAX_NEW_TOKENS = 200  # 30 s hold about 100 words; a model that repeats itself must end
 

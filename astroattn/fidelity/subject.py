@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor, nn
 
 from astroattn.config import AstroConfig
@@ -17,9 +16,13 @@ from astroattn.fidelity.calls import CostMeter
 from astroattn.fidelity.metrics import Array, Value
 from astroattn.fidelity.passes import Outputs, forward, frame_mask, is_speech, pool, predictions, token_mask
 from astroattn.fidelity.resources import measure_memory, measure_time
+from astroattn.imports import needs
 from astroattn.models import FRAME_MASK
 from astroattn.patching import PatchReport, patch
 from astroattn.plan import Plan
+
+with needs("eval"):
+    import numpy as np
 
 
 class Reading(NamedTuple):

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from astroattn.fidelity import metrics
 from astroattn.fidelity.metrics import Value
+from astroattn.imports import needs
 from astroattn.plan import FALLING as FALLING_PLANNED
 from astroattn.plan import METRICS as PLANNED
+
+with needs("eval"):
+    import numpy as np
 
 if TYPE_CHECKING:
     from astroattn.fidelity.result import Fidelity

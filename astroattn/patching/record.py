@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from astroattn.imports import needs
 from astroattn.patching.site import CORE, site_of
 from astroattn.plan import number_configs
 from astroattn.version import __version__
@@ -90,15 +91,17 @@ def unwrapped(module: Any, adapter: str | None = None) -> Any:
 
 def write_record(model: nn.Module, record: dict[str, Any], folder: Path, adapter: str | None = None) -> None:
     """Write `astroattn.json`, and `astroattn.safetensors` where something was learned."""
-    from safetensors.torch import save as to_bytes
-
     tensors = learned_by(model, record, adapter)
-    folder.mkdir(parents=True, exist_ok=True)
     if tensors:
+        with needs("train"):
+            import numpy  # noqa: F401 (safetensors writes with it)
+            from safetensors.torch import save as to_bytes
         content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / TENSORS).write_bytes(content)
         record = record | {"sha256": hashlib.sha256(content).hexdigest()}
     else:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / TENSORS).unlink(missing_ok=True)  # of another record
     (folder / SETTINGS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from astroattn.imports import needs
 from astroattn.simulation.network import NeuronAstrocyteNetwork, check_sequence
+
+with needs("science"):
+    import numpy as np
+    import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
