@@ -286,7 +286,6 @@ def _item(result: Fidelity, number: int) -> Item:
         for title, end in pairs.items()
         if f"original{end}" in row
     ]
-    table = Table("before and after", ["", "original", "patched"], rows)
     single = "original" in row
     if row.get("neighbour") is not None:
         row["neighbour"] = bool(row["neighbour"])
@@ -296,6 +295,7 @@ def _item(result: Fidelity, number: int) -> Item:
         if row.get(key) is not None and not (key == "top1" and single)
     ]
     name = f"item {number}" if text is not None or row["name"] == str(number) else row["name"]
+    table = Table(f"{name}, before and after", ["", "original", "patched"], rows)
     return Item(name, _photo(source), text, bool(changed is not None and changed[number]), table, facts)
 
 
