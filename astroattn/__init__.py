@@ -3,12 +3,13 @@
     report = astroattn.patch(model)     # in place
     astroattn.unpatch(model)            # bit for bit the original again
 
-Importing it imports nothing; the first use of a name imports torch, and nothing heavier.
+Importing it imports nothing; the first use of a name imports torch, and nothing heavier. Models that transformers then
+loads with `attn_implementation="astroattn"` come patched.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from astroattn.imports import lazily
+from astroattn.imports import lazily, when_imported
 from astroattn.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -55,3 +56,12 @@ _HOMES = {
 }
 __all__ = ["__version__", *_HOMES]
 __getattr__, __dir__ = lazily(__name__, _HOMES)
+
+
+def _serve_transformers(library: Any) -> None:
+    from astroattn.loading import serve
+
+    serve(library)
+
+
+when_imported("transformers.modeling_utils", _serve_transformers)

@@ -1,11 +1,13 @@
-"""What is imported late: names of a package when they are asked for, and packages that come with an extra."""
+"""What is imported late: names of a package when they are asked for, packages of an extra, libraries that we add to."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,3 +49,44 @@ def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any]
         raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
 
     return get, lambda: sorted({*vars(sys.modules[package]), *homes})
+
+
+def when_imported(name: str, add: Callable[[Any], None]) -> None:
+    """Call `add` with a module of another library now, if it is imported already, or else once it is."""
+    if (library := sys.modules.get(name)) is not None:
+        add(library)
+    elif not any(isinstance(finder, _WhenImported) and finder.asked == (name, add) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported(name, add))
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds no module; of the one that it waits for it has the code run, and then ours."""
+
+    def __init__(self, name: str, add: Callable[[Any], None]) -> None:
+        self.asked = name, add
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        awaited, add = self.asked
+        if name != awaited:
+            return None
+        others = (each for each in sys.meta_path if each is not self)
+        spec = next(filter(None, (each.find_spec(name, path, target) for each in others)), None)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                run(module)
+                add(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def put_over(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace a function or class method of a library by what `make` makes of it; once for each `make`."""
+    function = getattr(owner, name, None)
+    if function is not None and make not in getattr(function, "astroattn", ()):
+        bare = getattr(function, "__func__", function)
+        replaced: Any = functools.wraps(bare)(make(bare))
+        replaced.astroattn = (*getattr(function, "astroattn", ()), make)
+        setattr(owner, name, replaced if bare is function else classmethod(replaced))

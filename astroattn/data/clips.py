@@ -8,12 +8,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from astroattn.imports import needs
 
-with needs("eval"):
-    import numpy as np
+if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TRANSCRIPTS = "transcripts.tsv"
@@ -27,7 +26,7 @@ class Clip:
     read: Callable[[], bytes]
     transcript: str | None = None
 
-    def open(self) -> tuple[NDArray[np.float32], int]:
+    def open(self) -> tuple[NDArray[Any], int]:
         """Samples [T] of -1 to 1, the mean of all channels, and samples per second; ValueError where it is no .wav."""
         with needs("eval"):
             from scipy.io import wavfile
@@ -43,13 +42,13 @@ class Clip:
         return _scale(samples).reshape(len(samples), -1).mean(1), int(rate)
 
 
-def _scale(samples: NDArray[Any]) -> NDArray[np.float32]:
+def _scale(samples: NDArray[Any]) -> NDArray[Any]:
     """Any width of sample as float32 of -1 to 1; 24 bits arrive as the upper part of 32, and 8 bits without a sign."""
     if samples.dtype.kind == "f":
-        return samples.astype(np.float32)
+        return samples.astype("float32")
     half = 2.0 ** (8 * samples.dtype.itemsize - 1)
-    centred = samples.astype(np.float64) - (half if samples.dtype.kind == "u" else 0)
-    return (centred / half).astype(np.float32)
+    centred = samples.astype("float64") - (half if samples.dtype.kind == "u" else 0)
+    return (centred / half).astype("float32")
 
 
 def find_clips(source: Path) -> list[Clip]:

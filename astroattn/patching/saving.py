@@ -7,24 +7,22 @@ which open no file with tensors that they do not know, in files of its own.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
-import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from astroattn.imports import put_over, when_imported
 from astroattn.patching.card import CARD, add_section, line, remove_section
 from astroattn.patching.record import SETTINGS, TENSORS, describe, learned_by, tensor_names, write_record
 
-RECORD_KEY = "astroattn"  # in the metadata of a safetensors file, in settings, and the mark of what is put over
+RECORD_KEY = "astroattn"  # in the metadata of a safetensors file, and in settings
 WRITTEN_WITH = "written_with"  # in a record of ours: the library whose files it lies with, and may go with
 
 _header: ContextVar[dict[str, str]] = ContextVar("astroattn_header", default={})  # noqa: B039 (never changed)
@@ -33,39 +31,8 @@ _held: ContextVar[bool] = ContextVar("astroattn_held", default=False)  # whether
 
 def keep_records() -> None:
     """Have the libraries that are imported, and those that will be, write the record of every patched model."""
-    for name, put_over in LIBRARIES.items():
-        if (library := sys.modules.get(name)) is not None:
-            put_over(library)
-    if not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
-
-
-class _WhenImported(MetaPathFinder):
-    """Finds no module; of a library that is imported after a model was patched, it has the code run and then ours."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name not in LIBRARIES:
-            return None
-        others = (each for each in sys.meta_path if each is not self)
-        spec = next(filter(None, (each.find_spec(name, path, target) for each in others)), None)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                run(module)
-                LIBRARIES[name](module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def _put_over(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Replace a function of a library, once."""
-    function = getattr(owner, name, None)
-    if function is not None and not hasattr(function, RECORD_KEY):
-        replaced = functools.wraps(function)(make(function))
-        setattr(replaced, RECORD_KEY, True)
-        setattr(owner, name, replaced)
+    for name, put_over_library in LIBRARIES.items():
+        when_imported(name, put_over_library)
 
 
 # transformers
@@ -74,9 +41,9 @@ def _put_over(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 def _over_transformers(library: Any) -> None:
     model = getattr(library, "PreTrainedModel", None)
     if model is not None:
-        _put_over(model, "save_pretrained", _saving_the_record)
-        _put_over(model, "_upload_modified_files", _uploading_the_card)
-        _put_over(library, "safe_save_file", _adding_the_header)
+        put_over(model, "save_pretrained", _saving_the_record)
+        put_over(model, "_upload_modified_files", _uploading_the_card)
+        put_over(library, "safe_save_file", _adding_the_header)
 
 
 def _saving_the_record(save_pretrained: Any) -> Any:
@@ -171,8 +138,8 @@ def _saved_names(model: Any, record: Mapping[str, Any]) -> dict[str, str]:
 def _over_peft(library: Any) -> None:
     model = getattr(library, "PeftModel", None)
     if model is not None:
-        _put_over(model, "save_pretrained", _saving_with_adapters)
-        _put_over(model, "_upload_modified_files", _uploading_the_card)
+        put_over(model, "save_pretrained", _saving_with_adapters)
+        put_over(model, "_upload_modified_files", _uploading_the_card)
 
 
 def _saving_with_adapters(save_pretrained: Any) -> Any:
@@ -222,7 +189,7 @@ def _over_sentences(library: Any) -> None:
     model = getattr(library, "SentenceTransformer", None)
     for cls in () if model is None else model.__mro__:
         if "save" in vars(cls) and issubclass(cls, nn.Module):
-            _put_over(cls, "save", _saving_sentences)
+            put_over(cls, "save", _saving_sentences)
 
 
 def _saving_sentences(save: Any) -> Any:
@@ -248,7 +215,7 @@ def _saving_sentences(save: Any) -> Any:
 def _over_trainer(library: Any) -> None:
     trainer = getattr(library, "Trainer", None)
     if trainer is not None:
-        _put_over(trainer, "create_model_card", _adding_to_the_card)  # which it writes over that of the model
+        put_over(trainer, "create_model_card", _adding_to_the_card)  # which it writes over that of the model
 
 
 def _adding_to_the_card(create_model_card: Any) -> Any:
@@ -266,7 +233,7 @@ def _adding_to_the_card(create_model_card: Any) -> Any:
 
 
 def _over_timm(library: Any) -> None:
-    _put_over(library, "save_config_for_hf", _saving_with_settings)  # the last that save_for_hf and push_to_hf_hub call
+    put_over(library, "save_config_for_hf", _saving_with_settings)  # the last that save_for_hf and push_to_hf_hub call
 
 
 def _saving_with_settings(save_config: Any) -> Any:
