@@ -9,7 +9,7 @@ JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo docs wheel clean
+.PHONY: help setup test lint demo docs notebooks wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -44,6 +44,12 @@ demo: setup ## patch a BERT and a ViT, and see what it cost (writes out/demo)
 
 docs: setup ## the documentation as a site (in site), strictly: a dead link or an example that fails is an error
 	$(BIN)/python -m zensical build --clean --strict
+
+notebooks: setup ## the examples of the documentation as notebooks, run (in out/notebooks)
+	mkdir -p out/notebooks
+	for page in docs/examples/*.md; do \
+		$(BIN)/jupytext --quiet --to ipynb --set-kernel python3 --run-path . --execute \
+			--output out/notebooks/$$(basename $$page .md).ipynb $$page || exit 1; done
 
 # PyTorch brings libgomp.so.1, and is loaded before the kernels: a second one would be a second pool of threads.
 wheel: setup ## the wheel, named after the systems that it runs on, and the sdist (in dist)

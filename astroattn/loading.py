@@ -56,7 +56,7 @@ def _patch(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     from astroattn.patching import patch
     from astroattn.patching.saving import RECORD_KEY
 
-    if hasattr(model.config, RECORD_KEY):
+    if vars(model.config).pop(RECORD_KEY, None) is not None:  # words for who opens it without us
         source = args[0] if args else kwargs["pretrained_model_name_or_path"]
         report = load(model, Path(source) if Path(source).is_dir() else source, revision=kwargs.get("revision"))
     else:
