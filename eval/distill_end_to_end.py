@@ -123,7 +123,7 @@ def count_moved(model: nn.Module, before: nn.Module) -> int:
 
 
 def format_markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a markdown table; docs/finetuning.md must hold it as it is (tested)."""
+    """The rows as a markdown table; docs/experiments/texts.md must hold it as it is (tested)."""
     columns = ("moved", "weights that moved", "rate", "CPU seconds", "error of the states", "cosine of embeddings")
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     lines += [

@@ -171,7 +171,7 @@ def measure(sentences: Sentences, seeds: int) -> list[dict[str, Any]]:
 
 
 def format_markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a markdown table; docs/finetuning.md must hold it as it is (tested)."""
+    """The rows as a markdown table; docs/experiments/texts.md must hold it as it is (tested)."""
     lines = [
         "| attention | training | steps | CPU seconds | Spearman x 100 | cosine to the original's embeddings |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -78,8 +78,8 @@ def join(items: Items, size: int, rounds: int, seed: int) -> Items:
     return joined
 
 
-def load_task(data: str, test: str | None, tokenizer: Any, tokens: int, size: int, limit: int | None) -> Task:
-    """The three parts, as token ids."""
+def load_parts(data: str, test: str | None, size: int, limit: int | None) -> list[Items]:
+    """Texts to train on, to validate with and to report, with labels 0, 1, ..."""
     items = load_items(data, limit)
     train, held_out = split(items, TEST) if test is None else (items, load_items(test, limit))
     train, validation = split(train, VALIDATION)
@@ -92,8 +92,16 @@ def load_task(data: str, test: str | None, tokenizer: Any, tokens: int, size: in
         texts = join(part, size, rounds, seed)
         if not texts:
             raise ValueError(f"join: {size}; there are too few items of one label to join")
-        ids = tokenizer([text for text, _ in texts], truncation=True, max_length=tokens)["input_ids"]
-        parts.append([(each, labels[label]) for each, (_, label) in zip(ids, texts, strict=True)])
+        parts.append([(text, labels[label]) for text, label in texts])
+    return parts
+
+
+def load_task(data: str, test: str | None, tokenizer: Any, tokens: int, size: int, limit: int | None) -> Task:
+    """The three parts, as token ids."""
+    parts = []
+    for part in load_parts(data, test, size, limit):
+        ids = tokenizer([text for text, _ in part], truncation=True, max_length=tokens)["input_ids"]
+        parts.append([(each, label) for each, (_, label) in zip(ids, part, strict=True)])
     name = Path(data).name + (f", {size} joined" if size > 1 else "")
     return Task(name, *parts, collate=partial(collate, tokenizer), length=len)
 

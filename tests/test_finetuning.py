@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from astroattn import AstroConfig, AstrocyteAttention, patch
-from eval import finetune_images, finetune_text
+from eval import bag_of_words, finetune_images, finetune_text
 from eval import finetuning_variants as variants
 from eval.finetuning import Settings, Task, finetune, make_accelerator, schedule, shuffle
 from eval.finetuning_state import last_checkpoint
@@ -176,6 +176,18 @@ def test_joined_texts_share_no_item_between_parts(tmp_path: Path) -> None:
     assert len(task.test) == finetune_text.TEST_ROUNDS * 4 * (80 // 4 // 8)
 
 
+def test_a_bag_of_words_reads_what_words_tell_and_no_more(tmp_path: Path) -> None:
+    words = tmp_path / "words.csv"
+    words.write_text("\n".join(f'"{i % 2 + 1}","it is {("bad", "good")[i % 2]} no{i}"' for i in range(100)), "utf-8")
+    assert bag_of_words.measure(str(words), None, 1) == {"train": 72, "reported": 20, "accuracy": 1.0}
+    joined = bag_of_words.measure(str(words), None, 2)
+    assert (joined["reported"], joined["accuracy"]) == (40, 1.0)
+    random = tmp_path / "random.csv"
+    labels = [1 + (i * 7919 % 13) % 2 for i in range(130)]
+    random.write_text("\n".join(f'"{label}","same words"' for label in labels), "utf-8")
+    assert bag_of_words.measure(str(random), None, 1)["accuracy"] < 0.7
+
+
 def test_kinds_of_attention() -> None:
     assert variants.make_config(variants.Attention.original, 8) is None
     assert variants.make_config(variants.Attention.default, 8) == AstroConfig()
@@ -271,13 +283,22 @@ def test_docs_have_the_committed_table_and_the_goals_are_met() -> None:
     root = Path(__file__).parent.parent
     tasks = {name: json.loads((root / f"docs/results/finetune_{name}.json").read_text("utf-8")) for name in GOALS}
     table = variants.format_markdown([row for content in tasks.values() for row in content["rows"]])
-    assert table in (root / "docs/finetuning.md").read_text("utf-8")
+    assert table in (root / "docs/experiments/texts.md").read_text("utf-8")
     for name, goals in GOALS.items():
         found = {row["attention"]: row for row in variants.summarise(tasks[name]["rows"])}
         assert found["original"]["seeds"] == 3
         for attention, points in goals.items():
             assert found[attention]["seeds"] == 3
             assert found[attention]["difference"] >= -points, name
+
+
+def test_page_says_what_a_bag_of_words_reaches() -> None:
+    root = Path(__file__).parent.parent
+    rows = json.loads((root / "docs/results/bag_of_words.json").read_text("utf-8"))["rows"]
+    sst2, digests = (f"{row['accuracy']:.1%}".replace("%", " %") for row in rows)
+    flat = " ".join((root / "docs/experiments/texts.md").read_text("utf-8").split())
+    assert f"reads {digests} of the AG News digests right" in flat
+    assert f"and {sst2} of SST-2" in flat
 
 
 def test_page_says_what_was_measured_in_short() -> None:
