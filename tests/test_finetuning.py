@@ -307,7 +307,7 @@ def test_page_says_what_was_measured_in_short() -> None:
     for name in ("sst2", "agnews"):
         rows = json.loads((root / f"docs/results/finetune_{name}.json").read_text("utf-8"))["rows"]
         said |= {(name, row["attention"]): f"{row['difference']:+.1f}" for row in variants.summarise(rows)}
-    flat = " ".join((root / "docs/finetuning.md").read_text("utf-8").split())
+    flat = " ".join((root / "docs/experiments/texts.md").read_text("utf-8").split())
     assert f"near + far {said['sst2', 'default']} on SST-2 and {said['agnews', 'default']} on AG News" in flat
     assert f"distilled before, {said['sst2', 'linear']} and {said['agnews', 'linear']};" in flat
     assert f"random features in its place {said['sst2', 'random']} and {said['agnews', 'random']}." in flat
