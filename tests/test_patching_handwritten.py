@@ -370,7 +370,7 @@ MORE = [
     (no_softmax, "more with its scores than softmax attention (sigmoid)"),
     (used_later, "used for more than the values"),
     (two_products, "sum of several products"),
-    (strided, "keys of another length"),
+    (strided, "keys of another length than the queries (pooled or strided)"),
     (windows, "attention within small windows"),
 ]
 

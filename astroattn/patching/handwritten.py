@@ -36,7 +36,6 @@ from astroattn.patching.scores import (
 from astroattn.patching.site import (
     RECORD,
     SOFT_CAP,
-    UNEQUAL,
     WINDOW,
     Call,
     Site,
@@ -45,6 +44,7 @@ from astroattn.patching.site import (
     methods,
     names_in,
     replaced_forward,
+    unequal,
 )
 from astroattn.patching.swapped import put_over, take_off
 
@@ -349,8 +349,8 @@ class Watch(TorchFunctionMode):
         count, keys = plain(query.shape[2]), plain(key.shape[2])
         real, masked, refusal = read_masks(weights.masks, *parts, count, keys, self.site.causal)
         causal = causal or masked
-        if count != keys and not causal:
-            refusal = refusal or UNEQUAL
+        if not causal:
+            refusal = refusal or unequal(count, keys)
         if self.site.seen is not None and refusal is None:
             self.site.causal = causal
         return Call(query, key, value, real, causal, weights.scale, weights.dropout, refusal=refusal)

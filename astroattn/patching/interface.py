@@ -26,7 +26,6 @@ from astroattn.patching.site import (
     CORE,
     RECORD,
     SOFT_CAP,
-    UNEQUAL,
     WINDOW,
     Call,
     Site,
@@ -38,6 +37,7 @@ from astroattn.patching.site import (
     methods,
     names_in,
     site_of,
+    unequal,
 )
 from astroattn.patching.streaming import find_layer, layer_of, release_layer
 
@@ -229,7 +229,7 @@ def _read(
         real, refused = key_mask(mask, query.shape[0], key.shape[2])
         refusal = refusal or refused
     if not aligned:
-        refusal = refusal or UNEQUAL
+        refusal = refusal or unequal(query.shape[2], key.shape[2])
     site, core = getattr(module, RECORD), getattr(module, CORE)
     memory = layer_of(module) if core.shares_keys else None
     if memory is not None and real is not None:

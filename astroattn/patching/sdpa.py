@@ -20,7 +20,7 @@ from astroattn.ops.layout import plain
 from astroattn.patching.site import (
     BIAS,
     RECORD,
-    UNEQUAL,
+    STRIDED,
     WINDOW,
     Call,
     Site,
@@ -30,6 +30,7 @@ from astroattn.patching.site import (
     methods,
     names_in,
     replaced_forward,
+    unequal,
 )
 from astroattn.patching.swapped import put_over, take_off
 
@@ -50,7 +51,6 @@ CALLS = {"scaled_dot_product_attention", "dispatch_attention_fn"}  # the latter 
 
 FUSED = "fused_attn"
 
-STRIDED = "keys of another length than the queries (pooled or strided), few of them"
 POOLING = "one query (attention pooling)"
 CHANNELS = "attention over channels, not tokens"
 DIFFERENTIAL = "difference of two attention maps"
@@ -174,8 +174,7 @@ def _read(
     """A call of `F.scaled_dot_product_attention`, in our words."""
     check_traceable(query)
     mask, refusal = key_mask(attn_mask, query.shape[0], key.shape[-2])
-    if query.shape[-2] != key.shape[-2]:
-        refusal = refusal or UNEQUAL
+    refusal = refusal or unequal(query.shape[-2], key.shape[-2])
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)

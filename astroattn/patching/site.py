@@ -36,6 +36,7 @@ REPLACED = "its forward was replaced on the instance (accelerate's hooks do so);
 BIAS = "relative position bias (a number for every query and key, which no cluster of keys has)"
 WINDOW = "attention within small windows, which softmax serves best"
 SOFT_CAP = "soft cap on the attention logits, which no cluster of keys has"
+STRIDED = "keys of another length than the queries (pooled or strided), few of them"
 UNEQUAL = "keys of another length than the queries (cross attention or a static cache)"
 NO_GRID = "patch grid not found: tokens are treated as a sequence"
 OUT_OF_REACH = {  # by what PyTorch's own error names
@@ -180,6 +181,11 @@ def site_of(module: nn.Module) -> Site | None:
 def replaced_forward(module: nn.Module) -> str | None:
     """Why a class cannot be swapped where an instance has a forward of its own, which would be run instead."""
     return REPLACED if "forward" in vars(module) else None
+
+
+def unequal(queries: int, keys: int) -> str | None:
+    """Why so many queries cannot read so many keys, None where there is one of each."""
+    return None if queries == keys else STRIDED if queries > keys else UNEQUAL
 
 
 def methods(cls: type) -> list[FunctionType]:
