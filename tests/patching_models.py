@@ -207,7 +207,7 @@ LEFT_EXACT = {  # nothing an astrocyte represents: patching raises, with the rea
         pixels,
         0,
         2,
-        "within small windows",
+        "relative position bias",
         since="5.9",
     ),
     "mpnet": Tiny(of(t.MPNetModel, t.MPNetConfig, **TEXT), text, 0, 2, "bias of its own for every head"),

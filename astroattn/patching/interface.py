@@ -26,7 +26,6 @@ from astroattn.patching.site import (
     CORE,
     RECORD,
     SOFT_CAP,
-    WINDOW,
     Call,
     Site,
     attend,
@@ -52,7 +51,7 @@ REFUSED_ATTRIBUTES = {
     "is_cross_attention": "cross attention",
     "attn_logit_softcapping": SOFT_CAP,
     "relative_position_bias": BIAS,
-    "relative_position_bias_table": WINDOW,
+    "relative_position_bias_table": BIAS,
     "relative_attention_bias": BIAS,
 }
 # an argument of the attention function that is not None, and what it means
