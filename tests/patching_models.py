@@ -175,7 +175,7 @@ LEFT_EXACT = {  # nothing an astrocyte represents: patching raises, with the rea
         timm_image(56),
         0,
         2,
-        "windows, relative position bias",
+        "within small windows",
     ),
     "timm beit": Tiny(timm_model("beit_base_patch16_224", **TIMM_VIT), timm_image(32), 0, 2, "relative position bias"),
     "timm swinv2": Tiny(
@@ -183,7 +183,7 @@ LEFT_EXACT = {  # nothing an astrocyte represents: patching raises, with the rea
         timm_image(64),
         0,
         2,
-        "windows, relative position bias",
+        "within small windows",
     ),
     "beit": Tiny(
         of(t.BeitModel, t.BeitConfig, **VISION, **IMAGE, use_relative_position_bias=True),

@@ -188,3 +188,11 @@ def test_the_default_never_costs_more_than_softmax_attention(dim: int, tiles: st
         assert (counted.ratio == 1) == covers(config, tokens, None), tokens
     for side in (8, 12, 14, 16, 24, 28, 37):
         assert attention.cost(side**2 + 1, side**2 + 1, grid=(side, side)).ratio <= 1, side
+
+
+def test_what_the_keys_of_cross_attention_would_cost_before_a_query_comes() -> None:
+    """Some twenty queries of softmax attention, docs/method.md."""
+    keys, config = 1500, AstroConfig()
+    counts = count_choice(budget_of(config, keys, None).at(keys, 64), 64, keys)
+    of_keys = counts["coordinates"] / 2 + counts["clusters"] + counts["means"] + 2 * keys  # candidates: two a key
+    assert 18 < of_keys / (2 * keys) < 22

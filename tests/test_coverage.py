@@ -17,9 +17,10 @@ from astroattn.attention import AstrocyteAttention
 from eval.coverage.__main__ import main
 from eval.coverage.examining import Status, examine, examine_model
 from eval.coverage.inputs import Inputs, candidates, noise
-from eval.coverage.page import STATUSES, WELL_KNOWN, count_reasons, count_statuses, format_page
+from eval.coverage.page import STATUSES, WELL_KNOWN, count_reasons, count_statuses, format_page, say_situations
 from eval.coverage.pool import run_all
 from eval.coverage.subjects import CannotRun, Subject, subjects
+from eval.situations.drawing import draw
 
 DOCS = Path(__file__).parent.parent / "docs"
 SUBJECTS = {(subject.library, subject.type): subject for subject in subjects()}
@@ -205,14 +206,29 @@ def test_page_counts_types_and_reasons() -> None:
         {"status": "refused", "transformers": 1, "timm": 2, "all": 3},
     ]
     assert count_reasons(ROWS) == [("bias", 1, 1), ("differs: a", 2, 0), ("window", 0, 1)]
-    page = format_page({"rows": ROWS, "versions": {"torch": "2", "transformers": "5", "timm": "1"}})
+    page = format_page({"rows": ROWS, "versions": {"torch": "2", "transformers": "5", "timm": "1"}}, [])
     assert "| BERT | `bert` | equal | 2 of 2 |  |" in page
     assert "| BEiT (timm) | `beit` | in part | 1 of 4 | bias; window |" in page
     assert "**Refused** (3).\n\ntransformers: `t5`.\n\ntimm: `x`, `y`." in page
     assert "## Faults" not in page
     crashed = ROWS[0] | {"status": "crashed", "reasons": ["KeyError: a | b"]}
-    page = format_page({"rows": [crashed], "versions": {"torch": "2", "transformers": "5", "timm": "1"}})
+    page = format_page({"rows": [crashed], "versions": {"torch": "2", "transformers": "5", "timm": "1"}}, [])
     assert "| `bert` | transformers | crashed | KeyError: a \\| b |" in page
+
+
+def situations() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((DOCS / "results" / "situations.json").read_text("utf-8"))["rows"]
+    return rows
+
+
+def test_situations_are_counted_and_those_committed_are_as_drawn_and_right() -> None:
+    rows = [{"came": came} for came in ("patched", "patched", "refused", "the original cannot be wrapped", "wrong")]
+    assert say_situations(rows).startswith("Of 5, 2 ran patched and were what the report says, 1 could not be patched")
+    assert "in 1 the\noriginal" in say_situations(rows)
+    assert say_situations(rows).endswith("; 1 went wrong.")
+    assert say_situations(rows[:4]).endswith("; none went wrong.")
+    assert [row["situation"] for row in situations()] == [str(each) for each in draw(500, 0)]
+    assert "wrong" not in {row["came"] for row in situations()}
 
 
 def test_every_status_has_a_meaning() -> None:
@@ -221,7 +237,7 @@ def test_every_status_has_a_meaning() -> None:
 
 def test_page_is_made_from_the_committed_result() -> None:
     result = json.loads((DOCS / "results" / "coverage.json").read_text("utf-8"))
-    assert (DOCS / "coverage.md").read_text("utf-8") == format_page(result)
+    assert (DOCS / "coverage.md").read_text("utf-8") == format_page(result, situations())
     assert len(result["rows"]) > 600
     assert set(WELL_KNOWN.values()) <= {(row["library"], row["type"]) for row in result["rows"]}
 

@@ -11,14 +11,26 @@ import pytest
 import timm
 import torch
 import transformers as t
-from patching_models import ALL, CAUSAL_MODELS, PATCHED, TIMM_VIT, build, image, need_transformers, outputs, text
+from patching_models import (
+    ALL,
+    CAUSAL_MODELS,
+    PATCHED,
+    TEXT,
+    TIMM_VIT,
+    build,
+    image,
+    need_transformers,
+    outputs,
+    text,
+)
 from torch import Tensor, nn
 
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.patching import fallbacks, patch, unpatch
 from astroattn.patching.grid import PatchGrid
 from astroattn.patching.masks import attention_mask
-from astroattn.patching.site import drop_keys
+from astroattn.patching.scores import KEY_BIAS
+from astroattn.patching.site import drop_keys, key_mask
 
 EXACT = AstroConfig(near=100_000)
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
@@ -590,3 +602,41 @@ def test_vmap_is_refused_in_words(name: str) -> None:
 
     with pytest.raises(RuntimeError, match="vmap does not reach into this astrocyte"):
         torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, inputs)
+
+
+def test_a_float_mask_of_minus_ten_thousand_is_padding() -> None:
+    markup = t.MarkupLMModel(t.MarkupLMConfig(**TEXT, max_position_embeddings=64)).eval()  # makes such a mask itself
+    inputs = text()
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        before = markup(**inputs).last_hidden_state
+        assert len(patch(markup, AstroConfig(hidden="random", near=64)).patched) == 2
+        torch.testing.assert_close(markup(**inputs).last_hidden_state[real], before[real], rtol=1e-4, atol=1e-4)
+        patch(markup, STATIC)
+        found = markup(**inputs).last_hidden_state[real]
+        other = inputs["input_ids"].where(real, inputs["input_ids"] + 1)
+        torch.testing.assert_close(markup(**inputs | {"input_ids": other}).last_hidden_state[real], found)
+    assert not fallbacks(markup)
+
+
+@pytest.mark.parametrize("mask", [-10000.0, -9000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_of_a_float_mask_hides_a_key(mask: float, dtype: torch.dtype) -> None:
+    real, refusal = key_mask(torch.tensor([[[[0.0, mask]]]], dtype=dtype), 1, 2)
+    if mask == -9000.0:
+        assert (real, refusal) == (None, KEY_BIAS)
+    else:
+        assert real is not None
+        assert real.tolist() == [[True, False]]
+
+
+def test_values_may_have_more_heads_than_keys() -> None:
+    llama = build(ALL["llama"])
+    for layer in llama.model.layers:
+        layer.self_attn.v_proj = nn.Linear(32, 32)  # four heads; keys have two
+    with torch.no_grad():
+        before = llama(text()["input_ids"], use_cache=False).logits
+        report = patch(llama, AstroConfig(hidden="random", near=64))
+        assert len(report.patched) == len(llama.model.layers), str(report)
+        after = llama(text()["input_ids"], use_cache=False).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)

@@ -176,3 +176,21 @@ def test_a_pipeline_stands_for_its_model() -> None:
     for call in (astroattn.patch, astroattn.unpatch, astroattn.fallbacks):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module or a pipeline, got str"):
             call("bert")
+
+
+def test_the_latents_of_a_perceiver_are_patched_and_their_reading_of_the_input_is_not() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_latents": 40, "d_latents": 16, "d_model": 12, "num_blocks": 1, "num_self_attends_per_block": 1}
+    sizes |= {"num_self_attention_heads": 2, "num_cross_attention_heads": 2, "qk_channels": 16, "v_channels": 16}
+    torch.manual_seed(0)
+    perceiver = transformers.PerceiverModel(transformers.PerceiverConfig(**sizes)).eval()
+    inputs = {"inputs": torch.randn(2, 60, 12), "attention_mask": torch.ones(2, 60)}
+    inputs["attention_mask"][1, 50:] = 0
+    with torch.no_grad():
+        before = perceiver(**inputs).last_hidden_state
+        report = astroattn.patch(perceiver, FULL, inputs=inputs)
+        assert [(row.status, row.reason) for row in report.rows] == [("exact", "cross attention"), ("astrocyte", "")]
+        torch.testing.assert_close(perceiver(**inputs).last_hidden_state, before, rtol=1e-4, atol=1e-5)
+        astroattn.patch(perceiver, SHORT, inputs=inputs)
+        assert not torch.equal(perceiver(**inputs).last_hidden_state, before)
+    assert fallbacks(perceiver) == {}

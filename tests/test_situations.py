@@ -37,10 +37,12 @@ def sample() -> list[Situation]:
     return [
         *quick[:22],
         *(Situation("bert", wrapper=wrapper, mask="right", config="short") for wrapper in COMPILED[:3]),
+        Situation("mistral", tokens=33, config="learned"),  # one more than its window
+        Situation("torch_encoder", wrapper="compile_inside", mask="both", config="static_near", grad="inference_mode"),
     ]
 
 
-@pytest.mark.parametrize("number", range(25))
+@pytest.mark.parametrize("number", range(27))
 def test_a_sample(number: int) -> None:
     situation = sample()[number]
     try:

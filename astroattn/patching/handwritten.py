@@ -35,6 +35,8 @@ from astroattn.patching.scores import (
 )
 from astroattn.patching.site import (
     RECORD,
+    SOFT_CAP,
+    WINDOW,
     Call,
     Site,
     attend,
@@ -42,6 +44,7 @@ from astroattn.patching.site import (
     methods,
     names_in,
     replaced_forward,
+    unequal,
 )
 from astroattn.patching.swapped import put_over, take_off
 
@@ -52,18 +55,10 @@ WEIGHTS = ("output_attentions", "need_weights", "return_attention", "return_atte
 
 SDPA = "scaled_dot_product_attention"
 NOTHING = "its forward has no softmax(q k^T) v that could be read"
-MANY_AXES = "attention within windows (over more axes than batch and heads)"
-UNEQUAL = "keys of another length than the queries (cross attention or a static cache)"
+MANY_AXES = f"{WINDOW} (scores with more axes than batch and heads)"
 CHANGED = "what its scores are computed from is changed in place"
 OUTPUT = "its scores are its output"
 LATER = "its attention weights are used for more than the values"
-# What is done with the scores, and what that means.
-MEANINGS = {
-    "tanh": "soft cap on the attention logits",
-    "cat": "scores or weights joined with others (attention sinks, several kinds of keys)",
-    "conv2d": "heads are mixed (talking heads)",
-    "linear": "heads are mixed (talking heads)",
-}
 
 PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "einsum")
 VIEWS = ("view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze")
@@ -72,6 +67,29 @@ ASKED = ("size", "dim", "numel", "nelement", "is_floating_point")
 LIKE = ("expand_as", "view_as", "reshape_as", "type_as", "to")  # of something else
 PERMUTES = ("transpose", "swapaxes", "permute")
 ATTRIBUTES = [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")]
+
+MIXED = "heads are mixed (talking heads)"
+JOINED = "scores or weights joined with others (attention sinks, several kinds of keys)"
+SUM = "its scores are the sum of several products (of content and of positions, for example)"
+SHIFTED = "its scores are cut, shifted or laid out anew (relative positions or windows)"
+# What is done with scores, and with weights, and what that means.
+MEANINGS = {
+    "scores": {
+        "tanh": SOFT_CAP,
+        "cat": JOINED,
+        **dict.fromkeys(("conv2d", "linear"), MIXED),
+        **dict.fromkeys(("mul", "div", "true_divide"), "a factor on scores that have a bias"),
+        **dict.fromkeys(("pad", "view", "reshape", "unflatten", "__getitem__", "gather", "as_strided"), SHIFTED),
+        **dict.fromkeys(PRODUCTS, "there is no softmax between its products (linear attention)"),
+    },
+    "weights": {
+        "cat": JOINED,
+        **dict.fromkeys(("conv2d", "linear"), MIXED),
+        "mul": "a factor on its attention weights (a head mask or a gate)",
+        "masked_fill": "a mask on its attention weights, after the softmax",
+        **dict.fromkeys(("pad", "view", "reshape", "unflatten", "__getitem__", "gather", "as_strided"), SHIFTED),
+    },
+}
 
 CHANGES = [name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_")]
 CHANGES += ["__setitem__", *(name for name in dir(Tensor) if name.startswith("__i") and f"__{name[3:]}" in dir(Tensor))]
@@ -190,7 +208,7 @@ class Watch(TorchFunctionMode):
                     return answer
             elif (after := self._step(name, scores, held, function, args, kwargs)) is not None:
                 return self._note(tape, after, function, args, kwargs, into=held[0] if _in_place(name) else None)
-        self._carry_out(held, MEANINGS.get(name, f"its scores or weights go through {name!r}"))
+        self._carry_out(held, _meaning(name, scores, len(held)))
         return function(*self._real(args), **self._real(kwargs))
 
     def finish(self, output: Any) -> Any:
@@ -331,8 +349,8 @@ class Watch(TorchFunctionMode):
         count, keys = plain(query.shape[2]), plain(key.shape[2])
         real, masked, refusal = read_masks(weights.masks, *parts, count, keys, self.site.causal)
         causal = causal or masked
-        if count != keys and not causal:
-            refusal = refusal or UNEQUAL
+        if not causal:
+            refusal = refusal or unequal(count, keys)
         if self.site.seen is not None and refusal is None:
             self.site.causal = causal
         return Call(query, key, value, real, causal, weights.scale, weights.dropout, refusal=refusal)
@@ -408,6 +426,14 @@ class Watch(TorchFunctionMode):
             return type(value)(**{key: self._real(each, forget) for key, each in value.items()})
         changed = [self._real(each, forget) for each in value]
         return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
+
+
+def _meaning(name: str, scores: Scores | None, count: int) -> str:
+    """Why scores cannot be followed further after this was done with so many of them."""
+    if count > 1 and name in ("add", "sub"):
+        return SUM
+    kind = "weights" if scores is not None and scores.softmax else "scores"
+    return MEANINGS[kind].get(name, f"it does more with its {kind} than softmax attention ({name})")
 
 
 def _product(name: str, args: Any, kwargs: dict[str, Any]) -> Scores | None:

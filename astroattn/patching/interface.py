@@ -22,8 +22,10 @@ from astroattn.checks import check_traceable
 from astroattn.patching.handwritten import HandwrittenSite
 from astroattn.patching.masks import KeyMask, attention_mask, dense
 from astroattn.patching.site import (
+    BIAS,
     CORE,
     RECORD,
+    SOFT_CAP,
     Call,
     Site,
     attend,
@@ -34,31 +36,31 @@ from astroattn.patching.site import (
     methods,
     names_in,
     site_of,
+    unequal,
 )
 from astroattn.patching.streaming import find_layer, layer_of, release_layer
 
 HOSTS = ("sdpa", "eager")
 PREFIX = "astroattn_"
+PACKED = "packed sequences (cu_seqlens); a padded batch has none"
 WEIGHTS_HANDLE = "astroattn_handle"  # the attribute of a patched model that holds the handle of `refuse_weights`
 
 CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
 # an attribute of the module that is not None, False or 0, and what it means
 REFUSED_ATTRIBUTES = {
     "is_cross_attention": "cross attention",
-    "attn_logit_softcapping": "soft cap on the attention logits",
-    "relative_position_bias": "relative position bias",
-    "relative_position_bias_table": "relative position bias",
-    "relative_attention_bias": "relative position bias",
+    "attn_logit_softcapping": SOFT_CAP,
+    "relative_position_bias": BIAS,
+    "relative_position_bias_table": BIAS,
+    "relative_attention_bias": BIAS,
 }
 # an argument of the attention function that is not None, and what it means
 REFUSED_ARGUMENTS = {
-    "softcap": "soft cap on the attention logits",
-    "position_bias": "relative position bias",
+    "softcap": SOFT_CAP,
+    "position_bias": BIAS,
     "head_mask": "head mask",
     "layer_head_mask": "head mask",
-    "cu_seqlens": "packed sequences (cu_seqlens)",
-    "cu_seq_lens_q": "packed sequences (cu_seq_lens)",
-    "cu_seq_lens_k": "packed sequences (cu_seq_lens)",
+    **dict.fromkeys(("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"), PACKED),
     "cache": "paged cache",
     "sinks": "attention sinks",
     "indices": "keys chosen by the model (sparse attention)",
@@ -226,20 +228,25 @@ def _read(
         real, refused = key_mask(mask, query.shape[0], key.shape[2])
         refusal = refusal or refused
     if not aligned:
-        refusal = refusal or "keys of another length than the queries (cross attention or a static cache)"
+        refusal = refusal or unequal(query.shape[2], key.shape[2])
     site, core = getattr(module, RECORD), getattr(module, CORE)
     memory = layer_of(module) if core.shares_keys else None
     if memory is not None and real is not None:
         real = real[:, -key.shape[2] :]  # of the new tokens
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and not (core.shares_keys and site.seen is None):
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if not (core.shares_keys and site.seen is None):
+        key, value = (_for_heads(each, query.shape[1]) for each in (key, value))
     scale, dropout = arguments.get("scaling"), arguments.get("dropout", 0.0)
     call = Call(query, key, value, real, causal, scale, dropout, window=window, refusal=refusal, memory=memory)
     call.sliding_window, call.sink = arguments.get("sliding_window"), arguments.get("s_aux")
     if call.sink is None and getattr(module, "sinks", None) is not None:
         call.refusal = refusal or "attention sinks that the attention function is not given"
     return call
+
+
+def _for_heads(shared: Tensor, heads: int) -> Tensor:
+    """Keys or values of that many heads; some models have fewer of either alone."""
+    groups = heads // shared.shape[1]
+    return shared.repeat_interleave(groups, 1) if groups > 1 else shared
 
 
 def _is_causal(module: nn.Module, given: bool | None) -> bool:

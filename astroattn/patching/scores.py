@@ -15,11 +15,11 @@ from torch import Tensor
 
 from astroattn.ops.layout import plain
 
-HIDDEN = -1e4  # a score this much lower has a weight of zero: exp(-1e4) is below the least float64
+HIDDEN = -9984.0  # -10,000 in bfloat16; exp of it is zero, so a score this much lower has no weight
 
-KEY_BIAS = "a bias on keys, which is more than a padding mask"
+KEY_BIAS = "a bias on keys (ALiBi, for example), which is more than a padding mask"
 DENSE = "a dense mask or bias over queries and keys, which is more than a padding mask"
-PER_HEAD = "a mask or bias of its own for every head"
+PER_HEAD = "a mask or bias of its own for every head (relative positions, for example)"
 LEARNED = "a learned bias on the scores"
 FACTOR = "a factor on the scores of every query and key"
 

@@ -18,7 +18,10 @@ from torch.overrides import TorchFunctionMode
 from astroattn.checks import check_traceable
 from astroattn.ops.layout import plain
 from astroattn.patching.site import (
+    BIAS,
     RECORD,
+    STRIDED,
+    WINDOW,
     Call,
     Site,
     attend,
@@ -27,6 +30,7 @@ from astroattn.patching.site import (
     methods,
     names_in,
     replaced_forward,
+    unequal,
 )
 from astroattn.patching.swapped import put_over, take_off
 
@@ -47,13 +51,10 @@ CALLS = {"scaled_dot_product_attention", "dispatch_attention_fn"}  # the latter 
 
 FUSED = "fused_attn"
 
-BIAS = "relative position bias"
-WINDOW = "attention within windows"
-STRIDED = "keys of another length than the queries (strided)"
 POOLING = "one query (attention pooling)"
 CHANNELS = "attention over channels, not tokens"
 DIFFERENTIAL = "difference of two attention maps"
-HAND_WRITTEN = "softmax written out by hand, with nothing to take hold of"
+HAND_WRITTEN = "softmax written out by hand, where scaled_dot_product_attention was expected"
 
 # Attention classes that stay exact, and why.
 REFUSALS = {
@@ -63,9 +64,9 @@ REFUSALS = {
     "timm.models.maxxvit.Attention2d": BIAS,
     "timm.models.maxxvit.AttentionCl": BIAS,
     "timm.models.tiny_vit.Attention": BIAS,
-    "timm.models.swin_transformer.WindowAttention": f"{WINDOW}, {BIAS}",
-    "timm.models.swin_transformer_v2.WindowAttention": f"{WINDOW}, {BIAS}",
-    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": f"{WINDOW}, {BIAS}",
+    "timm.models.swin_transformer.WindowAttention": WINDOW,
+    "timm.models.swin_transformer_v2.WindowAttention": WINDOW,
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": WINDOW,
     "timm.models.hiera.MaskUnitAttention": WINDOW,
     "timm.models.hieradet_sam2.MultiScaleAttention": WINDOW,
     "timm.models.davit.WindowAttention": WINDOW,
@@ -88,7 +89,7 @@ REFUSALS = {
     "timm.layers.diff_attention.DiffAttention": DIFFERENTIAL,
     "timm.models.vision_transformer.DiffParallelScalingBlock": DIFFERENTIAL,
     "timm.models.crossvit.CrossAttention": "cross attention",
-    "timm.models.levit.Attention": f"{HAND_WRITTEN}, {BIAS}",
+    "timm.models.levit.Attention": BIAS,
     "timm.models.cait.TalkingHeadAttn": HAND_WRITTEN,
 }
 
@@ -173,8 +174,7 @@ def _read(
     """A call of `F.scaled_dot_product_attention`, in our words."""
     check_traceable(query)
     mask, refusal = key_mask(attn_mask, query.shape[0], key.shape[-2])
-    if query.shape[-2] != key.shape[-2]:
-        refusal = refusal or "keys of another length than the queries"
+    refusal = refusal or unequal(query.shape[-2], key.shape[-2])
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)

@@ -21,6 +21,7 @@ from astroattn.attention import AstrocyteAttention, autocast
 from astroattn.checks import DTYPES, LOST_WEIGHTS
 from astroattn.cost import covers
 from astroattn.ops.layout import plain
+from astroattn.patching.scores import HIDDEN, KEY_BIAS
 
 if TYPE_CHECKING:
     from astroattn.patching.grid import PatchGrid
@@ -30,6 +31,13 @@ RECORD = "astroattn_site"  # the attribute of a patched module that holds its Si
 CORE = "astrocyte"  # the attribute that holds its AstrocyteAttention
 
 NOT_HANDED_OVER = "its forward ended without an attention call that could be handed over"
+REPLACED = "its forward was replaced on the instance (accelerate's hooks do so); patch the model before that"
+# Why modules stay exact, where several front-ends say it.
+BIAS = "relative position bias (a number for every query and key, which no cluster of keys has)"
+WINDOW = "attention within small windows, which softmax serves best"
+SOFT_CAP = "soft cap on the attention logits, which no cluster of keys has"
+STRIDED = "keys of another length than the queries (pooled or strided), few of them"
+UNEQUAL = "keys of another length than the queries (cross attention or a static cache)"
 NO_GRID = "patch grid not found: tokens are treated as a sequence"
 OUT_OF_REACH = {  # by what PyTorch's own error names
     "vmap": "torch.vmap does not reach into this astrocyte; loop over the samples",
@@ -172,7 +180,12 @@ def site_of(module: nn.Module) -> Site | None:
 
 def replaced_forward(module: nn.Module) -> str | None:
     """Why a class cannot be swapped where an instance has a forward of its own, which would be run instead."""
-    return "its forward was replaced on the instance (accelerate's hooks do so)" if "forward" in vars(module) else None
+    return REPLACED if "forward" in vars(module) else None
+
+
+def unequal(queries: int, keys: int) -> str | None:
+    """Why so many queries cannot read so many keys, None where there is one of each."""
+    return None if queries == keys else STRIDED if queries > keys else UNEQUAL
 
 
 def methods(cls: type) -> list[FunctionType]:
@@ -367,12 +380,12 @@ def key_mask(mask: Tensor | None, batch: int, keys: int) -> tuple[Tensor | None,
         return None, f"{kind} over queries and keys, which is more than a padding mask"
     if mask.dtype != torch.bool:
         real = mask == 0
-        hidden = mask <= torch.finfo(mask.dtype).min
+        hidden = mask <= HIDDEN
         plain = (real | hidden).all()
         if torch.compiler.is_compiling():
-            torch._assert_async(plain, "astroattn: a float mask over keys may only hold 0 and -inf")
+            torch._assert_async(plain, "astroattn: a float mask over keys may only hold 0 and -1e4 or less")
         elif not plain:
-            return None, "a bias on keys, which is more than a padding mask"
+            return None, KEY_BIAS
         mask = real
     return for_batch(mask[:, 0, 0, :], batch), None
 

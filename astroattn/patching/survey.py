@@ -14,12 +14,16 @@ from astroattn.attention import AstrocyteAttention
 from astroattn.patching.handwritten import ATTENTION_CLASS, HandwrittenSite
 from astroattn.patching.mha import MhaSite
 from astroattn.patching.sdpa import POOLING, SdpaSite
-from astroattn.patching.site import Site, site_of
+from astroattn.patching.site import WINDOW, Site, site_of
 
 Where = int | str | Sequence[int] | Sequence[str] | Callable[[str, nn.Module], bool]
 
 POOLING_CLASS = re.compile("pooling", re.IGNORECASE)  # of the module around the attention
-UNKNOWN = "no front-end for this attention class"
+WINDOW_CLASS = re.compile("window", re.IGNORECASE)
+UNKNOWN = (
+    "no softmax in the code of this attention class; if a function that it calls has one, name the class with "
+    "astroattn.register before patching"
+)
 
 
 @dataclass
@@ -54,7 +58,8 @@ def survey(model: nn.Module) -> list[Found]:
             refusal = POOLING if POOLING_CLASS.search(parent) else front_end.refusal(name, module)
             found.append(Found(name, module, front_end, None if site else refusal))
         elif ATTENTION_CLASS.search(type(module).__name__) and not _wraps_attention(available, module):
-            found.append(Found(name, module, None, UNKNOWN))
+            window = WINDOW_CLASS.search(type(module).__name__)
+            found.append(Found(name, module, None, WINDOW if window else UNKNOWN))
     return found
 
 

@@ -25,6 +25,7 @@ from eval.coverage.examining import Row, Status, examine_at, make_row
 from eval.coverage.page import count_statuses, format_page
 from eval.coverage.pool import run_all
 from eval.coverage.subjects import subjects
+from eval.summary import RESULTS
 
 PRELOAD = ("eval.coverage.examining", "eval.common", "typer", "tqdm", "transformers.models.bert.modeling_bert")
 
@@ -75,7 +76,8 @@ def main(
     if json:
         write_json(json, rows, seed=0)
     if page:
-        page.write_text(format_page({"rows": rows} | provenance(0)), encoding="utf-8")
+        situations = files.loads((RESULTS / "situations.json").read_text("utf-8"))["rows"]
+        page.write_text(format_page({"rows": rows} | provenance(0), situations), encoding="utf-8")
     if len(rows) <= SHOWN:
         for row in rows:
             modules = f"{row['patched']} of {row['total']}"

@@ -107,7 +107,8 @@ How a model is called, and what is around it, is another question. `python -m ev
 draws 500 situations: 26 tiny models, six configs, 14 masks, five dtypes (autocast among them), 19 wrappers (compiled,
 exported, copied, pickled, saved, sharded, offloaded, parametrized, with LoRA, checkpointed, in two threads, ...), put
 around before or after patching, in training and evaluation, and patched under other modes of the caller. It prints
-each in which the model is not what its report says as a line that repeats it; a sample is among the tests."""
+each in which the model is not what its report says as a line that repeats it; a sample is among the tests.
+{situations}"""
 
 
 def count_statuses(rows: list[Row]) -> list[Row]:
@@ -134,8 +135,20 @@ def count_reasons(rows: list[Row]) -> list[tuple[str, int, int]]:
     return sorted(table, key=lambda line: (-line[1] - line[2], line[0]))
 
 
-def format_page(result: dict[str, Any]) -> str:
-    """The page, from what the JSON holds: rows and versions."""
+def say_situations(rows: list[Row]) -> str:
+    """What came of the situations, in one sentence."""
+    counts = Counter(row["came"] for row in rows)
+    patched, refused, wrong = counts["patched"], counts["refused"], counts["wrong"]
+    rest = len(rows) - patched - refused - wrong
+    return (
+        f"Of {len(rows)}, {patched} ran patched and were what the report says, {refused} could not be patched, and in "
+        f"{rest} the\noriginal itself raises, cannot be wrapped or does not repeat itself; "
+        f"{wrong or 'none'} went wrong."
+    )
+
+
+def format_page(result: dict[str, Any], situations: list[Row]) -> str:
+    """The page, from what the JSON holds (rows and versions), and the rows of `eval.situations`."""
     rows: list[Row] = result["rows"]
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers", "timm"))
     counts = count_statuses(rows)
@@ -143,9 +156,10 @@ def format_page(result: dict[str, Any]) -> str:
     for line in meanings:
         line.append(STATUSES[line[0]])
     parts = [
-        INTRODUCTION.format(versions=versions),
+        INTRODUCTION.format(versions=versions, situations=say_situations(situations)),
         _table([[*counts[0], "meaning"], *meanings]),
-        "## What stands in the way\n\nNumber of types; one type may have several reasons.",
+        "## What stands in the way\n\nNumber of types; one type may have several reasons. "
+        "[What they mean, and what can be done](troubleshooting.md#why-a-module-stays-exact).",
         _table(
             [
                 ["reason", "refused", "in part"],
