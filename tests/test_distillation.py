@@ -180,12 +180,14 @@ def test_neurons_start_as_queries_and_keys_that_they_attend_to(causal: bool) -> 
     assert sequences == {0, 1}
 
 
-@pytest.mark.parametrize(("causal", "exact_queries"), [(False, 0), (False, 1), (False, 3), (True, 0)])
+@pytest.mark.parametrize(
+    ("causal", "exact_queries", "near"), [(False, 0, 0), (False, 1, 0), (False, 3, 0), (True, 0, 0), (True, 0, 4)]
+)
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-def test_rows_are_those_of_the_module(causal: bool, exact_queries: int, padding: str | None) -> None:
+def test_rows_are_those_of_the_module(causal: bool, exact_queries: int, near: int, padding: str | None) -> None:
     """The rows of some queries against the output where the values are the identity matrix."""
     torch.manual_seed(0)
-    module = AstrocyteAttention(2, 8, dataclasses.replace(LEARNED, exact_queries=exact_queries))
+    module = AstrocyteAttention(2, 8, dataclasses.replace(LEARNED, exact_queries=exact_queries, near=near))
     nn.init.normal_(module.hidden.query_weight)
     softmax = AstrocyteAttention(2, 8)
     softmax.exact = True

@@ -37,10 +37,13 @@ def log_rows(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | 
 
 def is_row_by_row(module: AstrocyteAttention, call: AttentionCall) -> bool:
     """Whether the row of a query can be had alone: without tiles, whose queries choose keys together."""
-    keys, grid = call.key.shape[2], call.options.get("grid")
+    keys, grid, causal = call.key.shape[2], call.options.get("grid"), call.options.get("causal")
     if call.options.get("window") is not None:  # which is exact
         return False
-    return all(not is_tiled(config) and not covers(config, keys, grid) for config in module.configs)
+    return all(
+        config.hidden == "learned" and (causal or not is_tiled(config)) and not covers(config, keys, grid)
+        for config in module.configs
+    )
 
 
 def learned_layer(module: AstrocyteAttention) -> LearnedHidden:
@@ -74,17 +77,20 @@ def log_products(
 
 
 def _far_logits(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None) -> Tensor:
-    """log phi(q).phi(k), but q.k where query or key is one of the exact queries, the first real tokens."""
-    keys = call.key.shape[2]
+    """log phi(q).phi(k), but q.k where a key is among the `near` latest real ones, or one of the two an exact query."""
+    (many, keys), config = (call.query.shape[2], call.key.shape[2]), module.configs[0]
     real: Tensor | None = call.options.get("key_mask")
     logits = log_products(learned_layer(module), take(call.query, queries), call.key, call.scale, real)
-    prefix = prefix_length(module.configs[0], keys, None)
-    if not prefix:
+    prefix = prefix_length(config, keys, None)
+    if not prefix and not config.near:
         return logits
-    places = torch.arange(1, keys + 1, device=logits.device)[None] if real is None else real.cumsum(1) * real
-    first = ((places > 0) & (places <= prefix)).expand(len(logits), -1)
-    asks = first if queries is None else first.gather(1, queries)
-    return torch.where(first[:, None, None] | asks[:, None, :, None], _exact_logits(call, queries), logits)
+    # the number of each real token; padding has that of the one before it
+    places = torch.arange(1, keys + 1, device=logits.device)[None] if real is None else real.cumsum(1)
+    places = places.expand(len(logits), -1)
+    asks = places[:, keys - many :] if queries is None else places.gather(1, queries + keys - many)
+    age = asks[:, :, None] - places[:, None]
+    exact = ((age >= 0) & (age < config.near)) | (places[:, None] <= prefix) | (asks[:, :, None] <= prefix)
+    return torch.where(exact[:, None], _exact_logits(call, queries), logits)
 
 
 def _hide(logits: Tensor, call: AttentionCall, queries: Tensor | None) -> Tensor:
