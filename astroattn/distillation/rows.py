@@ -64,9 +64,9 @@ def _exact_logits(call: AttentionCall, queries: Tensor | None) -> Tensor:
 def log_products(
     hidden: LearnedHidden, query: Tensor, key: Tensor, scale: float = 1.0, real: Tensor | None = None
 ) -> Tensor:
-    """log phi(q).phi(k) [B, H, Nq, Nk], phi(q) = exp(W_q q sqrt(scale)) / sqrt(m); of `real` keys [B, Nk] alone."""
+    """log phi(q).phi(k) [B, H, Nq, Nk], of queries and keys times sqrt(scale); of `real` keys [B, Nk] alone."""
     reading = query @ hidden.query_weight.mT.to(query.dtype) * sqrt(scale)
-    writing = key @ hidden.key_weight.mT.to(key.dtype) * sqrt(scale)
+    writing = key @ hidden.key_weight.mT.to(key.dtype) * sqrt(scale) + hidden.bias[:, None].to(key.dtype)
     if real is not None:
         writing = writing.masked_fill(~real[:, None, :, None], torch.finfo(writing.dtype).min)
     top = writing.detach().amax(2, keepdim=True)

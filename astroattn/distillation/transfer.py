@@ -54,8 +54,9 @@ def start_from_data(modules: Modules, batches: Iterable[Calls], count: int, seed
     """Make every neuron a pair of tokens: W_k a query, W_q a key drawn by this query's softmax attention.
 
     Both are multiplied by sqrt(scale). Such a neuron is written to by the keys that its query attends to, and read by
-    the queries that attend to its key. Of `count` batches the calls of a layer give equally many, and every layer draws
-    by itself.
+    the queries that attend to its key. With b = -W_q.W_k its share exp(W_q.q + W_k.k + b) is exp(q.k) to first order in
+    q and k around the pair, so that it stands rightly beside keys that are attended exactly. Of `count` batches the
+    calls of a layer give equally many, and every layer draws by itself.
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
     draws = {name: generator(seed, place) for place, name in enumerate(modules)}
@@ -71,6 +72,7 @@ def start_from_data(modules: Modules, batches: Iterable[Calls], count: int, seed
         hidden = learned_layer(modules[name])
         hidden.key_weight.copy_(query)
         hidden.query_weight.copy_(key)
+        hidden.bias.copy_(-(query * key).sum(-1))
 
 
 def generator(*numbers: int) -> torch.Generator:
