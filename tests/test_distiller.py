@@ -459,7 +459,7 @@ def test_copies_that_adapters_of_peft_train(saved: list[str]) -> None:
     assert len(report.layers) == 2
     assert all(row.after < row.before for row in report.layers)
     copies = {name for name in before if "modules_to_save" in name}
-    assert len(copies) == 4
+    assert len(copies) == 6
     assert moved(model, before) == copies
     distill(model, texts(), steps=5, loss="end_to_end", train="marked", **QUIET)
     assert moved(model, before) == copies | {name for name in before if "lora_" in name}
