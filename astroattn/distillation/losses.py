@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.distillation.rows import is_row_by_row, log_rows, softmax_rows
+from astroattn.distillation.rows import QUERIES, draw_queries, is_row_by_row, log_rows, softmax_rows
 from astroattn.fidelity.calls import AttentionCall
 from astroattn.fidelity.passes import Outputs, forward, token_mask
-
-QUERIES = 64  # of a sequence in a step; their rows say enough of the others', and cost 64 N instead of N^2
 
 OfLayer = Callable[[AstrocyteAttention, AttentionCall, torch.Generator], Tensor]
 OfModel = Callable[[nn.Module, nn.Module, Any], Tensor]  # of the model, the original and the inputs
@@ -27,8 +25,7 @@ def divergence(module: AstrocyteAttention, call: AttentionCall, generator: torch
     """
     real, queries = call.real_queries(), None
     if is_row_by_row(module, call) and real.shape[1] > QUERIES:
-        draw = torch.rand(real.shape, generator=generator).to(real.device)
-        queries = draw.masked_fill(~real, -1).topk(QUERIES)[1]
+        queries = draw_queries(call, generator)
         real = real.gather(1, queries)
     with torch.no_grad():
         target = softmax_rows(call, queries)

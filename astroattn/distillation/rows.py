@@ -17,6 +17,7 @@ from astroattn.fidelity.calls import AttentionCall
 from astroattn.hidden import LearnedHidden
 from astroattn.patching.record import unwrapped
 
+QUERIES = 64  # of a sequence; their rows say enough of the others', and cost 64 N instead of N^2
 LEAST_SHARE = 1e-6  # of attention, below which a share counts as this much
 
 
@@ -77,20 +78,52 @@ def log_products(
 
 
 def _far_logits(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None) -> Tensor:
-    """log phi(q).phi(k), but q.k where a key is among the `near` latest real ones, or one of the two an exact query."""
-    (many, keys), config = (call.query.shape[2], call.key.shape[2]), module.configs[0]
+    """log phi(q).phi(k), but q.k where the key is attended exactly."""
     real: Tensor | None = call.options.get("key_mask")
     logits = log_products(learned_layer(module), take(call.query, queries), call.key, call.scale, real)
-    prefix = prefix_length(config, keys, None)
-    if not prefix and not config.near:
-        return logits
+    exact = _is_exact(module, call, queries)
+    return logits if exact is None else torch.where(exact, _exact_logits(call, queries), logits)
+
+
+def _is_exact(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None) -> Tensor | None:
+    """Where a key is one of the `near` latest real ones, or it or the query one of the exact ones; None: nowhere."""
+    (many, keys), config = (call.query.shape[2], call.key.shape[2]), module.configs[0]
+    real: Tensor | None = call.options.get("key_mask")
+    prefix, near = prefix_length(config, keys, None), config.near if call.options.get("causal") else 0
+    if not prefix and not near:
+        return None
     # the number of each real token; padding has that of the one before it
-    places = torch.arange(1, keys + 1, device=logits.device)[None] if real is None else real.cumsum(1)
-    places = places.expand(len(logits), -1)
+    places = torch.arange(1, keys + 1, device=call.key.device)[None] if real is None else real.cumsum(1)
+    places = places.expand(len(call.key), -1)
     asks = places[:, keys - many :] if queries is None else places.gather(1, queries + keys - many)
     age = asks[:, :, None] - places[:, None]
-    exact = ((age >= 0) & (age < config.near)) | (places[:, None] <= prefix) | (asks[:, :, None] <= prefix)
-    return torch.where(exact[:, None], _exact_logits(call, queries), logits)
+    exact = ((age >= 0) & (age < near)) | (places[:, None] <= prefix) | (asks[:, :, None] <= prefix)
+    return exact[:, None]
+
+
+def missing_gain(module: AstrocyteAttention, call: AttentionCall, queries: Tensor) -> Tensor:
+    """log of sum exp(q.k) over the keys that are read through phi, minus log of sum phi(q).phi(k) [B, H, S].
+
+    NaN where there is no such key. The tiles of a bidirectional layer, which choose exact keys, are passed over.
+    """
+    real: Tensor | None = call.options.get("key_mask")
+    exact, sums = _is_exact(module, call, queries), []
+    for logits in (
+        _exact_logits(call, queries),
+        log_products(learned_layer(module), take(call.query, queries), call.key, call.scale, real),
+    ):
+        lowest = torch.finfo(logits.dtype).min
+        logits = _hide(logits, call, queries)
+        logits = logits if exact is None else logits.masked_fill(exact, lowest)
+        sums.append(logits.logsumexp(-1).masked_fill((logits == lowest).all(-1), torch.nan))
+    return sums[0] - sums[1]
+
+
+def draw_queries(call: AttentionCall, generator: torch.Generator) -> Tensor:
+    """Places [B, S] of `QUERIES` queries of each sequence, real tokens first, in random order."""
+    real = call.real_queries()
+    draw = torch.rand(real.shape, generator=generator).to(real.device)
+    return draw.masked_fill(~real, -1).topk(min(QUERIES, real.shape[1]))[1]
 
 
 def _hide(logits: Tensor, call: AttentionCall, queries: Tensor | None) -> Tensor:

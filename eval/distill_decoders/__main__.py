@@ -36,8 +36,6 @@ from eval.distill_decoders.training import (
     LOSSES,
     SETTINGS,
     START,
-    TRANSFER,
-    TUNED,
     Settings,
     patched_copy,
     train,
@@ -93,8 +91,10 @@ class Experiment:
         held_out = Loss(self.subject, texts.held_out, self.subject.start)
         began = time.time()
 
-        def look(model: nn.Module) -> Row:
-            return held_out(states_of(model, held_out.texts, f"{kind}, held out"))
+        def look(model: nn.Module, stage: str, steps: int, minutes: float) -> None:
+            row = {"measure": CURVE, "attention": kind, "seed": seed, "stage": stage, "steps": steps}
+            row |= rounded({"minutes": minutes}) | held_out(states_of(model, held_out.texts, f"{kind}, held out"))
+            self._keep(self.place | row)
 
         def report(stage: str, steps: int, minutes: float) -> None:
             row = {"attention": kind, "training": stage, "seed": seed, "steps": steps}
@@ -102,13 +102,11 @@ class Experiment:
             self._measure(row, lambda texts: states_of(model, texts, f"{kind}, {stage}"))
 
         folder = None if state is None else state / f"{self.subject.name} {kind} {seed}".replace(" ", "_")
-        for point in train(model, kind, self.settings, texts, seed, look, report, folder):
-            self._keep(self.place | {"measure": CURVE, "attention": kind, "seed": seed} | point)
+        train(model, kind, self.settings, texts, seed, look, report, folder)
 
     def _measure(self, row: Row, states: Callable[[list[Tensor]], list[Tensor]]) -> None:
         self._keep(self.place | {"measure": LOSS} | row | self.loss(states(self.loss.texts)))
-        last = TUNED if self.settings.tuning else TRANSFER
-        asked = (row["training"] == last) if row["attention"] == LEARNED else (row["training"] == START)
+        asked = row["training"] == (self.settings.last(LEARNED) if row["attention"] == LEARNED else START)
         if self.needles and asked:
             for each in answers(self.subject, self.needles, states([needle.text for needle in self.needles])):
                 self._keep(self.place | {"measure": RECALL} | row | each)
@@ -169,8 +167,8 @@ def main(
     for seed in range(seeds):
         texts = load_texts(subject, seed)
         for kind in (each for each in reversed(KINDS) if each in chosen):
-            curves = [row for row in rows if row["measure"] == CURVE and row["near"] == settings.near]
-            if not any((row["attention"], row["seed"]) == (kind, seed) for row in curves):  # which come last
+            place = experiment.place | {"attention": kind, "training": settings.last(kind), "seed": seed}
+            if not any(place.items() <= row.items() for row in rows):
                 experiment.trained(kind, texts, seed, state)
 
 

@@ -20,7 +20,7 @@ from astroattn.data import texts as files
 from eval.common import data_folder
 from eval.generate.subjects import LONGEST, MODULES, OTHER_MODULES, SHORT, Subject
 
-STORIES, STORY_TOKENS, STORY_BATCH = 256, 448, 4
+STORIES, STORY_TOKENS, STORY_BATCH = 128, 448, 4
 HELD_OUT = 2
 PLACES = 32  # in the language reference
 LETTERS = 8  # of a token, at most: a text of so many has all the tokens that are wanted

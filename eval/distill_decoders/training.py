@@ -28,8 +28,8 @@ SILENT = -1e4  # a bias with which a neuron has no share in anything, and no gra
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PROGRESS = "progress.json"
 
-Look = Callable[[nn.Module], dict[str, Any]]
 Report = Callable[[str, int, float], None]  # of a stage, steps and minutes until now
+Look = Callable[[nn.Module, str, int, float], None]  # the same of a model
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ class Settings:
     rank: int = 8
     rate: float = 1e-3
     hidden_rate: float = 0.005
+
+    def last(self, kind: str) -> str:
+        """The last stage of the training of such attention."""
+        return TUNED if self.tuning else TRANSFER if kind == LEARNED else START
 
 
 SETTINGS = {
@@ -83,11 +87,11 @@ def train(
     look: Look,
     report: Report,
     folder: Path | None = None,
-) -> list[dict[str, Any]]:
-    """Train what `patched_copy` has made, and return what `look` found at intervals, with minutes, steps and stage.
+) -> None:
+    """Train what `patched_copy` has made.
 
-    `report` is called with the neurons as they are drawn, after the transfer (if they learn), and after the tuning.
-    `folder` keeps how far the training is, to go on after it broke off.
+    `report` is called with the neurons as they are drawn, after the transfer (if they learn), and after the tuning;
+    `look` at intervals. `folder` keeps how far the training is, to go on after it broke off.
     """
     running = Running(model, look, report, folder)
     batches = [{"input_ids": text} for text in texts.training]
@@ -113,7 +117,6 @@ def train(
             seed=seed,
         )
         running.take(distiller, TUNED, settings.tuning, settings.every[1], batches, held_out)
-    return running.curve
 
 
 def predict_text(model: nn.Module, original: nn.Module, inputs: Any) -> Tensor:
@@ -126,7 +129,7 @@ LOSSES: dict[str, Any] = {"logits": "logits", "text": predict_text}
 
 
 class Running(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """A training of one stage or several: its clock, its curve, and where it is kept.
+    """A training of one stage or several: its clock, and where it is kept.
 
     Attributes:
         minutes: of CPU time that the steps took, and drawing the neurons, but not `look` and `report`.
@@ -135,11 +138,9 @@ class Running(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
 
     def __init__(self, model: nn.Module, look: Look, report: Report, folder: Path | None) -> None:
         self.minutes, self.steps = 0.0, 0
-        self.curve: list[dict[str, Any]] = []
         self._model, self._look, self._report, self._folder = model, look, report, folder
         if folder is not None and (folder / PROGRESS).exists():
-            kept = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-            self.minutes, self.curve = kept["minutes"], kept["curve"]
+            self.minutes = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["minutes"]
 
     def take(
         self, distiller: Distiller, stage: str, steps: int, every: int, batches: list[Any], held_out: list[Any]
@@ -175,10 +176,8 @@ class Running(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         self.minutes += (time.process_time() - self._start) / 60
 
     def _add(self, step: int) -> None:
-        place = {"stage": self._stage, "steps": self._before + step, "minutes": self.minutes}
-        self.curve.append(place | self._look(self._model))
+        self._look(self._model, self._stage, self._before + step, self.minutes)
         if self._folder is not None and step:
             (self._folder / self._stage).mkdir(parents=True, exist_ok=True)
             self._distiller.save(self._folder / self._stage)
-            kept = {"minutes": self.minutes, "curve": self.curve}
-            (self._folder / PROGRESS).write_text(json.dumps(kept), encoding="utf-8")
+            (self._folder / PROGRESS).write_text(json.dumps({"minutes": self.minutes}), encoding="utf-8")
