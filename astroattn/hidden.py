@@ -83,9 +83,9 @@ class RandomHidden(Constants):
 class LearnedHidden(nn.Module):
     """A hidden layer to be trained: phi(k) = exp(W_k k + b) / sqrt(m) while writing, exp(W_q q) / sqrt(m) reading.
 
-    W_k and W_q start as the same random weights, b as 0. In the paper's terms the weights from first to hidden layer are
-    W_k times the key projection while writing, and W_q times the query projection while reading. The bias b says how
-    much a neuron counts: beside a near field, which is exact, the size of phi matters.
+    W_k and W_q start as the same random weights, b as 0. In the paper's terms the weights from first to hidden layer
+    are W_k times the key projection while writing, and W_q times the query projection while reading. The bias b says
+    how much a neuron counts: beside a near field, which is exact, the size of phi matters.
 
     Attributes:
         key_weight, query_weight: W_k, W_q [H, m, D], parameters.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from astroattn.distillation.distiller import Distiller
 
-    Callback = Callable[[Distiller], Any] | TrainerCallback
+    Callback: TypeAlias = Callable[[Distiller], Any] | TrainerCallback
 
 
 class Hooks:

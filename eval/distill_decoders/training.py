@@ -58,8 +58,8 @@ class Settings:
 
 
 SETTINGS = {
-    "stories": Settings(16, 16, 300, 200, (50, 50)),
-    "smollm2": Settings(64, 64, 100, 24, (20, 8)),
+    "stories": Settings(16, 16, 100, 40, (25, 20)),
+    "smollm2": Settings(64, 64, 80, 16, (20, 8)),
 }
 
 
