@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.distillation.rows import QUERIES, draw_queries, is_row_by_row, log_rows, softmax_rows
+from astroattn.distillation.rows import QUERIES, is_row_by_row, log_rows, softmax_rows
 from astroattn.fidelity.calls import AttentionCall
 from astroattn.fidelity.passes import Outputs, forward, token_mask
 
@@ -25,7 +25,8 @@ def divergence(module: AstrocyteAttention, call: AttentionCall, generator: torch
     """
     real, queries = call.real_queries(), None
     if is_row_by_row(module, call) and real.shape[1] > QUERIES:
-        queries = draw_queries(call, generator)
+        draw = torch.rand(real.shape, generator=generator).to(real.device)
+        queries = draw.masked_fill(~real, -1).topk(QUERIES)[1]
         real = real.gather(1, queries)
     with torch.no_grad():
         target = softmax_rows(call, queries)

@@ -119,11 +119,11 @@ def missing_gain(module: AstrocyteAttention, call: AttentionCall, queries: Tenso
     return sums[0] - sums[1]
 
 
-def draw_queries(call: AttentionCall, generator: torch.Generator) -> Tensor:
-    """Places [B, S] of `QUERIES` queries of each sequence, real tokens first, in random order."""
-    real = call.real_queries()
-    draw = torch.rand(real.shape, generator=generator).to(real.device)
-    return draw.masked_fill(~real, -1).topk(min(QUERIES, real.shape[1]))[1]
+def spread_queries(call: AttentionCall) -> Tensor:
+    """Places [B, S] of `QUERIES` real tokens spread evenly over each sequence, the same wherever its padding is."""
+    number = call.real_queries().cumsum(1)
+    share = (torch.arange(QUERIES, device=number.device) + 0.5) / QUERIES
+    return torch.searchsorted(number, (share * number[:, -1:]).long() + 1).clamp(max=number.shape[1] - 1)
 
 
 def _hide(logits: Tensor, call: AttentionCall, queries: Tensor | None) -> Tensor:

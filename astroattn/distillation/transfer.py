@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.distillation.rows import draw_queries, learned_layer, missing_gain, softmax_rows
+from astroattn.distillation.rows import learned_layer, missing_gain, softmax_rows, spread_queries
 from astroattn.fidelity.calls import AttentionCall, read_call
 from astroattn.fidelity.passes import call as run_model
 
@@ -77,7 +77,7 @@ def start_from_data(modules: Modules, batches: Iterable[Calls], count: int, seed
         hidden.key_weight.copy_(query)
         hidden.query_weight.copy_(key)
         hidden.bias.copy_(-(query * key).sum(-1))
-        gain = missing_gain(modules[name], last[name], draw_queries(last[name], draws[name]))
+        gain = missing_gain(modules[name], last[name], spread_queries(last[name]))
         hidden.bias.add_(gain.transpose(0, 1).flatten(1).nanmean(1).nan_to_num()[:, None])
 
 

@@ -21,7 +21,7 @@ from eval.common import data_folder
 from eval.generate.subjects import LONGEST, MODULES, OTHER_MODULES, SHORT, Subject
 
 STORIES, STORY_TOKENS, STORY_BATCH = 128, 448, 4
-HELD_OUT = 2
+HELD_OUT = (4, 12)  # of the samples of SmolLM2: a place of the reference and a module
 PLACES = 32  # in the language reference
 LETTERS = 8  # of a token, at most: a text of so many has all the tokens that are wanted
 ITEMS = 40  # of the news, in one text
@@ -38,13 +38,10 @@ class Texts:
 def load_texts(subject: Subject, seed: int = 0) -> Texts:
     """The texts for a subject; stories are other ones for every seed."""
     if subject.encode is None:
-        stories = write_stories(subject, HELD_OUT + STORIES, seed)
-        return Texts(list(stories[HELD_OUT:].split(STORY_BATCH)), list(stories[:HELD_OUT].split(1)))
+        stories = write_stories(subject, len(HELD_OUT) + STORIES, seed)
+        return Texts(list(stories[len(HELD_OUT) :].split(STORY_BATCH)), list(stories[: len(HELD_OUT)].split(1)))
     samples = subject.samples()
-    return Texts(
-        [encode(subject, text) for text in read_training()],
-        [samples[len(samples) // 4].clone(), samples[3 * len(samples) // 4].clone()],
-    )
+    return Texts([encode(subject, text) for text in read_training()], [samples[index] for index in HELD_OUT])
 
 
 def encode(subject: Subject, text: str) -> Tensor:
