@@ -213,7 +213,7 @@ class AstrocyteAttention(nn.Module):
             out, _, after = self._stream(query, key, value, key_mask, scale, memories)
             return out, after
         assert self.hidden is not None
-        query, key, weight, phase = self.hidden(query, key)
+        query, key, weight, phase = self.hidden(query, key, scale)
         before = check_state(self, state, query, value)
         order = None
         if key_mask is not None:
@@ -437,7 +437,7 @@ class AstrocyteAttention(nn.Module):
         self, config: AstroConfig, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         assert self.hidden is not None
-        query, key, weight, phase = self.hidden(query, key)
+        query, key, weight, phase = self.hidden(query, key, scale)
         num_queries, num_keys = query.shape[2], key.shape[2]
         if num_queries < num_keys:
             # The queries are the last tokens, so stand-ins take the place of the earlier ones.
@@ -478,7 +478,7 @@ class AstrocyteAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         num_keys, backend = plain(key.shape[2]), config.backend
         if self.hidden is not None and not is_tiled(config) and not prefix_length(config, num_keys, grid):
-            query, key, weight, phase = self.hidden(query, key)
+            query, key, weight, phase = self.hidden(query, key, scale)
             out, normaliser = linear_attention(
                 *(query, key, value, weight, phase),
                 activation=self.hidden.activation,
@@ -496,7 +496,7 @@ class AstrocyteAttention(nn.Module):
             query, key, value = (_in_order(x, order) for x in (query, key, value))
         budget = budget_of(config, num_keys, grid)
         if self.hidden is not None:
-            query, key, weight, phase = self.hidden(query, key)
+            query, key, weight, phase = self.hidden(query, key, scale)
             out, normaliser = near_linear_attention(
                 *(query, key, value, weight, phase, budget),
                 activation=self.hidden.activation,

@@ -70,7 +70,7 @@ class RandomHidden(Constants):
         weight = self.weight.to(dtype).repeat(batch, 1, 1)
         return Hidden(weight, self.phase.to(dtype).repeat(batch, 1), self.activation)
 
-    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the operators take: query, key, W [1, H, m, D] and b [1, H, m]."""
         weight, phase = self.on(query.device)
         return query, key, weight[None], phase[None]
@@ -81,13 +81,15 @@ class RandomHidden(Constants):
 
 
 class LearnedHidden(nn.Module):
-    """A hidden layer to be trained: phi(k) = exp(W_k k) / sqrt(m) while writing, phi(q) = exp(W_q q) / sqrt(m) reading.
+    """A hidden layer to be trained: phi(k) = exp(W_k k + b) / sqrt(m) while writing, exp(W_q q) / sqrt(m) reading.
 
-    Both start as the same random weights. In the paper's terms the weights from first to hidden layer are W_k times the
-    key projection while writing, and W_q times the query projection while reading.
+    W_k and W_q start as the same random weights, b as 0. In the paper's terms the weights from first to hidden layer
+    are W_k times the key projection while writing, and W_q times the query projection while reading. The bias b says
+    how much a neuron counts: beside a near field, which is exact, the size of phi matters.
 
     Attributes:
         key_weight, query_weight: W_k, W_q [H, m, D], parameters.
+        bias: b [H, m], a parameter.
     """
 
     activation = "exp"
@@ -100,22 +102,25 @@ class LearnedHidden(nn.Module):
         self.start = num_heads, head_dim, start  # all that the starting weights depend on
         self.key_weight = nn.Parameter(self._draw())
         self.query_weight = nn.Parameter(self._draw())
+        self.bias = nn.Parameter(torch.zeros(num_heads, config.num_hidden))
 
-    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the operators take: queries and keys [B, H, N, 2 D], W [1, H, m, 2 D] and b [1, H, m].
+    def forward(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the operators take: queries and keys [B, H, N, 2 D + 1], W [1, H, m, 2 D + 1] and zeros [1, H, m].
 
-        The operators have one W for both: with q' = (q, q), k' = (k, 0) and W' = (W_k, W_q - W_k) is W' k' = W_k k,
-        W' q' = W_q q and q'.k' = q.k.
+        The operators have one W for both, multiply both by r = sqrt(scale), and know no gradient of a bias. With
+        q' = (q, q, 0), k' = (k, 0, 1 / r) and W' = (W_k, W_q - W_k, b) is r W' k' = r W_k k + b, W' q' = W_q q and
+        q'.k' = q.k.
         """
-        key_weight, query_weight = self.key_weight.to(query.device), self.query_weight.to(query.device)
-        weight = torch.cat([key_weight, query_weight - key_weight], -1)
-        query, key = torch.cat([query, query], -1), F.pad(key, (0, key.shape[-1]))
+        key_weight, query_weight, bias = (x.to(query.device) for x in (self.key_weight, self.query_weight, self.bias))
+        weight = torch.cat([key_weight, query_weight - key_weight, bias[..., None]], -1)
+        query = F.pad(torch.cat([query, query], -1), (0, 1))
+        key = F.pad(F.pad(key, (0, key.shape[-1])), (0, 1), value=scale**-0.5)
         return query, key, weight[None], torch.zeros_like(weight[None, ..., 0])
 
     def is_lost(self, device: torch.device) -> bool:
         """Whether a call on a device would find no weights: they are on `meta`, and nothing knows what was learned."""
         fetched = "_hf_hook" in vars(self)  # by accelerate, when the layer is called
-        return device.type != "meta" and not fetched and (self.key_weight.is_meta or self.query_weight.is_meta)
+        return device.type != "meta" and not fetched and any(weight.is_meta for weight in self.parameters())
 
     def _draw(self) -> Tensor:
         return RandomHidden(*self.start).weight
@@ -127,6 +132,7 @@ class LearnedHidden(nn.Module):
             with torch.no_grad():
                 self.key_weight.copy_(self._draw())
                 self.query_weight.copy_(self._draw())
+                self.bias.zero_()
         return self
 
 

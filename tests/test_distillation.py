@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import astroattn
 from astroattn import AstroConfig, AstrocyteAttention, Distiller, DistillReport, distill, patch, unpatch
 from astroattn.distillation.losses import divergence
 from astroattn.distillation.rows import log_rows, softmax_rows, take
-from astroattn.distillation.transfer import draw_pairs, read_calls
+from astroattn.distillation.transfer import draw_pairs, read_calls, start_from_data
 from astroattn.fidelity.calls import AttentionCall, find_astrocytes
 from eval.distill import format_markdown
 
@@ -180,12 +181,14 @@ def test_neurons_start_as_queries_and_keys_that_they_attend_to(causal: bool) -> 
     assert sequences == {0, 1}
 
 
-@pytest.mark.parametrize(("causal", "exact_queries"), [(False, 0), (False, 1), (False, 3), (True, 0)])
+@pytest.mark.parametrize(
+    ("causal", "exact_queries", "near"), [(False, 0, 0), (False, 1, 0), (False, 3, 0), (True, 0, 0), (True, 0, 4)]
+)
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-def test_rows_are_those_of_the_module(causal: bool, exact_queries: int, padding: str | None) -> None:
+def test_rows_are_those_of_the_module(causal: bool, exact_queries: int, near: int, padding: str | None) -> None:
     """The rows of some queries against the output where the values are the identity matrix."""
     torch.manual_seed(0)
-    module = AstrocyteAttention(2, 8, dataclasses.replace(LEARNED, exact_queries=exact_queries))
+    module = AstrocyteAttention(2, 8, dataclasses.replace(LEARNED, exact_queries=exact_queries, near=near))
     nn.init.normal_(module.hidden.query_weight)
     softmax = AstrocyteAttention(2, 8)
     softmax.exact = True
@@ -201,6 +204,37 @@ def test_rows_are_those_of_the_module(causal: bool, exact_queries: int, padding:
     for rows, attention in ((softmax_rows(call, queries), softmax), (log_rows(module, call, queries).exp(), module)):
         expected = take(attention(query, key, identity, **call.options), queries)
         torch.testing.assert_close(rows, expected.clamp(min=rows.min().item()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("near", [0, 4])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_drawn_neurons_have_the_gain_of_softmax(near: int, padding: str | None) -> None:
+    """The sums over the keys that are read through neurons, in the mean of logarithms; padding is not among them."""
+    torch.manual_seed(0)
+    module = AstrocyteAttention(2, 8, dataclasses.replace(LEARNED, near=near))
+    query, key = torch.randn(2, 3, 2, 64, 8)
+    place, lengths = torch.arange(64)[None], torch.tensor([[64], [32], [0]])
+    mask = {None: None, "left": place >= 64 - lengths, "right": place < lengths}[padding]
+    call = AttentionCall(query, key, key, {"key_mask": mask, "causal": True, "scale": 0.7})
+    start_from_data({"": module}, [[("", call)]], 1, 0)
+    real = torch.ones(3, 64, dtype=torch.bool) if mask is None else mask
+    number = real.cumsum(1)
+    age = number[:, :, None] - number[:, None]
+    far = (age >= near) & real[:, None] & (place[:, :, None] >= place[:, None])
+    hidden, root = module.hidden, 0.7**0.5
+    neurons = (query * root @ hidden.query_weight.mT)[:, :, :, None] + (
+        key * root @ hidden.key_weight.mT + hidden.bias[:, None]
+    )[:, :, None]
+    sums = [
+        logits.masked_fill(~far[:, None], -torch.inf).logsumexp(-1)
+        for logits in (query @ key.mT * 0.7, neurons.logsumexp(-1) - math.log(16))
+    ]
+    asked = (real & far.any(-1))[:, None].expand(-1, 2, -1)
+    # of short sequences queries are taken more than once, each alike
+    weights = asked * (64 / real.sum(1).clamp(min=1))[:, None, None]
+    for head in range(2):
+        means = [torch.where(asked, x, 0)[:, head].mul(weights[:, head]).sum() / weights[:, head].sum() for x in sums]
+        torch.testing.assert_close(means[0], means[1], rtol=1e-4, atol=1e-4)
 
 
 def test_some_queries_stand_for_all() -> None:

@@ -21,6 +21,7 @@ from test_distillation import LEARNED, hidden_names, images, learned, moved, tex
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import TrainerCallback
 
 import astroattn
 from astroattn import AstroConfig, AstrocyteAttention, Distiller, DistillReport, distill, parameter_groups
@@ -344,6 +345,57 @@ def test_callbacks_see_the_state_and_may_end_the_run() -> None:
     assert report.ended == "a callback ended it"
 
 
+class Noting(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Notes what it is called with, and stops after step 3."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.before: Tensor | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        self.events.append(("begin", state.global_step, state.max_steps, args.max_steps, args.seed))
+        self.before = together(parts["model"])
+        assert isinstance(parts["optimizer"], torch.optim.Optimizer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> Any:
+        self.events.append(("step", state.global_step))
+        control.should_training_stop = state.global_step == 3
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **parts: Any) -> None:
+        self.events.append(("log", logs["loss"], state.log_history[-1]["step"]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        self.events.append(("end", state.global_step, len(state.log_history)))
+
+
+def test_callbacks_of_a_trainer_are_called_as_by_one_and_may_end_the_run() -> None:
+    model, noting, seen = learned(), Noting(), []
+    drawn, untouched = together(model), Distiller(model, seed=4)
+    report = untouched.run(texts(), 9, callbacks=[noting, lambda it: seen.append(it.step)], **QUIET)
+    assert report.ended == "a callback ended it"
+    assert seen == [1, 2, 3]
+    assert noting.events[0] == ("begin", 0, 9, 9, 4)
+    assert noting.events[1:-1] == [
+        each for step in (1, 2, 3) for each in (("step", step), ("log", report.losses[step - 1], step))
+    ]
+    assert noting.events[-1] == ("end", 3, 3)
+    assert noting.before is not None
+    assert not torch.equal(noting.before, drawn)  # the neurons were drawn by then
+    again = Noting()
+    untouched.run(texts(), 2, callbacks=[again], **QUIET)
+    assert again.events[0] == ("begin", 3, 5, 5, 4)
+
+
+@pytest.mark.parametrize("wrong", [3, "stop", Noting])
+def test_callbacks_of_other_kinds_are_refused_before_anything_moves(wrong: Any) -> None:
+    model = learned()
+    before = together(model)
+    with pytest.raises(TypeError, match=r"callbacks: .*(int|str|the class Noting); expected functions"):
+        Distiller(model).run(texts(), 2, callbacks=[wrong], **QUIET)
+    assert torch.equal(together(model), before)
+
+
 def test_the_file_is_json_and_safetensors(tmp_path: Path) -> None:
     distiller = Distiller(learned(), loss="end_to_end", train="qk")
     distiller.run(texts(), 2, **QUIET)
@@ -407,7 +459,7 @@ def test_copies_that_adapters_of_peft_train(saved: list[str]) -> None:
     assert len(report.layers) == 2
     assert all(row.after < row.before for row in report.layers)
     copies = {name for name in before if "modules_to_save" in name}
-    assert len(copies) == 4
+    assert len(copies) == 6
     assert moved(model, before) == copies
     distill(model, texts(), steps=5, loss="end_to_end", train="marked", **QUIET)
     assert moved(model, before) == copies | {name for name in before if "lora_" in name}

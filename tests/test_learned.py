@@ -36,7 +36,7 @@ def dense(attention: AstrocyteAttention, tokens: list[Tensor], exact: Tensor, se
     query, key, value = tokens
     hidden, root = attention.hidden, D**-0.25
     reading = (query * root @ hidden.query_weight.mT).exp() / M**0.5
-    writing = (key * root @ hidden.key_weight.mT).exp() / M**0.5
+    writing = (key * root @ hidden.key_weight.mT + hidden.bias[:, None]).exp() / M**0.5
     shares = torch.where(exact, (query @ key.mT * root**2).exp(), reading @ writing.mT) * seen
     return shares @ value / shares.sum(-1, keepdim=True), shares.sum(-1).log()
 
@@ -121,9 +121,9 @@ def test_a_patched_model_has_its_parameters() -> None:
     astroattn.patch(model, AstroConfig(hidden="learned", num_hidden=M, near=0))
     own = {name for name, _ in model.named_parameters()} - before.keys()
     assert own == {
-        f"encoder.layer.{layer}.attention.self.astrocyte.hidden.{which}_weight"
+        f"encoder.layer.{layer}.attention.self.astrocyte.hidden.{which}"
         for layer in range(2)
-        for which in ("key", "query")
+        for which in ("key_weight", "query_weight", "bias")
     }
     model.train()(torch.arange(60)[None]).last_hidden_state.square().sum().backward()
     assert all(

@@ -247,7 +247,7 @@ def test_a_state_dict_without_what_was_learned_is_refused(tmp_path: Path) -> Non
     patch(model, LEARNED)
     train(model)
     less = {name: weight for name, weight in model.state_dict().items() if "query_weight" not in name}
-    with pytest.raises(ValueError, match=r"state_dict: lacks 'bert.*hidden.query_weight' \(2 of the 4 tensors"):
+    with pytest.raises(ValueError, match=r"state_dict: lacks 'bert.*hidden.query_weight' \(2 of the 6 tensors"):
         model.save_pretrained(tmp_path / "new", state_dict=less)
     assert not (tmp_path / "new").exists()
     half = {name: weight.bfloat16() for name, weight in model.state_dict().items()}

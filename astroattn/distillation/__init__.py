@@ -15,6 +15,8 @@ from astroattn.distillation.weights import parameter_groups
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from astroattn.distillation.hooks import Callback
+
 __all__ = ["DistillReport", "Distiller", "LayerError", "distill", "parameter_groups"]
 
 
@@ -31,7 +33,7 @@ def distill(
     max_norm: float | None = None,
     accumulation: int = 1,
     held_out: Iterable[Any] | None = None,
-    callbacks: Sequence[Callable[[Distiller], Any]] = (),
+    callbacks: Sequence[Callback] = (),
     seed: int = 0,
     progress: bool = True,
     accelerator: Accelerator | None = None,

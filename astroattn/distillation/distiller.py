@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from astroattn.attention import AstrocyteAttention
+from astroattn.distillation.hooks import Hooks
 from astroattn.distillation.report import DONE, INTERRUPTED, NO_MORE, STOPPED, DistillReport, LayerError
 from astroattn.distillation.updates import Updates, whole
 from astroattn.distillation.weights import TRAIN, host_weights, in_use, only_these_train
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from astroattn.distillation.batches import Source
+    from astroattn.distillation.hooks import Callback
 
 Loss = str | Callable[[nn.Module, nn.Module, Any], Tensor]
 
@@ -155,7 +157,7 @@ class Distiller:
         steps: int = 300,
         *,
         held_out: Iterable[Any] | None = None,
-        callbacks: Sequence[Callable[[Distiller], Any]] = (),
+        callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> DistillReport:
         """Take steps, and report what they did to batches that are held out.
@@ -176,7 +178,10 @@ class Distiller:
             steps: how many more, each of `accumulation` batches (for every process).
             held_out: batches for the report. None: of a sequence the last tenth, at least one and at most 16, of
                 anything else the first 4; no step is taken on these.
-            callbacks: each is called with this Distiller after every step; one that returns True ends the run.
+            callbacks: functions, each called with this Distiller after every step; one that returns True ends the run.
+                Or `TrainerCallback` objects of transformers, whose on_train_begin (the neurons are drawn by then),
+                on_step_end, on_log and on_train_end are called; control.should_training_stop ends the run, and what
+                else control asks for (saves, evaluations) is not done.
             progress: show a progress bar.
 
         Raises:
@@ -192,9 +197,8 @@ class Distiller:
         total = self.settings.total_steps
         if total is not None and self.step + steps > total:
             raise ValueError(f"steps: {steps} after {self.step}; total_steps={total} allows {total - self.step} more")
-        for callback in callbacks:
-            if not callable(callback):
-                raise TypeError(f"callbacks: {type(callback).__name__}; expected functions of the Distiller")
+        main = self.accelerator is None or self.accelerator.is_main_process
+        hooks = Hooks(callbacks, self, steps, progress and main)
         source = self._source
         if source is None or source.batches is not batches or source.given is not held_out:
             goes_on = source is None or source.batches is batches
@@ -208,17 +212,16 @@ class Distiller:
                 lessons.draw(source.look(START_BATCHES), self.settings.seed)
             self._source = source
             self.updates.refresh()
-            main = self.accelerator is None or self.accelerator.is_main_process
             bar = tqdm(total=steps, desc=self.settings.loss, unit="step", disable=not (progress and main))
             try:
-                while self.step < first + steps:
+                stop = hooks.begin()
+                while not stop and self.step < first + steps:
                     self._take_step(source, lessons)
                     bar.update()
                     bar.set_postfix(loss=f"{self.losses[-1]:.4f}")
-                    answers = [callback(self) for callback in callbacks]
-                    if any(answer is True for answer in answers):
-                        ended = STOPPED
-                        break
+                    stop = hooks.step()
+                if stop:
+                    ended = STOPPED
             except KeyboardInterrupt:
                 ended = INTERRUPTED
             except Ended:
@@ -226,6 +229,7 @@ class Distiller:
             finally:
                 source.give_back()
                 bar.close()
+            hooks.end()
             after, output_after = lessons.measure(held)
         rows = [LayerError(n, each.configs[0].num_hidden, before[n], after[n]) for n, each in self.modules.items()]
         return DistillReport(tuple(rows), output_before, output_after, tuple(self.losses[first:]), self.step, ended)

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.distillation.rows import is_row_by_row, log_rows, softmax_rows
+from astroattn.distillation.rows import QUERIES, is_row_by_row, log_rows, softmax_rows
 from astroattn.fidelity.calls import AttentionCall
 from astroattn.fidelity.passes import Outputs, forward, token_mask
-
-QUERIES = 64  # of a sequence in a step; their rows say enough of the others', and cost 64 N instead of N^2
 
 OfLayer = Callable[[AstrocyteAttention, AttentionCall, torch.Generator], Tensor]
 OfModel = Callable[[nn.Module, nn.Module, Any], Tensor]  # of the model, the original and the inputs

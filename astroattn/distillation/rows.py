@@ -17,6 +17,7 @@ from astroattn.fidelity.calls import AttentionCall
 from astroattn.hidden import LearnedHidden
 from astroattn.patching.record import unwrapped
 
+QUERIES = 64  # of a sequence; their rows say enough of the others', and cost 64 N instead of N^2
 LEAST_SHARE = 1e-6  # of attention, below which a share counts as this much
 
 
@@ -37,10 +38,13 @@ def log_rows(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | 
 
 def is_row_by_row(module: AstrocyteAttention, call: AttentionCall) -> bool:
     """Whether the row of a query can be had alone: without tiles, whose queries choose keys together."""
-    keys, grid = call.key.shape[2], call.options.get("grid")
+    keys, grid, causal = call.key.shape[2], call.options.get("grid"), call.options.get("causal")
     if call.options.get("window") is not None:  # which is exact
         return False
-    return all(not is_tiled(config) and not covers(config, keys, grid) for config in module.configs)
+    return all(
+        config.hidden == "learned" and (causal or not is_tiled(config)) and not covers(config, keys, grid)
+        for config in module.configs
+    )
 
 
 def learned_layer(module: AstrocyteAttention) -> LearnedHidden:
@@ -61,9 +65,9 @@ def _exact_logits(call: AttentionCall, queries: Tensor | None) -> Tensor:
 def log_products(
     hidden: LearnedHidden, query: Tensor, key: Tensor, scale: float = 1.0, real: Tensor | None = None
 ) -> Tensor:
-    """log phi(q).phi(k) [B, H, Nq, Nk], phi(q) = exp(W_q q sqrt(scale)) / sqrt(m); of `real` keys [B, Nk] alone."""
+    """log phi(q).phi(k) [B, H, Nq, Nk], of queries and keys times sqrt(scale); of `real` keys [B, Nk] alone."""
     reading = query @ hidden.query_weight.mT.to(query.dtype) * sqrt(scale)
-    writing = key @ hidden.key_weight.mT.to(key.dtype) * sqrt(scale)
+    writing = key @ hidden.key_weight.mT.to(key.dtype) * sqrt(scale) + hidden.bias[:, None].to(key.dtype)
     if real is not None:
         writing = writing.masked_fill(~real[:, None, :, None], torch.finfo(writing.dtype).min)
     top = writing.detach().amax(2, keepdim=True)
@@ -74,17 +78,52 @@ def log_products(
 
 
 def _far_logits(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None) -> Tensor:
-    """log phi(q).phi(k), but q.k where query or key is one of the exact queries, the first real tokens."""
-    keys = call.key.shape[2]
+    """log phi(q).phi(k), but q.k where the key is attended exactly."""
     real: Tensor | None = call.options.get("key_mask")
     logits = log_products(learned_layer(module), take(call.query, queries), call.key, call.scale, real)
-    prefix = prefix_length(module.configs[0], keys, None)
-    if not prefix:
-        return logits
-    places = torch.arange(1, keys + 1, device=logits.device)[None] if real is None else real.cumsum(1) * real
-    first = ((places > 0) & (places <= prefix)).expand(len(logits), -1)
-    asks = first if queries is None else first.gather(1, queries)
-    return torch.where(first[:, None, None] | asks[:, None, :, None], _exact_logits(call, queries), logits)
+    exact = _is_exact(module, call, queries)
+    return logits if exact is None else torch.where(exact, _exact_logits(call, queries), logits)
+
+
+def _is_exact(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None) -> Tensor | None:
+    """Where a key is one of the `near` latest real ones, or it or the query one of the exact ones; None: nowhere."""
+    (many, keys), config = (call.query.shape[2], call.key.shape[2]), module.configs[0]
+    real: Tensor | None = call.options.get("key_mask")
+    prefix, near = prefix_length(config, keys, None), config.near if call.options.get("causal") else 0
+    if not prefix and not near:
+        return None
+    # the number of each real token; padding has that of the one before it
+    places = torch.arange(1, keys + 1, device=call.key.device)[None] if real is None else real.cumsum(1)
+    places = places.expand(len(call.key), -1)
+    asks = places[:, keys - many :] if queries is None else places.gather(1, queries + keys - many)
+    age = asks[:, :, None] - places[:, None]
+    exact = ((age >= 0) & (age < near)) | (places[:, None] <= prefix) | (asks[:, :, None] <= prefix)
+    return exact[:, None]
+
+
+def missing_gain(module: AstrocyteAttention, call: AttentionCall, queries: Tensor) -> Tensor:
+    """log of sum exp(q.k) over the keys that are read through phi, minus log of sum phi(q).phi(k) [B, H, S].
+
+    NaN where there is no such key. The tiles of a bidirectional layer, which choose exact keys, are passed over.
+    """
+    real: Tensor | None = call.options.get("key_mask")
+    exact, sums = _is_exact(module, call, queries), []
+    for logits in (
+        _exact_logits(call, queries),
+        log_products(learned_layer(module), take(call.query, queries), call.key, call.scale, real),
+    ):
+        lowest = torch.finfo(logits.dtype).min
+        logits = _hide(logits, call, queries)
+        logits = logits if exact is None else logits.masked_fill(exact, lowest)
+        sums.append(logits.logsumexp(-1).masked_fill((logits == lowest).all(-1), torch.nan))
+    return sums[0] - sums[1]
+
+
+def spread_queries(call: AttentionCall) -> Tensor:
+    """Places [B, S] of `QUERIES` real tokens spread evenly over each sequence, the same wherever its padding is."""
+    number = call.real_queries().cumsum(1)
+    share = (torch.arange(QUERIES, device=number.device) + 0.5) / QUERIES
+    return torch.searchsorted(number, (share * number[:, -1:]).long() + 1).clamp(max=number.shape[1] - 1)
 
 
 def _hide(logits: Tensor, call: AttentionCall, queries: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.distillation.rows import learned_layer, softmax_rows
+from astroattn.distillation.rows import learned_layer, missing_gain, softmax_rows, spread_queries
 from astroattn.fidelity.calls import AttentionCall, read_call
 from astroattn.fidelity.passes import call as run_model
 
@@ -54,11 +54,15 @@ def start_from_data(modules: Modules, batches: Iterable[Calls], count: int, seed
     """Make every neuron a pair of tokens: W_k a query, W_q a key drawn by this query's softmax attention.
 
     Both are multiplied by sqrt(scale). Such a neuron is written to by the keys that its query attends to, and read by
-    the queries that attend to its key. Of `count` batches the calls of a layer give equally many, and every layer draws
-    by itself.
+    the queries that attend to its key. With b = -W_q.W_k its share exp(W_q.q + W_k.k + b) is exp(q.k) to first order in
+    q and k around the pair. Farther away it is too large more often than too small, so that all neurons of a head get
+    the gain with which, in the mean over queries, log p of what they read is that of softmax: beside keys that are
+    attended exactly it matters. Of `count` batches the calls of a layer give equally many, and every layer draws by
+    itself.
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
     draws = {name: generator(seed, place) for place, name in enumerate(modules)}
+    last: dict[str, AttentionCall] = {}
     for batch, calls in enumerate(batches):
         for name, module in modules.items():
             m, mine = module.configs[0].num_hidden, [call for of, call in calls if of == name]
@@ -66,11 +70,15 @@ def start_from_data(modules: Modules, batches: Iterable[Calls], count: int, seed
                 several = count * len(mine)
                 if many := m * (number + 1) // several - m * number // several:
                     found[name].append(draw_pairs(call, many, draws[name]))
+                last[name] = call
     for name, pairs in found.items():
         query, key = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
         hidden = learned_layer(modules[name])
         hidden.key_weight.copy_(query)
         hidden.query_weight.copy_(key)
+        hidden.bias.copy_(-(query * key).sum(-1))
+        gain = missing_gain(modules[name], last[name], spread_queries(last[name]))
+        hidden.bias.add_(gain.transpose(0, 1).flatten(1).nanmean(1).nan_to_num()[:, None])
 
 
 def generator(*numbers: int) -> torch.Generator:

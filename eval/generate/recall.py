@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eval.common import rounded
 from eval.generate.reading import ORIGINAL, UNREAD, predict, read
@@ -70,17 +70,23 @@ def draw(subject: Subject, length: int, depth: float | None, seed: int) -> Needl
 
 
 def _score(subject: Subject, name: str, entries: int, needles: list[Needle]) -> Iterator[dict[str, Any]]:
-    """A row per depth: `log p` of the digits, each from the right ones before it, and how often all were likeliest.
-
-    Then the greedy answer is the right one.
-    """
+    """A row per depth."""
     states = read(subject, ORIGINAL if name == UNREAD else name, entries, [needle.text for needle in needles])
+    place = {"model": subject.name, "tokens": needles[0].text.shape[1], "entries": entries, "cache": name}
+    for row in score(subject.model, needles, states):
+        yield rounded(place | row)
+
+
+def score(model: nn.Module, needles: list[Needle], states: list[Tensor]) -> Iterator[dict[str, Any]]:
+    """By depth `log p` of the digits, each from the right ones before it, and how often all were likeliest ("exact").
+
+    Then the greedy answer is the right one. `states` are the last hidden states [N, C] of the needles' texts.
+    """
     scores: dict[float | None, list[tuple[float, bool]]] = {}
     for needle, mine in zip(needles, states, strict=True):
-        predictions, answer = predict(subject.model, mine[-needle.digits - 1 : -1]), needle.text[0, -needle.digits :]
+        predictions, answer = predict(model, mine[-needle.digits - 1 : -1]), needle.text[0, -needle.digits :]
         log_p = float(predictions.gather(1, answer[:, None]).sum())
         scores.setdefault(needle.depth, []).append((log_p, bool((predictions.argmax(1) == answer).all())))
-    place = {"model": subject.name, "tokens": needles[0].text.shape[1], "entries": entries, "cache": name}
     for depth, found in scores.items():
         log_p, exact = (sum(each) / len(found) for each in zip(*found, strict=True))
-        yield rounded(place | {"depth": depth, "exact": exact, "log p": log_p, "scored": len(found)})
+        yield {"depth": depth, "exact": exact, "log p": log_p, "scored": len(found)}

@@ -117,7 +117,7 @@ def read_texts() -> list[str]:
     from pydoc_data.topics import topics
 
     reference = "\n\n".join(topics[name] for name in sorted(topics))
-    library = "\n\n".join(map(_source, MODULES))
+    library = "\n\n".join(map(source_of, MODULES))
     return [reference, reference[len(reference) // 2 :], library, library[len(library) // 2 :]]
 
 
@@ -127,8 +127,8 @@ def read_samples() -> list[str]:
 
     reference = "\n\n".join(topics[name] for name in sorted(topics))
     places = [(2 * eighth + 1) * len(reference) // 16 for eighth in range(8)]
-    return [*(reference[place:] for place in places), *(_source(name)[2000:] for name in OTHER_MODULES)]
+    return [*(reference[place:] for place in places), *(source_of(name)[2000:] for name in OTHER_MODULES)]
 
 
-def _source(module: str) -> str:
+def source_of(module: str) -> str:
     return Path(str(importlib.util.find_spec(module).origin)).read_text(encoding="utf-8")  # type: ignore[union-attr]

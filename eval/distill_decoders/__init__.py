@@ -1,0 +1,1 @@
+"""Learned linear attention beside a near field in pretrained decoders: what it loses before and after training."""
