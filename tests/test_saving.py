@@ -454,7 +454,7 @@ def test_modules_to_save(names: list[str], tmp_path: Path) -> None:
     patch(model, LEARNED)
     model = adapted(model, modules_to_save=names)
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad and ".astrocyte." in name]
-    assert len(trained) == 4
+    assert len(trained) == 6
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name in trained:

@@ -34,7 +34,7 @@ Look = Callable[[nn.Module, str, int, float], None]  # the same of a model
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, and how long; chosen on the texts held out, see `__main__`.
+    """What is trained, and how long; `__main__` says how it was chosen.
 
     Attributes:
         near, num_hidden: of every layer.
@@ -59,7 +59,7 @@ class Settings:
 
 SETTINGS = {
     "stories": Settings(16, 16, 100, 40, (25, 20)),
-    "smollm2": Settings(64, 64, 80, 16, (20, 8)),
+    "smollm2": Settings(64, 64, 80, 8, (20, 8)),
 }
 
 
