@@ -271,7 +271,7 @@ def test_layout_of_the_module_is_that_of_the_configuration(name: str, monkeypatc
     monkeypatch.setattr("astroattn.ops.static.choose", spy)
     mask = torch.arange(50) < torch.tensor([50, 31])[:, None]
     module(config)(*draw(2, 2, 50, 8), key_mask=mask)
-    assert [tokens for tokens, _ in seen] == ([] if name in ("random", "uniform") else [31, 50])
+    assert [tokens for tokens, _ in seen] == ([31, 50] if is_tiled(config) else [])
     for tokens, layout in seen:
         assert layout == budget_of(config, tokens, None).at(tokens, 8)
         for field in ("tile", "near", "exact_keys", "steps"):
