@@ -292,8 +292,7 @@ def test_a_grid_reaches_the_operations(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("astroattn.ops.near_far.choose", spy)
     monkeypatch.setattr("astroattn.ops.static.choose", spy)
     module(config)(*draw(1, 2, 50, 8), grid=(6, 8))
-    tiled, static = [((6, 8), 2)], [(None, config.exact_queries)] if config.exact_queries else []
-    assert seen == (tiled if is_tiled(config) else static)
+    assert seen == ([((6, 8), 2)] if is_tiled(config) else [])
 
 
 def test_every_field_of_the_configuration_counts() -> None:
