@@ -25,7 +25,15 @@ from tqdm import tqdm
 
 from eval.common import JsonOption, LimitOption, SeedsOption, data_folder, read_rows, run_script, write_json
 from eval.distill_photos.page import format_differences, format_results
-from eval.distill_photos.training import CONDITIONS, ORIGINAL, UNTRAINED, Measure, Photos, load_photos, train_and_measure
+from eval.distill_photos.training import (
+    CONDITIONS,
+    ORIGINAL,
+    UNTRAINED,
+    Measure,
+    Photos,
+    load_photos,
+    train_and_measure,
+)
 
 Name = StrEnum("Name", {name: name for name in CONDITIONS})
 ConditionsOption = Annotated[
