@@ -35,6 +35,14 @@ def log_rows(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | 
     return rows.clamp(min=LEAST_SHARE).log()
 
 
+def log_processes(hidden: LearnedHidden, call: AttentionCall, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """log p [B, H, S] of softmax attention, and of the hidden layer alone."""
+    softmax = _exact_logits(call, queries)
+    learned = log_products(hidden, take(call.query, queries), call.key, call.scale, call.options.get("key_mask"))
+    both = [_hide(logits, call, queries).logsumexp(-1) for logits in (softmax, learned)]
+    return both[0], both[1]
+
+
 def is_row_by_row(module: AstrocyteAttention, call: AttentionCall) -> bool:
     """Whether the row of a query can be had alone: without tiles, whose queries choose keys together."""
     keys, grid = call.key.shape[2], call.options.get("grid")

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.distillation.rows import learned_layer, softmax_rows
+from astroattn.distillation.rows import learned_layer, log_processes, softmax_rows
 from astroattn.fidelity.calls import AttentionCall, read_call
 from astroattn.fidelity.passes import call as run_model
+from astroattn.hidden import LearnedHidden
 
 Modules = Mapping[str, AstrocyteAttention]
 Calls = list[tuple[str, AttentionCall]]  # of one forward, with the name of the module that was called
+
+QUERIES = 64  # of a sequence, whose log p is compared
+RIDGE = 1e-3  # of the mean square of the queries' entries
 
 
 def read_calls(model: nn.Module, modules: Modules, inputs: Any) -> Calls:
@@ -51,13 +55,14 @@ def read_calls(model: nn.Module, modules: Modules, inputs: Any) -> Calls:
 
 @torch.no_grad()
 def start_from_data(modules: Modules, batches: Iterable[Calls], count: int, seed: int) -> None:
-    """Make every neuron a pair of tokens: W_k a query, W_q a key drawn by this query's softmax attention.
+    """Make every neuron a pair of tokens: W_k a query, W_q a key drawn by this query's softmax attention; see `level`.
 
     Both are multiplied by sqrt(scale). Such a neuron is written to by the keys that its query attends to, and read by
     the queries that attend to its key. Of `count` batches the calls of a layer give equally many, and every layer draws
     by itself.
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
+    last: dict[str, AttentionCall] = {}
     draws = {name: generator(seed, place) for place, name in enumerate(modules)}
     for batch, calls in enumerate(batches):
         for name, module in modules.items():
@@ -66,11 +71,29 @@ def start_from_data(modules: Modules, batches: Iterable[Calls], count: int, seed
                 several = count * len(mine)
                 if many := m * (number + 1) // several - m * number // several:
                     found[name].append(draw_pairs(call, many, draws[name]))
+                last[name] = call.sequence(int(call.real_queries().sum(1).argmax()))
     for name, pairs in found.items():
         query, key = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
         hidden = learned_layer(modules[name])
         hidden.key_weight.copy_(query)
         hidden.query_weight.copy_(key)
+        level(hidden, last[name])
+
+
+def level(hidden: LearnedHidden, call: AttentionCall) -> None:
+    """Move W_q so that log p of the hidden layer is, in the mean over a sequence's queries, that of softmax attention.
+
+    Beside keys that are attended exactly, all else is otherwise read many times too much or too little. The same vector
+    is added to every neuron's weights: the one whose product with the queries is nearest to a constant.
+    """
+    real = call.real_queries()[0].nonzero()[:, 0]
+    some = real[torch.linspace(0, len(real) - 1, min(QUERIES, len(real))).long()]
+    softmax, learned = log_processes(hidden, call, some[None])
+    query = call.query[0, :, real] * call.scale**0.5
+    moment = query.mT @ query / len(real)
+    ridge = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None] * RIDGE
+    direction = torch.linalg.solve(moment + ridge.expand(moment.shape[:2]).diag_embed(), query.mean(1))
+    hidden.query_weight.add_(((softmax - learned)[0].mean(-1, keepdim=True) * direction)[:, None])
 
 
 def generator(*numbers: int) -> torch.Generator:
