@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import astroattn
 from astroattn import AstroConfig, AstrocyteAttention, Distiller, DistillReport, distill, parameter_groups
 from astroattn.distillation.batches import Ended, Source
-from astroattn.distillation.transfer import start_from_data
+from astroattn.distillation.rows import log_processes
+from astroattn.distillation.transfer import draw_pairs, generator, start_from_data
 from astroattn.fidelity.calls import AttentionCall, find_astrocytes
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -289,6 +290,31 @@ def test_layers_and_seeds_draw_their_own_neurons() -> None:
         found += [layer.hidden.key_weight.detach() for layer in modules.values()]
     for i, one in enumerate(found):
         assert all((one - other).abs().mean() > 0.1 for other in found[:i])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_drawn_neurons_are_level_with_softmax(causal: bool) -> None:
+    """log p is softmax attention's in the mean over the queries, which have a direction in common, as real ones do."""
+    query, key = 2 * torch.randn(2, 3, 2, 40, 8)
+    query, key = query + 3 * torch.randn(2, 1, 8), key + torch.randn(2, 1, 8)
+    mask = torch.arange(40) < torch.tensor([40, 20, 0])[:, None]
+    call = AttentionCall(query, key, key, {"key_mask": mask, "causal": causal, "scale": 0.5})
+    layer, softmax = AstrocyteAttention(2, 8, LEARNED), AstrocyteAttention(2, 8)
+    softmax.exact = True
+
+    def excess() -> Tensor:
+        mine, theirs = (each.with_normaliser(query, key, key, **call.options)[1] for each in (layer, softmax))
+        return (mine - theirs)[:1].mean(-1).abs().max()
+
+    start_from_data({"": layer}, [[("", call)]], 1, 0)
+    assert excess() < 0.2
+    (softmax_p, learned_p) = log_processes(layer.hidden, call, torch.arange(40).expand(3, -1))
+    torch.testing.assert_close(learned_p[:1], layer.with_normaliser(query, key, key, **call.options)[1][:1])
+    torch.testing.assert_close(softmax_p[:1], softmax.with_normaliser(query, key, key, **call.options)[1][:1])
+    pairs = draw_pairs(call, LEARNED.num_hidden, generator(0, 0))
+    with torch.no_grad():
+        layer.hidden.query_weight.copy_(pairs[1])
+    assert excess() > 2  # as they are drawn
 
 
 @pytest.mark.parametrize("loss", ["cosine", "end_to_end"])

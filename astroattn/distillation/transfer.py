@@ -20,6 +20,7 @@ Calls = list[tuple[str, AttentionCall]]  # of one forward, with the name of the 
 
 QUERIES = 64  # of a sequence, whose log p is compared
 RIDGE = 1e-3  # of the mean square of the queries' entries
+LEAST_CONSTANT = 0.5  # below which queries have too little in common to be moved together by all that is wanted
 
 
 def read_calls(model: nn.Module, modules: Modules, inputs: Any) -> Calls:
@@ -92,8 +93,11 @@ def level(hidden: LearnedHidden, call: AttentionCall) -> None:
     query = call.query[0, :, real] * call.scale**0.5
     moment = query.mT @ query / len(real)
     ridge = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None] * RIDGE
-    direction = torch.linalg.solve(moment + ridge.expand(moment.shape[:2]).diag_embed(), query.mean(1))
-    hidden.query_weight.add_(((softmax - learned)[0].mean(-1, keepdim=True) * direction)[:, None])
+    mean = query.mean(1)
+    direction = torch.linalg.solve(moment + ridge.expand(moment.shape[:2]).diag_embed(), mean)
+    constant = (direction * mean).sum(-1, keepdim=True)  # 1 where all queries have the same product with it
+    wanted = (softmax - learned)[0].mean(-1, keepdim=True) / constant.clamp(min=LEAST_CONSTANT)
+    hidden.query_weight.add_((wanted * direction)[:, None])
 
 
 def generator(*numbers: int) -> torch.Generator:
