@@ -8,7 +8,7 @@ weights (`vit_tiny_patch16_224`) and the photos (`imagenet_photos`).
 
 Settings were chosen with --held-out, which trains on three quarters of the even half and measures on the fourth.
 
-    python -m eval.distill_photos --json out/distill_photos.json --seeds 3
+    python -m eval.distill_photos --json out/distill_photos.json --seeds 3     # some half an hour of one core
     python -m eval.distill_photos.page      # the tables of docs/experiments/photos.md
 """
 
@@ -37,7 +37,10 @@ from eval.distill_photos.training import (
 
 Name = StrEnum("Name", {name: name for name in CONDITIONS})
 ConditionsOption = Annotated[
-    list[Name] | None, typer.Option("--conditions", help="Only this attention; may be given several times.")
+    list[Name] | None,
+    typer.Option(
+        "--conditions", help="Only this attention; may be given several times. The last two are only measured so."
+    ),
 ]
 HeldOutOption = Annotated[
     bool, typer.Option("--held-out", help="Measure on a quarter of the even half, to choose settings on.")
@@ -76,7 +79,8 @@ def main(
         if json:
             write_json(json, rows, seed=0)
 
-    measure(load_photos(folder, limit, held_out=held_out), conditions or list(CONDITIONS), seeds, rows, keep)
+    names = conditions or [name for name in CONDITIONS if name not in LOOKS]
+    measure(load_photos(folder, limit, held_out=held_out), names, seeds, rows, keep)
     for table in (format_results(rows), format_differences(rows)):
         Console().print(table)
 

@@ -19,6 +19,7 @@ from eval.distill_photos.training import (
     LAYERS,
     LEARNED,
     LEARNED_256,
+    LONGER,
     NEAR,
     NEAR_LEARNED,
     ORIGINAL,
@@ -41,6 +42,7 @@ PAIRS: list[tuple[Key, Key]] = [
     ((LEARNED, WHOLE), (LEARNED, LAYERS)),
     ((LEARNED, WHOLE), (RANDOM, WHOLE)),
     ((LEARNED, WHOLE), (UNIFORM, WHOLE)),
+    ((LONGER, WHOLE), (LEARNED, WHOLE)),
     ((LEARNED_256, WHOLE), (LEARNED, WHOLE)),
     ((RANDOM, WHOLE), (UNIFORM, WHOLE)),
 ]

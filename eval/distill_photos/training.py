@@ -54,7 +54,8 @@ def linear(hidden: str, num_hidden: int, **others: Any) -> dict[str, Any]:
 
 
 NEAR, NEAR_LEARNED, LEARNED = "near 16", "near 16 + learned 64", "learned 64"
-LEARNED_256, RANDOM, UNIFORM = "learned 256", "random 64", "uniform"
+RANDOM, UNIFORM = "random 64", "uniform"
+LOOKS = LEARNED_256, LONGER = "learned 256", "learned 64, longer"  # only where they are asked for
 CONDITIONS = {
     NEAR_LEARNED: Condition(
         {"hidden": "learned", "num_hidden": 64, "near": 16, **PLACED}, {LAYERS: transfer(40), WHOLE: END_TO_END}
@@ -63,7 +64,8 @@ CONDITIONS = {
     LEARNED: Condition(linear("learned", 64), {LAYERS: transfer(100), WHOLE: END_TO_END}),
     RANDOM: Condition(linear("random", 64), {WHOLE: END_TO_END}, untrained=True),
     UNIFORM: Condition(linear("random", 1, activation="constant"), {WHOLE: END_TO_END}, untrained=True),
-    LEARNED_256: Condition(linear("learned", 256), {LAYERS: transfer(60), WHOLE: END_TO_END}),
+    LEARNED_256: Condition(linear("learned", 256), {LAYERS: transfer(100), WHOLE: END_TO_END}),
+    LONGER: Condition(linear("learned", 64), {LAYERS: transfer(200), WHOLE: END_TO_END | {"steps": 100}}),
 }
 
 
