@@ -6,7 +6,7 @@ to end with every weight moving. Controls are given the same steps end to end: t
 uniform attention. Reported is the odd half. The folder that the environment variable ASTROATTN_DATA names has the
 weights (`vit_tiny_patch16_224`) and the photos (`imagenet_photos`).
 
-Settings were chosen with --held-out, which trains on three quarters of the even half and measures on the fourth.
+Settings were chosen on a quarter of the even half, as --held-out does: trained on the other three, measured on it.
 
     python -m eval.distill_photos --json out/distill_photos.json --seeds 3     # some half an hour of one core
     python -m eval.distill_photos.page      # the tables of docs/experiments/photos.md
@@ -27,6 +27,7 @@ from eval.common import JsonOption, LimitOption, SeedsOption, data_folder, read_
 from eval.distill_photos.page import format_differences, format_results
 from eval.distill_photos.training import (
     CONDITIONS,
+    LOOKS,
     ORIGINAL,
     UNTRAINED,
     Measure,
