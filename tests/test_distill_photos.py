@@ -11,7 +11,7 @@ import timm
 import torch
 from scripts import run
 
-from eval.common import read_rows
+from eval.common import fill_marks, read_rows
 from eval.distill_photos import __main__ as script
 from eval.distill_photos import page, training
 from eval.distill_photos.training import (
@@ -168,3 +168,12 @@ def test_without_data_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     done = run(script.main)
     assert done.exit_code == 2
     assert "ASTROATTN_DATA" in done.output
+
+
+def test_the_page_has_the_committed_tables() -> None:
+    rows = read_rows(page.RESULTS)
+    text, tables = PAGE.read_text("utf-8"), page.tables(rows)
+    assert all(tables.values())
+    assert text == fill_marks(text, tables)
+    assert len({row["seed"] for row in rows}) >= 3
+    assert {len(row["same"]) for row in rows} == {250}
