@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from tqdm import tqdm
 
 from eval.common import JsonOption, LimitOption, SeedsOption, data_folder, read_rows, run_script, write_json
@@ -82,8 +81,7 @@ def main(
 
     names = conditions or [name for name in CONDITIONS if name not in LOOKS]
     measure(load_photos(folder, limit, held_out=held_out), names, seeds, rows, keep)
-    for table in (format_results(rows), format_differences(rows)):
-        Console().print(table)
+    print(f"{format_results(rows)}\n\n{format_differences(rows)}")
 
 
 if __name__ == "__main__":
