@@ -18,10 +18,10 @@ from eval.common import fill_marks, read_rows, run_script, show, spread
 from eval.distill_photos.training import (
     LAYERS,
     LEARNED,
-    LEARNED_256,
     LONGER,
     NEAR,
     NEAR_LEARNED,
+    NEAR_LONGER,
     ORIGINAL,
     RANDOM,
     UNIFORM,
@@ -43,7 +43,8 @@ PAIRS: list[tuple[Key, Key]] = [
     ((LEARNED, WHOLE), (RANDOM, WHOLE)),
     ((LEARNED, WHOLE), (UNIFORM, WHOLE)),
     ((LONGER, WHOLE), (LEARNED, WHOLE)),
-    ((LEARNED_256, WHOLE), (LEARNED, WHOLE)),
+    ((NEAR_LONGER, WHOLE), (NEAR_LEARNED, WHOLE)),
+    ((NEAR_LONGER, WHOLE), (ORIGINAL, UNTRAINED)),
     ((RANDOM, WHOLE), (UNIFORM, WHOLE)),
 ]
 

@@ -55,17 +55,16 @@ def linear(hidden: str, num_hidden: int, **others: Any) -> dict[str, Any]:
 
 NEAR, NEAR_LEARNED, LEARNED = "near 16", "near 16 + learned 64", "learned 64"
 RANDOM, UNIFORM = "random 64", "uniform"
-LOOKS = LEARNED_256, LONGER = "learned 256", "learned 64, longer"  # only where they are asked for
+LOOKS = NEAR_LONGER, LONGER = f"{NEAR_LEARNED}, longer", f"{LEARNED}, longer"  # only where they are asked for
+BOTH = {"hidden": "learned", "num_hidden": 64, "near": 16, **PLACED}
 CONDITIONS = {
-    NEAR_LEARNED: Condition(
-        {"hidden": "learned", "num_hidden": 64, "near": 16, **PLACED}, {LAYERS: transfer(40), WHOLE: END_TO_END}
-    ),
+    NEAR_LEARNED: Condition(BOTH, {LAYERS: transfer(40), WHOLE: END_TO_END}),
     NEAR: Condition({"hidden": "none", "near": 16, **PLACED}, {WHOLE: END_TO_END}, untrained=True),
     LEARNED: Condition(linear("learned", 64), {LAYERS: transfer(100), WHOLE: END_TO_END}),
     RANDOM: Condition(linear("random", 64), {WHOLE: END_TO_END}, untrained=True),
     UNIFORM: Condition(linear("random", 1, activation="constant"), {WHOLE: END_TO_END}, untrained=True),
-    LEARNED_256: Condition(linear("learned", 256), {LAYERS: transfer(100), WHOLE: END_TO_END}),
-    LONGER: Condition(linear("learned", 64), {LAYERS: transfer(200), WHOLE: END_TO_END | {"steps": 100}}),
+    NEAR_LONGER: Condition(BOTH, {LAYERS: transfer(100), WHOLE: END_TO_END | {"steps": 30}}),
+    LONGER: Condition(linear("learned", 64), {LAYERS: transfer(150), WHOLE: END_TO_END | {"steps": 100}}),
 }
 
 
