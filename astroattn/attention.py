@@ -23,6 +23,7 @@ from astroattn.config import AstroConfig, check_heads, is_tiled
 from astroattn.cost import Cost, budget_of, count_cost, count_window, covers, prefix_length
 from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
+from astroattn.ops.features import POSITIVE
 from astroattn.ops.layout import plain
 from astroattn.ops.library import (
     causal_attention,
@@ -477,15 +478,9 @@ class AstrocyteAttention(nn.Module):
         grid: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
         num_keys, backend = plain(key.shape[2]), config.backend
-        if self.hidden is not None and not is_tiled(config) and not prefix_length(config, num_keys, grid):
-            query, key, weight, phase = self.hidden(query, key, scale)
-            out, normaliser = linear_attention(
-                *(query, key, value, weight, phase),
-                activation=self.hidden.activation,
-                scale=scale,
-                key_mask=key_mask,
-                backend=backend,
-            )
+        prefix = prefix_length(config, num_keys, grid)
+        if self.hidden is not None and not is_tiled(config) and not prefix:
+            out, normaliser = self._through_hidden(query, key, value, key_mask, scale)
             if key_mask is None or query.shape[2] != num_keys:
                 return out, normaliser
             return _zero_padding(out, normaliser, key_mask)
@@ -495,7 +490,9 @@ class AstrocyteAttention(nn.Module):
             order, lengths = _sort(~key_mask)[0], key_mask.sum(1)
             query, key, value = (_in_order(x, order) for x in (query, key, value))
         budget = budget_of(config, num_keys, grid)
-        if self.hidden is not None:
+        if self.hidden is not None and not is_tiled(config) and self.hidden.activation in POSITIVE:
+            out, normaliser = self._beside_prefix(query, key, value, prefix, lengths, scale)
+        elif self.hidden is not None:
             query, key, weight, phase = self.hidden(query, key, scale)
             out, normaliser = near_linear_attention(
                 *(query, key, value, weight, phase, budget),
@@ -511,6 +508,40 @@ class AstrocyteAttention(nn.Module):
         if order is not None:
             out, normaliser = _put_back(order, out, normaliser)
         return out, normaliser
+
+    def _through_hidden(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """All keys through a static hidden layer."""
+        assert self.hidden is not None
+        query, key, weight, phase = self.hidden(query, key, scale)
+        return linear_attention(
+            *(query, key, value, weight, phase),
+            activation=self.hidden.activation,
+            scale=scale,
+            key_mask=key_mask,
+            backend=self.configs[0].backend,
+        )
+
+    def _beside_prefix(
+        self, query: Tensor, key: Tensor, value: Tensor, prefix: int, lengths: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Exact queries and a static hidden layer alone; the real tokens come first."""
+        real = None if lengths is None else torch.arange(key.shape[2], device=key.device) < lengths[:, None]
+        first = _softmax_attention(query[:, :, :prefix], key, value, real, False, scale, True)
+        body = query[:, :, prefix:]
+        behind = None if real is None else real[:, prefix:]
+        far, log_far = self._through_hidden(body, key[:, :, prefix:], value[:, :, prefix:], behind, scale)
+        work = log_far.dtype
+        logits = body.to(work) @ key[:, :, :prefix].to(work).mT * scale
+        lowest = torch.finfo(work).min  # not -inf: a sequence of nothing but padding would have gradients of NaN
+        if real is not None:
+            logits = logits.masked_fill(~real[:, None, None, :prefix], lowest)
+        logits = torch.cat([logits, log_far.clamp(min=lowest)[..., None]], -1)
+        shares = logits.softmax(-1)
+        out = shares[..., :prefix] @ value[:, :, :prefix].to(work) + shares[..., prefix:] * far.to(work)
+        out, log_p = torch.cat([first[0], out.to(query.dtype)], 2), torch.cat([first[1], logits.logsumexp(-1)], 2)
+        return (out, log_p) if real is None else _zero_padding(out, log_p, real)
 
 
 def autocast(*tensors: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from astroattn.config import STATIC, AstroConfig, is_tiled
 from astroattn.ops.causal import CHUNK
+from astroattn.ops.features import POSITIVE
 from astroattn.ops.layout import LEAST_BODY, LEAST_NEAR, ROOT, SUBTILE, Budget, Layout, cuts
 from astroattn.ops.order import DIRECTIONS, SAMPLES, TRIALS
 from astroattn.ops.streaming import block_of
@@ -44,8 +45,11 @@ def count_cost(
         return _count_causal(config, head_dim, num_keys)
     prefix = prefix_length(config, num_keys, grid)
     body, m = num_keys - prefix, config.num_hidden
-    if config.hidden in STATIC and not is_tiled(config) and not prefix:
-        return Cost(m, m * (1 + _drive(config)) * (1 + num_keys / num_queries), 2 * num_keys)
+    if config.hidden in STATIC and not is_tiled(config) and (not prefix or config.activation in POSITIVE):
+        read, drive = num_queries - prefix, _drive(config)
+        positions = read * (prefix + m) + prefix * num_keys
+        products = read * 2 * prefix + (read + body) * m * (1 + drive) + prefix * 2 * num_keys
+        return Cost(positions / num_queries, products / num_queries, 2 * num_keys)
     layout = budget_of(config, num_keys, grid).at(num_keys, head_dim)
     positions = prefix + layout.most_keys(body) + layout.num_hidden
     products = sum(count_choice(layout, head_dim, num_keys).values())

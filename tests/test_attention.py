@@ -271,7 +271,7 @@ def test_layout_of_the_module_is_that_of_the_configuration(name: str, monkeypatc
     monkeypatch.setattr("astroattn.ops.static.choose", spy)
     mask = torch.arange(50) < torch.tensor([50, 31])[:, None]
     module(config)(*draw(2, 2, 50, 8), key_mask=mask)
-    assert [tokens for tokens, _ in seen] == ([] if name in ("random", "uniform") else [31, 50])
+    assert [tokens for tokens, _ in seen] == ([31, 50] if is_tiled(config) else [])
     for tokens, layout in seen:
         assert layout == budget_of(config, tokens, None).at(tokens, 8)
         for field in ("tile", "near", "exact_keys", "steps"):
@@ -292,8 +292,7 @@ def test_a_grid_reaches_the_operations(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("astroattn.ops.near_far.choose", spy)
     monkeypatch.setattr("astroattn.ops.static.choose", spy)
     module(config)(*draw(1, 2, 50, 8), grid=(6, 8))
-    tiled, static = [((6, 8), 2)], [(None, config.exact_queries)] if config.exact_queries else []
-    assert seen == (tiled if is_tiled(config) else static)
+    assert seen == ([((6, 8), 2)] if is_tiled(config) else [])
 
 
 def test_every_field_of_the_configuration_counts() -> None:

@@ -56,6 +56,8 @@ def test_random_by_hand() -> None:
     assert vars(cost(config, 1000)) == {"positions": 20, "products": 80, "softmax": 2000}
     crossed = AstrocyteAttention(1, 8, config).cost(100, 1000)
     assert vars(crossed) == {"positions": 20, "products": 40 + 400, "softmax": 2000}
+    two = cost(AstroConfig(hidden="random", num_hidden=20, exact_queries=2), 100)  # which all others attend exactly
+    assert (two.positions, two.products) == ((98 * 22 + 200) / 100, (98 * (4 + 80) + 2 * 200) / 100)
 
 
 def test_hebbian_by_hand() -> None:
@@ -141,8 +143,9 @@ def check_positions(
         return
     where = budget_of(config, tokens, grid).at(tokens, 8)
     neurons = where.num_hidden if neurons == BY_LENGTH else neurons
-    if not is_tiled(config) and not where.prefix:
-        assert expected == neurons
+    if not is_tiled(config):  # queries outside the prefix attend to it and to the neurons
+        body = tokens - where.prefix
+        assert expected * tokens == pytest.approx(body * (where.prefix + neurons) + where.prefix * tokens)
         return
     seen: list[Choice] = []
 

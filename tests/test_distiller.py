@@ -292,6 +292,28 @@ def test_layers_and_seeds_draw_their_own_neurons() -> None:
         assert all((one - other).abs().mean() > 0.1 for other in found[:i])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_drawn_neurons_are_level_with_softmax(causal: bool) -> None:
+    """log p is softmax attention's in the mean over the queries, which have a direction in common, as real ones do."""
+    query, key = 2 * torch.randn(2, 3, 2, 40, 8)
+    query, key = query + 3 * torch.randn(2, 1, 8), key + torch.randn(2, 1, 8)
+    mask = torch.arange(40) < torch.tensor([40, 20, 0])[:, None]
+    call = AttentionCall(query, key, key, {"key_mask": mask, "causal": causal, "scale": 0.5})
+    layer, softmax = AstrocyteAttention(2, 8, LEARNED), AstrocyteAttention(2, 8)
+    softmax.exact = True
+
+    def excess() -> Tensor:
+        mine, theirs = (each.with_normaliser(query, key, key, **call.options)[1] for each in (layer, softmax))
+        each = (mine - theirs)[0].mean(-1), (mine - theirs)[1, :, :20].mean(-1)
+        return torch.stack(each).mean(0).abs().max()
+
+    start_from_data({"": layer}, [[("", call)]], 1, 0)
+    assert excess() < 0.5  # some of the queries are looked at
+    with torch.no_grad():
+        layer.hidden.bias.zero_()
+    assert excess() > 2  # as they are drawn
+
+
 @pytest.mark.parametrize("loss", ["cosine", "end_to_end"])
 def test_losses_of_hidden_states(loss: str) -> None:
     model = learned()

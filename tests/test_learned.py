@@ -85,16 +85,17 @@ def test_one_token_after_the_other(near: int, tokens: list[Tensor]) -> None:
     torch.testing.assert_close(torch.cat(steps, 2), attention(*tokens, causal=True), **CLOSE)
 
 
+@pytest.mark.parametrize("exact_queries", [0, 2])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_float32_kernels_and_their_gradients(backend: str, tokens: list[Tensor]) -> None:
-    config = AstroConfig(hidden="learned", num_hidden=M, near=0, backend=backend)
+def test_float32_kernels_and_their_gradients(backend: str, exact_queries: int, tokens: list[Tensor]) -> None:
+    config = AstroConfig(hidden="learned", num_hidden=M, near=0, exact_queries=exact_queries, backend=backend)
     attention = AstrocyteAttention(H, D, config)
     attention.load_state_dict(make().state_dict())
     single = [x.detach().float().requires_grad_() for x in tokens]
-    out, expected = attention(*single), make()(*tokens)
+    reference = make(exact_queries=exact_queries)
+    out, expected = attention(*single), reference(*tokens)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
     mine = torch.autograd.grad(out.sum(), [*single, *attention.parameters()])
-    reference = make()
     theirs = torch.autograd.grad(reference(*tokens).sum(), [*tokens, *reference.parameters()])
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
@@ -107,10 +108,15 @@ def test_untrained_it_is_a_random_layer_with_exponential_neurons(tokens: list[Te
     torch.testing.assert_close(learned(*tokens), random(*tokens), **CLOSE)
 
 
-def test_padding_does_not_move_real_tokens(tokens: list[Tensor]) -> None:
-    attention, short = make(), [x[:, :, :30] for x in tokens]
-    mask = (torch.arange(N) < 30).expand(B, N)
-    torch.testing.assert_close(attention(*tokens, key_mask=mask)[:, :, :30], attention(*short), **CLOSE)
+@pytest.mark.parametrize("exact_queries", [0, 2])
+@pytest.mark.parametrize("real", [1, 2, 30])
+def test_padding_does_not_move_real_tokens(real: int, exact_queries: int, tokens: list[Tensor]) -> None:
+    attention, short = make(exact_queries=exact_queries), [x[:, :, :real] for x in tokens]
+    mask = torch.stack([torch.arange(N) < real, torch.zeros(N, dtype=torch.bool)])  # and a sequence of padding alone
+    out = attention(*tokens, key_mask=mask)
+    torch.testing.assert_close(out[:1, :, :real], attention(*short)[:1], **CLOSE)
+    assert not out[1].any()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), [*tokens, *attention.parameters()]))
 
 
 def test_a_patched_model_has_its_parameters() -> None:

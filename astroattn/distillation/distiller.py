@@ -79,8 +79,8 @@ class Distiller:
         max_norm: of the gradients of a step, which are scaled down to it.
         accumulation: batches of a step, whose gradients are averaged.
         draw: before the first step every neuron becomes a pair of tokens, W_k a query and W_q a key that it attends to
-            (times sqrt(scale)), each layer and each seed with draws of its own. False: hidden layers go on from what
-            they are. None: True for losses of layers.
+            (times sqrt(scale)), each layer and each seed with draws of its own, and b such that log p is softmax
+            attention's in the mean. False: hidden layers go on from what they are. None: True for losses of layers.
         seed: of the neurons drawn, and of the order of the batches.
         accelerator: of `accelerate`, for its device and mixed precision, and for its processes: all are given the same
             batches, each takes others of them in a step, and gradients are averaged. The weights must be whole on each

@@ -68,6 +68,8 @@ ACTIVATIONS: dict[str, Activation] = {
     for f in (positive_exp, cosine, positive_cosine, clipped_sine, linear, truncated_exp, elu1, constant, exp)
 }
 
+POSITIVE = frozenset(ACTIVATIONS) - {"cosine", "linear"}  # these know the logarithm of what they sum to
+
 
 def respond(x: Tensor, weight: Tensor, phase: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Gain and base of the hidden layer's response to x [Z, N, D] with weights [Z, m, D] and phases [Z, m]."""

@@ -1,0 +1,1 @@
+"""What training brings back to a vision transformer with few neurons."""

@@ -1,0 +1,133 @@
+"""The tables of docs/experiments/photos.md, made from the rows in docs/results/distill_photos.json.
+
+python -m eval.distill_photos.page
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import permutation_test
+
+from eval.common import fill_marks, read_rows, run_script, show, spread
+from eval.distill_photos.training import (
+    LAYERS,
+    LEARNED,
+    LONGER,
+    NEAR,
+    NEAR_LEARNED,
+    NEAR_LONGER,
+    ORIGINAL,
+    RANDOM,
+    UNIFORM,
+    UNTRAINED,
+    WHOLE,
+)
+
+Row = dict[str, Any]
+Key = tuple[str, str]  # attention and training
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+RESULTS = DOCS / "results" / "distill_photos.json"
+RESAMPLES = 1999
+PAIRS: list[tuple[Key, Key]] = [
+    ((NEAR_LEARNED, WHOLE), (ORIGINAL, UNTRAINED)),
+    ((NEAR_LEARNED, LAYERS), (NEAR, UNTRAINED)),
+    ((NEAR_LEARNED, WHOLE), (NEAR, WHOLE)),
+    ((LEARNED, WHOLE), (LEARNED, LAYERS)),
+    ((LEARNED, WHOLE), (RANDOM, WHOLE)),
+    ((LEARNED, WHOLE), (UNIFORM, WHOLE)),
+    ((LONGER, WHOLE), (LEARNED, WHOLE)),
+    ((NEAR_LONGER, WHOLE), (NEAR_LEARNED, WHOLE)),
+    ((NEAR_LONGER, WHOLE), (ORIGINAL, UNTRAINED)),
+    ((RANDOM, WHOLE), (UNIFORM, WHOLE)),
+]
+
+
+def flags(rows: Sequence[Row], key: Key, what: str) -> NDArray[Any] | None:
+    """Of each seed and photo whether the choice is "right" or the "same" as the original's [S, P]; None: no rows."""
+    mine = [row for row in rows if (row["attention"], row["training"]) == key]
+    return np.array([list(map(int, row[what])) for row in mine], float) if mine else None
+
+
+def interval(some: NDArray[Any], others: NDArray[Any]) -> tuple[float, float]:
+    """95 % of the difference of the means, by a bootstrap over photos, which are paired, and over the seeds of each."""
+    draw, means = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        photos = draw.integers(some.shape[1], size=some.shape[1])
+        one, other = (x[draw.integers(len(x), size=len(x))][:, photos].mean() for x in (some, others))
+        means.append(one - other)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def p_value(some: NDArray[Any], others: NDArray[Any]) -> float:
+    """Of a paired permutation test over photos, each with the mean of its seeds, two-sided."""
+    found = permutation_test(
+        (some.mean(0), others.mean(0)),
+        lambda x, y, axis: (x - y).mean(axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        rng=0,
+    )
+    return float(found.pvalue)
+
+
+def format_results(rows: Sequence[Row]) -> str:
+    """A line per attention and stage of training, means over seeds."""
+    columns = ("attention", "training", "seeds", "photos shown", "CPU s", "top-1, %", "of the original's")
+    lines = [f"| {' | '.join((*columns, 'agreement, %', 'KL, nats'))} |", "| --- " * (len(columns) + 2) + "|"]
+    original = flags(rows, (ORIGINAL, UNTRAINED), "right")
+    assert original is not None
+    for key in dict.fromkeys((row["attention"], row["training"]) for row in rows):
+        mine = [row for row in rows if (row["attention"], row["training"]) == key]
+        cells = [*key, str(len(mine)), str(mine[0]["photos"]), f"{statistics.mean(row['seconds'] for row in mine):.0f}"]
+        shares = {what: [100 * row[what].count("1") / len(row[what]) for row in mine] for what in ("right", "same")}
+        cells += [_mean(shares["right"], ".1f"), f"{statistics.mean(shares['right']) / original.mean():.0f} %"]
+        cells += [_mean(shares["same"], ".1f"), _mean([row["KL"] for row in mine], ".3f")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {show(spread(values), form)}"
+
+
+def format_differences(rows: Sequence[Row]) -> str:
+    """A line per pair of `PAIRS` that was measured: points of top-1 and of agreement, with intervals and p."""
+    columns = ("first", "second", "top-1, points", "p", "agreement, points", "p")
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for pair in PAIRS:
+        cells = [f"{attention}, {training}" for attention, training in pair]
+        for what in ("right", "same"):
+            some, others = (flags(rows, key, what) for key in pair)
+            if some is None or others is None:
+                break
+            low, high = interval(some, others)
+            difference = 100 * (some.mean() - others.mean())
+            cells += [f"{difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{p_value(some, others):.2g}"]
+        else:
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    """Each by its mark in the page."""
+    return {"results": format_results(rows), "differences": format_differences(rows)}
+
+
+def main() -> None:
+    """Write the tables of docs/experiments/photos.md anew."""
+    page = DOCS / "experiments" / "photos.md"
+    page.write_text(fill_marks(page.read_text("utf-8"), tables(read_rows(RESULTS))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,169 @@
+"""The photos, the attentions and how each is trained and measured."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from astroattn import AstroConfig, Distiller, patch
+from astroattn.data import load_data
+from astroattn.models import load_model
+from eval.common import rounded
+
+Options = dict[str, Any]  # of a Distiller, with "steps" and "photos", the number of them in a step
+
+SIDE, LEAST = 224, 0.9  # pixels of a photo; the least side of a crop, as a share
+BATCH = 25  # photos that are measured at once
+ORIGINAL, UNTRAINED, LAYERS, WHOLE = "original", "none", "layer by layer", "and end to end"
+PLACED = {"exact_keys": 0, "tiles": "position"}  # a near field of patches around each
+
+
+# Every weight, towards the original's last hidden states and logits. Of 4e-5 and 0.02, 1e-4 and 0.005, and 4e-4 and
+# 0.005 the first agrees most where the hidden layer is learned; other attentions were given no rates of their own.
+END_TO_END: Options = {
+    **{"steps": 20, "photos": 8, "loss": "end_to_end", "train": "all"},
+    **{"host_learning_rate": 4e-5, "learning_rate": 0.02},
+}
+
+
+def transfer(steps: int) -> Options:
+    """Each layer by itself."""
+    return {"steps": steps, "photos": 4, "loss": "rows"}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """An attention and how it is trained: the options of each stage, after which it is measured."""
+
+    settings: Mapping[str, Any]  # of AstroConfig
+    stages: Mapping[str, Options] = field(default_factory=dict)
+    untrained: bool = False  # whether it is measured before, too, with the first seed
+
+
+def linear(hidden: str, num_hidden: int, **others: Any) -> dict[str, Any]:
+    """Pure linear attention with CLS exact."""
+    return {"hidden": hidden, "num_hidden": num_hidden, "near": 0, "exact_queries": 1, **others}
+
+
+NEAR, NEAR_LEARNED, LEARNED = "near 16", "near 16 + learned 64", "learned 64"
+RANDOM, UNIFORM = "random 64", "uniform"
+LOOKS = NEAR_LONGER, LONGER = f"{NEAR_LEARNED}, longer", f"{LEARNED}, longer"  # only where they are asked for
+BOTH = {"hidden": "learned", "num_hidden": 64, "near": 16, **PLACED}
+CONDITIONS = {
+    NEAR_LEARNED: Condition(BOTH, {LAYERS: transfer(40), WHOLE: END_TO_END}),
+    NEAR: Condition({"hidden": "none", "near": 16, **PLACED}, {WHOLE: END_TO_END}, untrained=True),
+    LEARNED: Condition(linear("learned", 64), {LAYERS: transfer(100), WHOLE: END_TO_END}),
+    RANDOM: Condition(linear("random", 64), {WHOLE: END_TO_END}, untrained=True),
+    UNIFORM: Condition(linear("random", 1, activation="constant"), {WHOLE: END_TO_END}, untrained=True),
+    NEAR_LONGER: Condition(BOTH, {LAYERS: transfer(100), WHOLE: END_TO_END | {"steps": 30}}),
+    LONGER: Condition(linear("learned", 64), {LAYERS: transfer(150), WHOLE: END_TO_END | {"steps": 100}}),
+}
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Photos to train on, and labelled others to measure on; [P, 3, 224, 224] as the model takes them."""
+
+    model: nn.Module
+    training: Tensor
+    measured: Tensor
+    labels: Tensor
+
+
+def load_photos(folder: Path, limit: int | None, *, held_out: bool) -> Photos:
+    """The even half to train on and the odd to measure on; held out: the fourth quarter of the even half instead."""
+    vit = load_model("timm:vit_tiny_patch16_224", weights=folder / "vit_tiny_patch16_224" / "model.safetensors")
+    images, labels = {}, {}
+    for half in ("even", "odd"):
+        data = load_data(str(folder / "imagenet_photos" / "photos.tar"), "image", half=half, limit=limit)
+        if data.labels is None:
+            raise ValueError("photos: imagenet_photos/classes.tsv does not name the classes of all")
+        images[half] = torch.cat(list(data.batches(vit.encode, BATCH)))
+        labels[half] = torch.tensor(data.labels)
+    if not held_out:
+        return Photos(vit.model, images["even"], images["odd"], labels["odd"])
+    last = torch.arange(len(images["even"])) % 4 == 3
+    return Photos(vit.model, images["even"][~last], images["even"][last], labels["even"][last])
+
+
+class Views(Sequence[Tensor]):
+    """Batches of random crops of photos, half of them reflected; which ones the seed and a batch's place decide."""
+
+    def __init__(self, photos: Tensor, size: int, count: int, seed: int) -> None:
+        self._photos, self._size, self._count, self._seed = photos, size, count, seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        place = range(self._count)[index]
+        draw = torch.Generator().manual_seed(self._seed * self._count + place)
+        chosen = torch.randint(len(self._photos), (self._size,), generator=draw)
+        return torch.cat([_crop(self._photos[number], draw) for number in chosen.tolist()])
+
+
+def _crop(photo: Tensor, draw: torch.Generator) -> Tensor:
+    """A random square of a photo [3, 224, 224], reflected or not, in its size again [1, 3, 224, 224]."""
+    share, reflected = torch.rand(2, generator=draw).tolist()
+    side = int(SIDE * (LEAST + (1 - LEAST) * share))
+    row, column = torch.randint(SIDE - side + 1, (2,), generator=draw).tolist()
+    part = photo[None, :, row : row + side, column : column + side]
+    part = part.flip(-1) if reflected < 0.5 else part
+    return F.interpolate(part, (SIDE, SIDE), mode="bicubic", antialias=True)
+
+
+@torch.inference_mode()
+def read(model: nn.Module, photos: Tensor) -> Tensor:
+    """The logits [P, classes]."""
+    return torch.cat([model(part) for part in photos.split(BATCH)])
+
+
+class Measure:
+    """What a model's logits have of the original's, and of the labels; one letter a photo, "1" for yes."""
+
+    def __init__(self, photos: Photos) -> None:
+        self._photos, self._original = photos, read(photos.model, photos.measured)
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        logits = read(model, self._photos.measured)
+        theirs = self._original.log_softmax(-1)
+        same, right = (logits.argmax(-1) == truth for truth in (self._original.argmax(-1), self._photos.labels))
+        divergence = (theirs.exp() * (theirs - logits.log_softmax(-1))).sum(-1).mean()
+        return {"KL": divergence.item(), "same": _letters(same), "right": _letters(right)}
+
+
+def _letters(flags: Tensor) -> str:
+    return "".join(map(str, flags.int().tolist()))
+
+
+def train_and_measure(photos: Photos, measure: Measure, name: str, seed: int) -> list[dict[str, Any]]:
+    """One row per stage: steps, photos and CPU seconds so far, and what `Measure` says."""
+    condition = CONDITIONS[name]
+    model, (steps, shown, seconds), rows = copy.deepcopy(photos.model), (0, 0, 0.0), []
+    patch(model, AstroConfig(**condition.settings, seed=seed))
+    stages: dict[str, Options | None] = {UNTRAINED: None} if condition.untrained and seed == 0 else {}
+    for stage, options in (stages | dict(condition.stages)).items():
+        if options is not None:
+            start = time.process_time()
+            train(model, photos.training, options, seed)
+            seconds += time.process_time() - start
+            steps, shown = steps + options["steps"], shown + options["steps"] * options["photos"]
+        row = {"attention": name, "training": stage, "seed": seed, "steps": steps, "photos": shown}
+        rows.append(rounded(row | {"seconds": seconds} | measure(model)))
+    return rows
+
+
+def train(model: nn.Module, photos: Tensor, options: Options, seed: int) -> None:
+    """One stage."""
+    settings = dict(options)
+    steps, size = settings.pop("steps"), settings.pop("photos")
+    distiller = Distiller(model, total_steps=steps, seed=seed, **settings)
+    distiller.run(Views(photos, size, steps, seed), steps, held_out=[photos[:2]])

@@ -1,0 +1,179 @@
+"""`eval.distill_photos`: photos measured are not trained on, runs go on, and the page has their figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from scripts import run
+
+from eval.common import fill_marks, read_rows
+from eval.distill_photos import __main__ as script
+from eval.distill_photos import page, training
+from eval.distill_photos.training import (
+    CONDITIONS,
+    LAYERS,
+    LEARNED,
+    NEAR,
+    NEAR_LEARNED,
+    ORIGINAL,
+    UNTRAINED,
+    WHOLE,
+    Condition,
+    Measure,
+    Photos,
+    Views,
+    load_photos,
+    read,
+)
+
+PAGE = page.DOCS / "experiments" / "photos.md"
+
+
+@pytest.fixture
+def photos() -> Photos:
+    """A tiny vision transformer with 7 x 7 patches, and photos of noise."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 224, "patch_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+    model = timm.models.vision_transformer.VisionTransformer(**sizes).eval()
+    for weight in (model.head.weight, *(block.attn.qkv.weight for block in model.blocks)):
+        torch.nn.init.normal_(weight, std=0.5)
+    training_, measured = torch.randn(6, 3, 224, 224), torch.randn(8, 3, 224, 224)
+    return Photos(model, training_, measured, read(model, measured).argmax(-1))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, photos: Photos) -> Photos:
+    """The script with some of its conditions and few steps, on these."""
+    for name, condition in list(CONDITIONS.items()):
+        monkeypatch.delitem(CONDITIONS, name)
+        if name in (NEAR, LEARNED, NEAR_LEARNED):
+            stages = {stage: options | {"steps": 2, "photos": 2} for stage, options in condition.stages.items()}
+            monkeypatch.setitem(CONDITIONS, name, Condition(condition.settings, stages, condition.untrained))
+    monkeypatch.setattr(script, "load_photos", lambda *_, **__: photos)
+    monkeypatch.setattr(script, "data_folder", lambda: Path())
+    return photos
+
+
+def test_halves_have_no_photo_in_common(data_dir: Path) -> None:
+    whole, quarter = (load_photos(data_dir, 8, held_out=flag) for flag in (False, True))
+    assert (len(whole.training), len(whole.measured), len(quarter.training), len(quarter.measured)) == (8, 8, 6, 2)
+
+    def names(images: torch.Tensor) -> set[bytes]:
+        return {image.numpy().tobytes() for image in images}
+
+    even = names(whole.training)
+    assert not even & names(whole.measured)
+    assert names(quarter.training) | names(quarter.measured) == even
+    assert not names(quarter.training) & names(quarter.measured)
+    assert (read(whole.model, whole.measured).argmax(-1) == whole.labels).float().mean() > 0.5  # in the same order
+
+
+def test_views_are_crops_that_the_seed_decides() -> None:
+    ramp = torch.stack([torch.arange(224.0).expand(3, 224, 224), torch.arange(224.0).expand(3, 224, 224) + 1000])
+    views, again, other = Views(ramp, 4, 9, 0), Views(ramp, 4, 9, 0), Views(ramp, 4, 9, 1)
+    assert len(views) == 9
+    assert all(torch.equal(one, two) for one, two in zip(views, again, strict=True))
+    assert not any(torch.equal(one, two) for one in views for two in other)
+    rows = torch.cat(list(views))[:, 0, 100]
+    steps = rows.diff(dim=1)[:, 50:-50].mean(1)
+    assert (steps < 0).any()
+    assert (steps > 0).any()
+    assert ((steps.abs() > training.LEAST - 0.02) & (steps.abs() <= 1.01)).all()
+    assert {bool(row.mean() > 500) for row in rows} == {False, True}
+
+
+def test_a_measure_is_that_of_its_model(photos: Photos) -> None:
+    measure = Measure(photos)
+    own = measure(photos.model)
+    assert (own["same"], own["right"], own["KL"]) == ("1" * 8, "1" * 8, pytest.approx(0, abs=1e-6))
+    with torch.no_grad():
+        photos.model.head.weight.mul_(-1)
+    assert measure(photos.model)["same"].count("1") < 8
+    assert measure(photos.model)["KL"] > 0.01
+
+
+def test_a_run_has_every_condition_and_goes_on(small: Photos, tmp_path: Path) -> None:
+    before = {name: weight.clone() for name, weight in small.model.state_dict().items()}
+    path = tmp_path / "rows.json"
+    assert run(script.main, "--json", str(path), "--seeds", "1", "--conditions", NEAR).exit_code == 0
+    first = read_rows(path)
+    assert [(row["attention"], row["training"], row["photos"]) for row in first] == [
+        (ORIGINAL, UNTRAINED, 0),
+        (NEAR, UNTRAINED, 0),
+        (NEAR, WHOLE, 4),
+    ]
+    done = run(script.main, "--json", str(path), "--seeds", "2")
+    assert done.exit_code == 0
+    rows = read_rows(path)
+    assert rows[:3] == first
+    found = {(row["attention"], row["training"], row["seed"]) for row in rows}
+    expected = {
+        (name, stage, seed)
+        for name, condition in CONDITIONS.items()
+        for seed in (0, 1)
+        for stage in (*([UNTRAINED] if condition.untrained and not seed else []), *condition.stages)
+    }
+    assert found == expected | {(ORIGINAL, UNTRAINED, 0)}
+    assert len(rows) == len(found)
+    after = small.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert page.format_results(rows) in done.output
+
+
+def test_training_moves_a_model_towards_the_original(small: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = {name: options | {"steps": 12} for name, options in CONDITIONS[NEAR_LEARNED].stages.items()}
+    monkeypatch.setitem(CONDITIONS, NEAR_LEARNED, Condition(CONDITIONS[NEAR_LEARNED].settings, stages, untrained=True))
+    rows = training.train_and_measure(small, Measure(small), NEAR_LEARNED, seed=0)
+    assert [row["training"] for row in rows] == [UNTRAINED, LAYERS, WHOLE]
+    assert rows[2]["KL"] < rows[0]["KL"]
+
+
+def test_intervals_and_p_values_find_a_difference_and_none() -> None:
+    draw = np.random.default_rng(1)
+    some = (draw.random((3, 200)) < 0.8).astype(float)
+    worse = some * (draw.random((3, 200)) < 0.8)
+    low, high = page.interval(some, worse)
+    assert 0.08 < low < (some - worse).mean() < high < 0.28
+    assert page.p_value(some, worse) < 0.001
+    alike = np.roll(some, 1, 0)
+    low, high = page.interval(some, alike)
+    assert low < 0 < high
+    assert page.p_value(some, alike) > 0.5
+
+
+def test_tables_by_hand() -> None:
+    def row(attention: str, stage: str, seed: int, right: str) -> dict[str, Any]:
+        steps = {"steps": 0, "photos": 9, "seconds": 2.0 + seed, "KL": 0.5, "same": "1101"}
+        return {"attention": attention, "training": stage, "seed": seed, **steps, "right": right}
+
+    rows = [row(ORIGINAL, UNTRAINED, 0, "1110")]
+    rows += [row(NEAR_LEARNED, WHOLE, seed, right) for seed, right in enumerate(("1100", "1000"))]
+    table = page.format_results(rows).splitlines()
+    assert table[2] == f"| {ORIGINAL} | {UNTRAINED} | 1 | 9 | 2 | 75.0 | 100 % | 75.0 | 0.500 |"
+    expected = "| 2 | 9 | 2 | 37.5 ± 17.7 | 50 % | 75.0 ± 0.0 | 0.500 ± 0.000 |"
+    assert table[3] == f"| {NEAR_LEARNED} | {WHOLE} {expected}"
+    differences = page.format_differences(rows).splitlines()
+    assert len(differences) == 3  # of the others one side is missing
+    assert differences[2].startswith(f"| {NEAR_LEARNED}, {WHOLE} | {ORIGINAL}, {UNTRAINED} | -37.5 [")
+
+
+def test_without_data_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASTROATTN_DATA", raising=False)
+    done = run(script.main)
+    assert done.exit_code == 2
+    assert "ASTROATTN_DATA" in done.output
+
+
+def test_the_page_has_the_committed_tables() -> None:
+    rows = read_rows(page.RESULTS)
+    text, tables = PAGE.read_text("utf-8"), page.tables(rows)
+    assert all(tables.values())
+    assert text == fill_marks(text, tables)
+    assert len({row["seed"] for row in rows}) >= 3
+    assert {len(row["same"]) for row in rows} == {250}
