@@ -199,6 +199,11 @@ def test_script(tmp_path: Path) -> None:
     done = run(main, "--count", "3", "--seed", "2", "--json", str(path), "--processes", "1")
     assert done.exit_code == 0, done.output
     assert [row["situation"] for row in json.loads(path.read_text("utf-8"))["rows"]] == [str(x) for x in draw(3, 2)]
+    left = json.loads(path.read_text("utf-8"))["rows"][:2]
+    path.write_text(json.dumps({"rows": left}), "utf-8")
+    done = run(main, "--count", "3", "--seed", "2", "--json", str(path), "--processes", "1", "--resume")
+    assert done.exit_code == 0, done.output
+    assert [row["situation"] for row in json.loads(path.read_text("utf-8"))["rows"]] == [str(x) for x in draw(3, 2)]
     done = run(main, "--case", "model=bert mask=right")
     assert (done.exit_code, done.output) == (0, "patched\n")
     done = run(main, "--case", "mask=right")

@@ -141,8 +141,8 @@ def say_situations(rows: list[Row]) -> str:
     patched, refused, wrong = counts["patched"], counts["refused"], counts["wrong"]
     rest = len(rows) - patched - refused - wrong
     return (
-        f"Of {len(rows)}, {patched} ran patched and were what the report says, {refused} could not be patched, and in "
-        f"{rest} the\noriginal itself raises, cannot be wrapped or does not repeat itself; "
+        f"Of {len(rows)} that were examined, {patched} ran patched and were what the report says, {refused} could not "
+        f"be patched, and in {rest} the\noriginal itself raises, cannot be wrapped or does not repeat itself; "
         f"{wrong or 'none'} went wrong."
     )
 

@@ -43,7 +43,7 @@ def main(
     count: Annotated[int, typer.Option(help="How many situations.", min=1)] = 500,
     seed: SeedOption = 0,
     case: Annotated[str | None, typer.Option(help="Examine this one situation, a line that a run has printed.")] = None,
-    resume: Annotated[bool, typer.Option(help="Examine again what is wrong in the JSON.")] = False,
+    resume: Annotated[bool, typer.Option(help="Examine again what is wrong in the JSON, and what it lacks.")] = False,
     processes: Annotated[int, typer.Option(help="How many at a time.", min=1)] = 2,
     seconds: Annotated[float, typer.Option(help="The most that one may take.", min=1)] = 300,
 ) -> None:
@@ -56,11 +56,10 @@ def main(
         return
     rows: list[dict[str, Any]] = []
     situations = draw(count, seed)
+    places = {str(situation): place for place, situation in enumerate(situations)}
     if resume and json and json.exists():
         rows = files.loads(json.read_text("utf-8"))["rows"]
-        situations = [Situation.parse(row["situation"]) for row in rows]
-    places = {str(situation): place for place, situation in enumerate(situations)}
-    rows = [row for row in rows if row["came"] != WRONG]
+        rows = [row for row in rows if row["came"] != WRONG and row["situation"] in places]
     done = {row["situation"] for row in rows}
     left = [situation for situation in situations if str(situation) not in done]
     for row in tqdm(measure(left, processes=processes, seconds=seconds), "situations", len(left)):
