@@ -35,7 +35,6 @@ from eval.distill_decoders.measuring import Loss, answers, draw_needles, states_
 from eval.distill_decoders.texts import Texts, load_texts
 from eval.distill_decoders.training import (
     KINDS,
-    LEARNED,
     LOSSES,
     SETTINGS,
     START,
@@ -109,8 +108,8 @@ class Experiment:
 
     def _measure(self, row: Row, states: Callable[[list[Tensor]], list[Tensor]]) -> None:
         self._keep(self.place | {"measure": LOSS} | row | self.loss(states(self.loss.texts)))
-        asked = row["training"] == (self.settings.last(LEARNED) if row["attention"] == LEARNED else START)
-        if self.needles and asked:
+        kind = row["attention"]
+        if self.needles and row["training"] == (self.settings.last(kind) if kind in KINDS else START):
             for each in answers(self.subject, self.needles, states([needle.text for needle in self.needles])):
                 self._keep(self.place | {"measure": RECALL} | row | each)
 
@@ -171,6 +170,7 @@ def main(
         texts = load_texts(subject, seed)
         for kind in (each for each in reversed(KINDS) if each in chosen):
             place = experiment.place | {"attention": kind, "training": settings.last(kind), "seed": seed}
+            place["measure"] = RECALL if needles else LOSS  # which comes last
             if not any(place.items() <= row.items() for row in rows):
                 experiment.trained(kind, texts, seed, state)
 
