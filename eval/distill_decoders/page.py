@@ -121,6 +121,7 @@ def plot(results: dict[str, list[Row]]) -> Figure:
         axes.set(xlabel="CPU minutes of training, one thread", ylabel="nats per token above the original")
         axes.set_title(f"{rows[0]['model']}, near {near}, {neurons} neurons", fontsize="medium")
         axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
     labels = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=len(labels), fontsize="small")
