@@ -7,12 +7,11 @@ memory of as many numbers or fewer, which is not trained. Texts, measures and de
 `eval/distill_decoders/texts.py` says what is learned from.
 
 Little was chosen: that the transfer is by rows (of the outputs' error, or both) and its rate, on three layers and seven
-texts of SmolLM2 that are not reported; the steps, by the time there was. The adapters' rates are a first try. With
---held-out the texts held out are reported, to choose on.
+texts of SmolLM2 that are not reported; the steps, by the time there was, and for the want of it SmolLM2 has no tuning.
+The adapters' rates are a first try. With --held-out the texts held out are reported, to choose on.
 
     python -m eval.distill_decoders --model stories --seeds 5 --json docs/results/distill_decoders_stories.json
-    python -m eval.distill_decoders --model smollm2 --needles 1 --state out/decoders \
-        --json docs/results/distill_decoders_smollm2.json
+    python -m eval.distill_decoders --model smollm2 --needles 1 --json docs/results/distill_decoders_smollm2.json
     python -m eval.distill_decoders.page        # docs/experiments/decoders.md and its figure, from both files
 """
 
