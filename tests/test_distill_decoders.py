@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_all_kinds_are_measured_at_every_stage(tiny: Callable[..., Any], tmp_pat
     assert tiny("--seeds", "2", "--attention", LEARNED, "--json", str(path)).exit_code == 0
     assert len(rows_of(path)) == before
     tables = page.format_loss(rows)
-    assert tables.count("\n") == 1 + 2 + 3 + 2 + 2
+    assert tables.count("\n") == 1 + 1 + 3 + 2 + 2
     figure = page.plot({"tiny": rows})
     assert len(figure.axes[0].lines) == 6
 
@@ -202,9 +203,45 @@ def test_a_decoder_of_stories_reads_no_numbers(tiny: Callable[..., Any]) -> None
     assert "reads no numbers" in tiny("--needles", "1").output
 
 
+def results() -> dict[str, list[dict[str, Any]]]:
+    return {name: page.read_rows(path) for name, path in page.FILES.items()}
+
+
 def test_the_page_has_the_committed_figures() -> None:
-    results = {name: page.read_rows(path) for name, path in page.FILES.items()}
-    assert all(results.values())
+    found = results()
+    assert all(found.values())
     written = page.PAGE.read_text("utf-8")
-    assert page.fill(written, results) == written
+    assert page.fill(written, found) == written
     assert page.FIGURE.exists()
+
+
+def test_what_the_page_says() -> None:
+    means = {
+        name: {
+            (attention, stage): statistics.mean(row["nats above"] for row in rows if is_of(row, attention, stage))
+            for attention, stage in {(row["attention"], row["training"]) for row in rows if row["measure"] == "loss"}
+        }
+        for name, rows in results().items()
+    }
+    stories, smol = means["stories"], means["smollm2"]
+    text = " ".join(page.PAGE.read_text("utf-8").split())
+    minutes = next(row["minutes"] for row in results()["smollm2"] if is_of(row, LEARNED, TRANSFER))
+    assert f"{smol[LEARNED, TRANSFER]:.2f} nats above the original after {minutes:.0f} CPU minutes" in text
+    assert f"where the near field alone is {smol[NEAR, START]:.2f} above" in text
+    assert f"from {stories[NEAR, START]:.2f} to {stories[LEARNED, TRANSFER]:.2f}" in text
+    assert f"to {stories[LEARNED, TUNED]:.2f} with adapters" in text
+    assert smol[LEARNED, TRANSFER] <= min(0.35, smol[NEAR, START] / 2)
+    assert smol[script.STREAMING, START] < smol[LEARNED, TRANSFER] / 2
+    assert stories[LEARNED, TUNED] < stories[LEARNED, TRANSFER] < stories[script.STREAMING, START] / 2
+    assert stories[LEARNED, START] > 2 * stories[NEAR, START]  # as drawn it is worse than nothing
+    assert smol[LEARNED, START] > smol[NEAR, START]
+    (each,) = (row["texts"] for row in results()["smollm2"] if is_of(row, LEARNED, TRANSFER))
+    assert f"from {min(each):.2f} to {max(each):.2f} nats in the four texts" in text
+    assert all(abs(stories[kind, START] - stories[kind, TUNED]) < 0.01 for kind in (NEAR, RANDOM))
+    recalled = [row for row in results()["smollm2"] if row["measure"] == "recall"]
+    assert {row["attention"] for row in recalled} == {script.STREAMING, NEAR, LEARNED}
+    assert all(row["exact"] == 0 for row in recalled)
+
+
+def is_of(row: dict[str, Any], attention: str, stage: str) -> bool:
+    return (row["measure"], row["attention"], row.get("training")) == ("loss", attention, stage)

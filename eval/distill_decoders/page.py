@@ -25,6 +25,7 @@ PAGE, FIGURE = DOCS / "experiments" / "decoders.md", DOCS / "figures" / "decoder
 FILES = {name: DOCS / "results" / f"distill_decoders_{name}.json" for name in ("stories", "smollm2")}
 LOSS, CURVE, RECALL = "loss", "curve", "recall"
 STAGES = {START: "-", TRANSFER: "layer by layer", TUNED: "and adapters"}
+ORDER = (NEAR, RANDOM, LEARNED, "streaming memory")
 COLOURS = {LEARNED: "#0072B2", RANDOM: "#D55E00", NEAR: "#999999"}
 CONFIDENCE = 0.95
 
@@ -51,8 +52,9 @@ def format_loss(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(columns)} | less than near alone |", "| --- " * 8 + "|"]
     rows = [row for row in rows if row["measure"] == LOSS]
     alone = of_texts(_mine(rows, NEAR, START))
-    for name, stage in dict.fromkeys((row["attention"], row["training"]) for row in rows):
-        mine = _mine(rows, name, stage)
+    for name, stage in [(name, stage) for name in ORDER for stage in STAGES]:
+        if not (mine := _mine(rows, name, stage)):
+            continue
         texts = of_texts(mine)
         gains = [theirs - ours for theirs, ours in zip(alone, texts, strict=True)]
         cells = [
@@ -87,7 +89,7 @@ def _mine(rows: Sequence[Row], attention: str, training: str) -> list[Row]:
 
 def _with_width(found: tuple[float, float | None]) -> str:
     mean, half = found
-    return f"{mean + 0.0:.3f}" + ("" if half is None else f" ± {half:.3f}")
+    return f"{round(mean, 3) + 0.0:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
@@ -119,6 +121,7 @@ def plot(results: dict[str, list[Row]]) -> Figure:
         axes.set(xlabel="CPU minutes of training, one thread", ylabel="nats per token above the original")
         axes.set_title(f"{rows[0]['model']}, near {near}, {neurons} neurons", fontsize="medium")
         axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
     labels = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=len(labels), fontsize="small")
