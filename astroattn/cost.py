@@ -46,10 +46,10 @@ def count_cost(
     prefix = prefix_length(config, num_keys, grid)
     body, m = num_keys - prefix, config.num_hidden
     if config.hidden in STATIC and not is_tiled(config) and (not prefix or config.activation in POSITIVE):
-        read, drive = num_queries - prefix, _drive(config)
-        positions = read * (prefix + m) + prefix * num_keys
-        products = read * 2 * prefix + (read + body) * m * (1 + drive) + prefix * 2 * num_keys
-        return Cost(positions / num_queries, products / num_queries, 2 * num_keys)
+        read, exact = num_queries - prefix, prefix * num_keys
+        through = (read + body) * m * (1 + _drive(config))
+        attended, counted = read * (prefix + m) + exact, read * 2 * prefix + through + 2 * exact
+        return Cost(attended / num_queries, counted / num_queries, 2 * num_keys)
     layout = budget_of(config, num_keys, grid).at(num_keys, head_dim)
     positions = prefix + layout.most_keys(body) + layout.num_hidden
     products = sum(count_choice(layout, head_dim, num_keys).values())
