@@ -533,13 +533,14 @@ class AstrocyteAttention(nn.Module):
         behind = None if real is None else real[:, prefix:]
         far, log_far = self._through_hidden(body, key[:, :, prefix:], value[:, :, prefix:], behind, scale)
         work = log_far.dtype
-        logits = body.to(work) @ key[:, :, :prefix].to(work).mT * scale
         lowest = torch.finfo(work).min  # not -inf: a sequence of nothing but padding would have gradients of NaN
-        if real is not None:
-            logits = logits.masked_fill(~real[:, None, None, :prefix], lowest)
-        logits = torch.cat([logits, log_far.clamp(min=lowest)[..., None]], -1)
-        shares = logits.softmax(-1)
-        out = shares[..., :prefix] @ value[:, :, :prefix].to(work) + shares[..., prefix:] * far.to(work)
+        with torch.autocast(query.device.type, enabled=False):
+            logits = body.to(work) @ key[:, :, :prefix].to(work).mT * scale
+            if real is not None:
+                logits = logits.masked_fill(~real[:, None, None, :prefix], lowest)
+            logits = torch.cat([logits, log_far.clamp(min=lowest)[..., None]], -1)
+            shares = logits.softmax(-1)
+            out = shares[..., :prefix] @ value[:, :, :prefix].to(work) + shares[..., prefix:] * far.to(work)
         out, log_p = torch.cat([first[0], out.to(query.dtype)], 2), torch.cat([first[1], logits.logsumexp(-1)], 2)
         return (out, log_p) if real is None else _zero_padding(out, log_p, real)
 

@@ -64,7 +64,7 @@ CONDITIONS = {
     RANDOM: Condition(linear("random", 64), {WHOLE: END_TO_END}, untrained=True),
     UNIFORM: Condition(linear("random", 1, activation="constant"), {WHOLE: END_TO_END}, untrained=True),
     NEAR_LONGER: Condition(BOTH, {LAYERS: transfer(100), WHOLE: END_TO_END | {"steps": 30}}),
-    LONGER: Condition(linear("learned", 64), {LAYERS: transfer(150), WHOLE: END_TO_END | {"steps": 100}}),
+    LONGER: Condition(linear("learned", 64), {LAYERS: transfer(150), WHOLE: END_TO_END | {"steps": 60}}),
 }
 
 
