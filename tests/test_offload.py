@@ -240,7 +240,7 @@ def test_patching_again_keeps_what_was_learned(name: str, changes: dict) -> None
     now = {key: x for key, x in model.named_parameters() if "astrocyte" in key}
     assert all(now[key] is weights[key] for key in weights)  # an optimizer goes on with them
     assert all(torch.equal(now[key], trained[key]) for key in trained)
-    assert len(now) == 4
+    assert len(now) == 6
 
 
 def test_patching_again_with_another_layer_starts_anew() -> None:
