@@ -117,7 +117,7 @@ def count_window(window: int, num_queries: int, num_keys: int, causal: bool) -> 
 
 
 def _drive(config: AstroConfig) -> int:
-    """Products of length D in one W x: of a learned layer queries and keys have 2 D + 1 numbers (`LearnedHidden`)."""
+    """Products of length D in one W x: queries and keys of a learned layer are twice as long (`LearnedHidden`)."""
     return 2 if config.hidden == "learned" else 1
 
 

@@ -50,7 +50,7 @@ class RandomHidden(Constants):
     each row. Source: the authors' notebooks (`get_phi`), where W is independent.
 
     Attributes:
-        weight: W [H, m, D]. phase: b [H, m], uniform in [0, 2 pi), used by the cosines and the sine.
+        weight: W [H, m, D]. phase: b [H, m], uniform in [0, 2 pi), used by the cosines and the sine; of exp 0.
     """
 
     weight: Tensor
@@ -62,6 +62,8 @@ class RandomHidden(Constants):
         draw = draw_orthogonal if config.orthogonal else draw_independent
         weight = draw(shape, generator)
         phase = torch.rand(shape[:2], generator=generator, dtype=torch.float64, device="cpu") * 2 * pi
+        if config.activation == "exp":
+            phase.zero_()  # it would be a bias
         super().__init__(weight=weight, phase=phase.float())
         self.activation = config.activation
 
@@ -105,17 +107,20 @@ class LearnedHidden(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_heads, config.num_hidden))
 
     def forward(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the operators take: queries and keys [B, H, N, 2 D + 1], W [1, H, m, 2 D + 1] and zeros [1, H, m].
+        """What the operators take: queries and keys [B, H, N, 2 D], W [1, H, m, 2 D] and b [1, H, m].
 
-        The operators have one W for both, multiply both by r = sqrt(scale), and know no gradient of a bias. With
-        q' = (q, q, 0), k' = (k, 0, 1 / r) and W' = (W_k, W_q - W_k, b) is r W' k' = r W_k k + b, W' q' = W_q q and
-        q'.k' = q.k.
+        The operators have one W for both: with q' = (q, q), k' = (k, 0) and W' = (W_k, W_q - W_k) is W' k' = W_k k,
+        W' q' = W_q q and q'.k' = q.k. Half of b counts while writing, half while reading. They know no gradient of b:
+        where that is wanted, q' ends in 0, k' in 1 and W' in b (divided by r = sqrt(scale), which multiplies both).
         """
         key_weight, query_weight, bias = (x.to(query.device) for x in (self.key_weight, self.query_weight, self.bias))
-        weight = torch.cat([key_weight, query_weight - key_weight, bias[..., None]], -1)
-        query = F.pad(torch.cat([query, query], -1), (0, 1))
-        key = F.pad(F.pad(key, (0, key.shape[-1])), (0, 1), value=scale**-0.5)
-        return query, key, weight[None], torch.zeros_like(weight[None, ..., 0])
+        weight = torch.cat([key_weight, query_weight - key_weight], -1)
+        query, key = torch.cat([query, query], -1), F.pad(key, (0, key.shape[-1]))
+        if not (torch.is_grad_enabled() and bias.requires_grad):
+            return query, key, weight[None], bias[None] / 2
+        weight = torch.cat([weight, bias[..., None]], -1)
+        query, key = F.pad(query, (0, 1)), F.pad(key, (0, 1), value=scale**-0.5)
+        return query, key, weight[None], torch.zeros_like(bias)[None]
 
     def is_lost(self, device: torch.device) -> bool:
         """Whether a call on a device would find no weights: they are on `meta`, and nothing knows what was learned."""

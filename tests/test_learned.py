@@ -67,8 +67,10 @@ def test_forms_are_the_dense_one_with_its_gradients(
     attention = make(**settings)
     inputs = [*tokens, *attention.parameters()]
     expected = dense(attention, tokens, exact, EVERY.tril() if causal else EVERY)
+    with torch.no_grad():  # where the bias is not a weight like others
+        plain = attention.with_normaliser(*tokens, causal=causal)
     found = attention.with_normaliser(*tokens, causal=causal)
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs in zip((*found, *plain), (*expected, *expected), strict=True):
         torch.testing.assert_close(mine, theirs, **CLOSE)
     weights = [torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2)) for x in expected]
     mine, theirs = (torch.autograd.grad(x, inputs, weights, allow_unused=True) for x in (found, expected))
@@ -76,12 +78,14 @@ def test_forms_are_the_dense_one_with_its_gradients(
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)  # zero where all is exact
 
 
+@pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("near", [0, 5])
-def test_one_token_after_the_other(near: int, tokens: list[Tensor]) -> None:
+def test_one_token_after_the_other(near: int, gradients: bool, tokens: list[Tensor]) -> None:
     attention, state, steps = make(near), None, []
-    for t in range(N):
-        out, state = attention.decode(*(x[:, :, t : t + 1] for x in tokens), state)
-        steps.append(out)
+    with torch.set_grad_enabled(gradients):
+        for t in range(N):
+            out, state = attention.decode(*(x[:, :, t : t + 1] for x in tokens), state)
+            steps.append(out)
     torch.testing.assert_close(torch.cat(steps, 2), attention(*tokens, causal=True), **CLOSE)
 
 
@@ -94,7 +98,10 @@ def test_float32_kernels_and_their_gradients(backend: str, exact_queries: int, t
     single = [x.detach().float().requires_grad_() for x in tokens]
     reference = make(exact_queries=exact_queries)
     out, expected = attention(*single), reference(*tokens)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        plain = attention(*single)
+    for each in (out, plain):
+        torch.testing.assert_close(each.double(), expected, rtol=1e-4, atol=1e-4)
     mine = torch.autograd.grad(out.sum(), [*single, *attention.parameters()])
     theirs = torch.autograd.grad(reference(*tokens).sum(), [*tokens, *reference.parameters()])
     for one, other in zip(mine, theirs, strict=True):

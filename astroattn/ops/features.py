@@ -59,8 +59,8 @@ def constant(drive: Tensor, half_square: Tensor, phase: Tensor, m: int) -> tuple
 
 
 def exp(drive: Tensor, half_square: Tensor, phase: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """exp(W x) / sqrt(m): any positive kernel, where W is learned."""
-    return drive - log(m) / 2, torch.ones_like(drive)
+    """exp(W x + b) / sqrt(m): any positive kernel, where W and b are learned."""
+    return drive + phase - log(m) / 2, torch.ones_like(drive)
 
 
 ACTIVATIONS: dict[str, Activation] = {

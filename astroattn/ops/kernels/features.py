@@ -95,7 +95,7 @@ def respond(reach, scale_root, half_square, phase, log_m, ACTIVATION: tl.constex
     if ACTIVATION == "positive_exp":
         gain = reach * (scale_root * TO_BASE_2) - (half_square + 0.5 * log_m) * TO_BASE_2
     elif ACTIVATION == "exp":
-        gain = (drive - 0.5 * log_m) * TO_BASE_2
+        gain = (drive + phase - 0.5 * log_m) * TO_BASE_2
     elif ACTIVATION == "truncated_exp":
         gain = (tl.where(drive > LOG_150, LOG_150, drive) - 0.5 * log_m) * TO_BASE_2
         slope = tl.where(drive > LOG_150, 0.0, 1.0)

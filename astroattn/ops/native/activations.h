@@ -53,7 +53,7 @@ static inline Response respond(vec drive, vec half, vec phase, float shift) {
     const vec one = spread(1.0f), none = {};
     if constexpr (A == POSITIVE_EXP) return {drive - half + shift, one};
     if constexpr (A == TRUNCATED_EXP) return {(drive > LOG_150 ? spread(LOG_150) : drive) + shift, one};
-    if constexpr (A == EXP) return {drive + shift, one};
+    if constexpr (A == EXP) return {drive + phase + shift, one};
     if constexpr (A == CONSTANT) return {spread(shift), one};
     if constexpr (A == LINEAR) return {none, drive - half + (1 + shift)};
     if constexpr (A == ELU1) return {spread(shift), drive > 0 ? drive + 1 : exponential(drive > 0 ? none : drive)};
