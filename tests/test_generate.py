@@ -286,6 +286,17 @@ def test_the_page_has_the_committed_figures(task: str) -> None:
     assert FORMATS[task](results[task]) in page
 
 
+def test_what_the_page_says_of_8192_tokens() -> None:
+    rows = [row for row in load_results()["loss"] if row["tokens"] == 8192]
+    found = {row["cache"]: row["nats above"] for row in rows}
+    others = [value for name, value in found.items() if name not in (OURS, PLANNED)]
+    assert found[PLANNED] < found[OURS] < min(others)
+    said = f"lose {found[OURS]:.3f} nats, planned {found[PLANNED]:.3f}, and the best of the five others"
+    flat = " ".join(PAGE.read_text("utf-8").split())
+    assert f"{said} that were tried there {min(others):.3f}." in flat
+    assert len(others) == 5
+
+
 def test_what_the_page_says_of_the_loss() -> None:
     rows = [row for row in load_results()["loss"] if row["tokens"] <= loss.SHORT]
     wanted = {
