@@ -179,3 +179,20 @@ def test_the_page_has_the_committed_tables() -> None:
     assert text == fill_marks(text, tables)
     assert len({row["seed"] for row in rows}) >= 3
     assert {len(row["same"]) for row in rows} == {250}
+
+
+def test_the_page_says_what_was_measured() -> None:
+    rows, flat = read_rows(page.RESULTS), " ".join(PAGE.read_text("utf-8").split())
+
+    def top1(attention: str) -> float:
+        mine = [row["right"] for row in rows if (row["attention"], row["training"]) == (attention, training.WHOLE)]
+        return sum(right.count("1") for right in mine) / len(mine) / 250
+
+    (original,) = (row["right"].count("1") / 250 for row in rows if row["attention"] == training.ORIGINAL)
+    both, near, linear = top1("near 16 + learned 64"), top1("near 16"), top1("learned 64")
+    longer = top1("learned 64, longer")
+    assert f"come back to {both:.1%} of the original's {original:.1%} points".replace("%", "") in flat
+    assert f"given the same training end to end, to {near:.1%}.".replace("%", "") in flat
+    assert f"{linear:.1%} with 64 neurons, {longer:.1%} trained twice as long".replace("%", "") in flat
+    assert f"{linear / original:.0%} with three seeds, {longer / original:.0%} trained longer".replace("%", " %") in flat
+    assert f"missed by {100 * (original - both) - 2:.1f} in the mean of three seeds" in flat
