@@ -194,5 +194,6 @@ def test_the_page_says_what_was_measured() -> None:
     assert f"come back to {both:.1%} of the original's {original:.1%} points".replace("%", "") in flat
     assert f"given the same training end to end, to {near:.1%}.".replace("%", "") in flat
     assert f"{linear:.1%} with 64 neurons, {longer:.1%} trained twice as long".replace("%", "") in flat
-    assert f"{linear / original:.0%} with three seeds, {longer / original:.0%} trained longer".replace("%", " %") in flat
+    shares = f"{linear / original:.0%} with three seeds, {longer / original:.0%} trained longer"
+    assert shares.replace("%", " %") in flat
     assert f"missed by {100 * (original - both) - 2:.1f} in the mean of three seeds" in flat
