@@ -112,7 +112,10 @@ CHOICES: dict[str, tuple] = {
 
 
 def draw(count: int, seed: int) -> list[Situation]:
-    """So many situations, the same for the same seed."""
+    """So many situations, the same for the same seed in a new process.
+
+    In others hypothesis also tries constants of the code that is loaded.
+    """
     lengths = st.one_of(st.sampled_from([1, 2, 7, 33, 130, 163]), st.integers(1, 163))
     strategies = {name: st.sampled_from(values) for name, values in CHOICES.items()} | {"tokens": lengths}
     strategies["batch"] = st.sampled_from((2, 1, 3, 2, 1, 3, 2, 0))  # few run on none
