@@ -104,7 +104,7 @@ class LearnedHidden(nn.Module):
         self.start = num_heads, head_dim, start  # all that the starting weights depend on
         self.key_weight = nn.Parameter(self._draw())
         self.query_weight = nn.Parameter(self._draw())
-        self.bias = nn.Parameter(torch.zeros(num_heads, config.num_hidden))
+        self.bias = nn.Parameter(self.key_weight.new_zeros(num_heads, config.num_hidden))
 
     def forward(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the operators take: queries and keys [B, H, N, 2 D], W [1, H, m, 2 D] and b [1, H, m].

@@ -53,7 +53,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0
     rows = json.loads(path.read_text("utf-8"))["rows"]
     assert [row["moved"] for row in rows] == [script.START, *script.MOVED]
-    hidden, layers, width = 2 * 12 * script.NUM_HIDDEN * 32, 6, 384
+    hidden, layers, width = (2 * 32 + 1) * 12 * script.NUM_HIDDEN, 6, 384
     assert [row["weights"] for row in rows[:4]] == [
         layers * each
         for each in (hidden, hidden, hidden + 2 * (width + 1) * width, hidden + 2 * 2 * width * script.RANK)
