@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 import astroattn
 from astroattn.choices import DTYPES, FIGURES, POOLINGS, PYTHON_DOCS, TOLERANCES
-from astroattn.config import HIDDEN, PRESETS, TILES
+from astroattn.config import HIDDEN, PRESETS, TILES, AstroConfig
 from astroattn.files import check_output, write_json
 from astroattn.plan import METRICS
 from astroattn.tables import Block, Table, render, render_markdown, terminal_width
@@ -83,6 +83,19 @@ ExactKeys = Annotated[int | None, typer.Option(help="Keys attended exactly, beyo
 Tiles = Annotated[str | None, typer.Option(help=f"What a tile of queries shares: {' or '.join(TILES)}.")]
 Tile = Annotated[int | None, typer.Option(help="Queries per tile; -1: by the length.")]
 Entries = Annotated[int | None, typer.Option(help="Keys and values that a streaming memory keeps, per key head.")]
+_OTHERS = ("exact_queries", "steps", "activation", "orthogonal", "backend")  # fields without an option of their own
+Others = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other setting, one or several times: "
+        + ", ".join(
+            f"{field.name} ({field.default})" for field in dataclasses.fields(AstroConfig) if field.name in _OTHERS
+        )
+        + ".",
+    ),
+]
 DataSource = Annotated[
     str | None,
     typer.Option(
@@ -139,6 +152,7 @@ def patch_model(
     tiles: Tiles = None,
     tile: Tile = None,
     entries: Entries = None,
+    others: Others = None,
     seed: Seed = None,
     form: Form = Format.table,
     quiet: Quiet = False,
@@ -148,7 +162,7 @@ def patch_model(
     from astroattn.recipes import open_recipe, override
 
     _prepare(quiet, force, json=json_path)
-    settings = _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed)
+    settings = _settings(others, hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed)
     recipe = override(open_recipe(model), settings, {"size": size}, layers, plan, preset)
     report = recipe.patch(recipe.load(weights, device, dtype, items=False))
     chosen = {"plan": recipe.plan.to_dict()} if recipe.plan else {"config": dataclasses.asdict(recipe.settings)}
@@ -192,6 +206,7 @@ def compare_model(
     tiles: Tiles = None,
     tile: Tile = None,
     entries: Entries = None,
+    others: Others = None,
     seed: Seed = None,
     sweep: Annotated[
         str | None, typer.Option(metavar="NAME=A,B", help="Compare once for each value of a setting: exact_keys=16,32.")
@@ -202,7 +217,7 @@ def compare_model(
 ) -> None:
     """Run a model and its patched copy on the same inputs and show what changed, beside controls."""
     from astroattn.fidelity.verdict import check_tolerance
-    from astroattn.recipes import open_recipe, override, parse_sweep
+    from astroattn.recipes import open_recipe, override, parse_setting
 
     _prepare(quiet, force, json=json_path, figure=figure, report=report, items=items)
     for option, value in (("figure", figure), ("report", report), ("items", items), ("tolerance", tolerance)):
@@ -211,14 +226,14 @@ def compare_model(
     check_tolerance(metric, tolerance)
     recipe = override(
         open_recipe(model),
-        _settings(hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed),
+        _settings(others, hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed),
         _data(data, limit, half, batch_size, tokens, classes, pooling, size),
         layers,
         plan,
         preset,
     )
     if sweep:
-        setting, values = parse_sweep(sweep)
+        setting, values = parse_setting(sweep, "sweep")
         found = recipe.sweep(recipe.load(weights, device, dtype), setting, values, seed=seed or 0, progress=not quiet)
         _show(found.blocks(), found.to_dict(), form)
         if json_path:
@@ -353,6 +368,7 @@ def list_recipes() -> None:
 
 
 def _settings(
+    others: list[str] | None,
     hidden: str | None,
     num_hidden: int | None,
     near: int | None,
@@ -362,7 +378,15 @@ def _settings(
     entries: int | None,
     seed: int | None,
 ) -> dict[str, str | int | None]:
-    return {
+    from astroattn.recipes import parse_setting
+
+    found: dict[str, str | int | None] = {}
+    for text in others or []:
+        name, values = parse_setting(text)
+        if len(values) > 1:
+            raise ValueError(f"set: {text!r} has {len(values)} values; --sweep compares several")
+        found[name] = values[0]
+    named = {
         "hidden": hidden,
         "num_hidden": num_hidden,
         "near": near,
@@ -372,6 +396,7 @@ def _settings(
         "entries": entries,
         "seed": seed,
     }
+    return found | {name: value for name, value in named.items() if value is not None}
 
 
 def _data(

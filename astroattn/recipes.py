@@ -323,8 +323,8 @@ def parse_recipe(table: Mapping[str, Any], folder: Path | None = None) -> Recipe
     return recipe
 
 
-def parse_sweep(text: str) -> tuple[str, list[int | str | bool]]:
-    """A field of `AstroConfig` and values for it, from `exact_keys=16,32,64`.
+def parse_setting(text: str, option: str = "set") -> tuple[str, list[int | str | bool]]:
+    """A field of `AstroConfig` and values for it, from `exact_keys=16,32,64`; `option` is named in errors.
 
     Raises:
         ValueError: no such field, or values that are not of its type.
@@ -333,17 +333,17 @@ def parse_sweep(text: str) -> tuple[str, list[int | str | bool]]:
     name = name.strip().replace("-", "_")
     kinds = get_type_hints(AstroConfig)
     if name not in kinds:
-        raise ValueError(f"sweep: {name!r} is not known; there are {', '.join(kinds)}{suggest(name, kinds)}")
+        raise ValueError(f"{option}: {name!r} is not known; there are {', '.join(kinds)}{suggest(name, kinds)}")
     words = [word.strip() for word in listed.split(",") if word.strip()]
     if not words:
-        raise ValueError(f"sweep: {text!r} has no values; write {name}=this,that")
+        raise ValueError(f"{option}: {text!r} has no values; write {name}=this,that")
     if kinds[name] is str:
         return name, list(words)
     known = {"true": True, "false": False} if kinds[name] is bool else {}
     try:
         return name, [known[word.lower()] if known else int(word) for word in words]
     except (KeyError, ValueError):
-        raise ValueError(f"sweep: {listed!r}; {name} must be {kinds[name].__name__}") from None
+        raise ValueError(f"{option}: {listed!r}; {name} must be {kinds[name].__name__}") from None
 
 
 def parse_layers(text: str) -> list[int] | str | None:

@@ -129,6 +129,10 @@ def test_a_preset_is_refined_by_other_options(
 ) -> None:
     assert run("patch", bert, "--preset", "fast", "--near", "4", "--format", "json", "--quiet") == 0
     assert json.loads(capsys.readouterr().out)["config"] == asdict(replace(PRESETS["fast"], near=4))
+    others = ["--set", "exact_queries=1", "--set", "orthogonal=false", "--set", "near=2", "--near", "3"]
+    assert run("patch", bert, *others, "--format", "json", "--quiet") == 0
+    expected = AstroConfig(exact_queries=1, orthogonal=False, near=3)  # an option of its own has the last word
+    assert json.loads(capsys.readouterr().out)["config"] == asdict(expected)
     path = tmp_path / "result.json"
     options = ["--data", texts, "--preset", "exact", "--diagnose", "0", "--limit", "3", "--json", str(path)]
     assert run("compare", bert, *options) == 0
@@ -312,6 +316,9 @@ def test_a_decoder_is_calibrated_and_compared(
         (["compare", "BERT", "--data", "TEXTS", "--sweep", "near=x"], "sweep: 'x'; near must be int"),
         (["compare", "BERT", "--data", "TEXTS", "--sweep", "near"], "sweep: 'near' has no values"),
         (["compare", "BERT", "--data", "TEXTS", "--sweep", "near=1", "--figure", "a.png"], "figure: is of one"),
+        (["patch", "BERT", "--set", "stepps=1"], "did you mean 'steps'?"),
+        (["patch", "BERT", "--set", "steps=1,2"], "set: 'steps=1,2' has 2 values"),
+        (["patch", "BERT", "--set", "backend=cuda"], "backend: 'cuda'; must be one of"),
         (["patch", "BERT", "--layers", "9"], "9"),
         (["patch", "BERT", "--json", "no/such/folder/a.json"], "no/such/folder"),
     ],
