@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from astroattn.data import PYTHON_DOCS, load_data
 from astroattn.fidelity import Fidelity, compare
 from astroattn.models import load_model
+from astroattn.tables import render, terminal_width
 from eval.common import SeedOption, run_script
 from eval.train_digits import LARGE, LARGE_FOLDER, load_digits_vit, load_split
 
@@ -106,13 +106,12 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     results = {"minilm": compare_minilm(limit, seed), "digits": compare_digits(limit, seed)}
     sentences = {"minilm": explain_minilm, "digits": explain_digits}
-    console = Console()
     for name, result in results.items():
         result.save_json(out / f"{name}.json")
         result.figure(out / f"{name}.png")
-        console.print(result)
+        print(render(result.blocks(), terminal_width()))
     for name, result in results.items():
-        console.print(f"\n{sentences[name](result)}\nFigure: {out / name}.png", highlight=False, soft_wrap=True)
+        print(f"\n{sentences[name](result)}\nFigure: {out / name}.png")
 
 
 if __name__ == "__main__":

@@ -147,6 +147,8 @@ def test_demo_ends_with_tables_figures_and_sentences(tmp_path: Path) -> None:
     done = run(demo.main, "--out", str(tmp_path), "--limit", "3")
     assert done.exit_code == 0
     assert done.output.count("a query now attends to") == 2
+    assert "Fidelity(" not in done.output
+    assert len(re.findall(r"^ +original +patched +95 % interval", done.output, re.M)) == 2
     assert len(re.findall(r"times as (fast|long) as the original", done.output)) == 2
     for name in ("minilm", "digits"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
