@@ -51,23 +51,25 @@ def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any]
     return get, lambda: sorted({*vars(sys.modules[package]), *homes})
 
 
+_awaited: dict[str, list[Callable[[Any], None]]] = {}  # what is called with a module of another library, by its name
+
+
 def when_imported(name: str, add: Callable[[Any], None]) -> None:
     """Call `add` with a module of another library now, if it is imported already, or else once it is."""
     if (library := sys.modules.get(name)) is not None:
         add(library)
-    elif not any(isinstance(finder, _WhenImported) and finder.asked == (name, add) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported(name, add))
+        return
+    if add not in (waiting := _awaited.setdefault(name, [])):
+        waiting.append(add)
+    if not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds no module; of the one that it waits for it has the code run, and then ours."""
-
-    def __init__(self, name: str, add: Callable[[Any], None]) -> None:
-        self.asked = name, add
+    """Finds no module; of those that are awaited it has the code run, and then ours. One for all: two would ask on."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        awaited, add = self.asked
-        if name != awaited:
+        if name not in _awaited:
             return None
         others = (each for each in sys.meta_path if each is not self)
         spec = next(filter(None, (each.find_spec(name, path, target) for each in others)), None)
@@ -76,7 +78,8 @@ class _WhenImported(MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 run(module)
-                add(module)
+                for add in _awaited[name]:
+                    add(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

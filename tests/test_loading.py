@@ -12,7 +12,7 @@ import torch
 import transformers as t
 
 from astroattn import AstroConfig, AstrocyteAttention, patch, unpatch
-from astroattn.imports import put_over, when_imported
+from astroattn.imports import _WhenImported, put_over, when_imported
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": 50}
 TOKENS = torch.randint(50, (1, 300), generator=torch.Generator().manual_seed(0))
@@ -110,11 +110,13 @@ def test_a_library_is_added_to_when_it_is_imported_and_once(tmp_path: Path, monk
     finders = list(sys.meta_path)
     when_imported("some_library", add)
     when_imported("some_library", add)
+    when_imported("some_library", lambda library: setattr(library, "also", True))  # a second that waits for it
     import some_library  # type: ignore[import-not-found]
 
     assert some_library.Model.load() == 2
+    assert some_library.also
     when_imported("some_library", lambda library: setattr(library, "seen", True))
     assert some_library.seen
-    assert len(sys.meta_path) == len(finders) + 1
+    assert sum(isinstance(finder, _WhenImported) for finder in sys.meta_path) == 1
     sys.meta_path[:] = finders
     sys.modules.pop("some_library")
