@@ -15,6 +15,7 @@ from scipy.stats import t as student
 
 from eval.common import fill_marks, read_rows, run_script, show, write_figure
 from eval.distill_decoders.training import LEARNED, NEAR, RANDOM, START, TRANSFER, TUNED
+from eval.generate.page import format_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,12 +76,8 @@ def format_recall(rows: Sequence[Row]) -> str:
     """A line per kind, a column per depth: the share of right answers, and the log-probability of the digits."""
     rows = [row for row in rows if row["measure"] == RECALL]
     depths = sorted({row["depth"] for row in rows})
-    lines = ["| attention | " + " | ".join(f"depth {depth:.0%}" for depth in depths) + " |"]
-    lines.append("| --- " * (len(depths) + 1) + "|")
-    for name in dict.fromkeys(row["attention"] for row in rows):
-        mine = {row["depth"]: f"{row['exact']:.2f} ({row['log p']:.1f})" for row in rows if row["attention"] == name}
-        lines.append(f"| {name} | " + " | ".join(mine[depth] for depth in depths) + " |")
-    return "\n".join(lines)
+    cells = {(row["attention"], row["depth"]): f"{row['exact']:.2f} ({row['log p']:.1f})" for row in rows}
+    return format_table("attention", {depth: f"depth {depth:.0%}" for depth in depths}, cells)
 
 
 def _mine(rows: Sequence[Row], attention: str, training: str) -> list[Row]:

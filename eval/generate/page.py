@@ -26,7 +26,7 @@ def format_loss(rows: list[Row]) -> str:
         return f"{row['model']}, {row['tokens']:,} tokens: {row['entries']} entries"
 
     cells = {(row["cache"], column(row)): f"{row['nats above']:.3f} ({row['agreement']:.3f})" for row in rows}
-    return _table("cache", {column(row): column(row) for row in rows}, cells)
+    return format_table("cache", {column(row): column(row) for row in rows}, cells)
 
 
 def format_distance(rows: list[Row]) -> str:
@@ -42,7 +42,7 @@ def format_distance(rows: list[Row]) -> str:
             mine = [row for row in rows if row["cache"] == name and first <= row["from"] < last]
             mean = sum(row["nats above"] * row["scored"] for row in mine) / sum(row["scored"] for row in mine)
             cells[name, first] = f"{mean:.3f}"
-    return _table(about(rows), columns, cells)
+    return format_table(about(rows), columns, cells)
 
 
 def format_recall(rows: list[Row]) -> str:
@@ -54,7 +54,7 @@ def format_recall(rows: list[Row]) -> str:
         for row in rows
         for depth in ([row["depth"]] if row["depth"] is not None else depths)
     }
-    return _table(about(rows), {depth: f"depth {depth:.0%}" for depth in depths}, cells)
+    return format_table(about(rows), {depth: f"depth {depth:.0%}" for depth in depths}, cells)
 
 
 def format_copy(rows: list[Row]) -> str:
@@ -65,7 +65,7 @@ def format_copy(rows: list[Row]) -> str:
     for row in rows:
         nats, lost = round(row["nats above"], 2) + 0.0, round(row["lost"], 2) + 0.0  # not -0
         cells[row["cache"], row["gap"]] = f"{nats:.2f} ({lost:.0%})"
-    return _table(about(rows), columns, cells)
+    return format_table(about(rows), columns, cells)
 
 
 def format_speed(rows: list[Row]) -> str:
@@ -79,10 +79,10 @@ def format_speed(rows: list[Row]) -> str:
     for row in rows:  # the longest of a line comes last
         if row["growth"] is not None:
             cells[line(row), "growth"] = f"{row['growth']:.2f}"
-    return _table("ms a token (MB)", columns | {"growth": "growth"}, cells)
+    return format_table("ms a token (MB)", columns | {"growth": "growth"}, cells)
 
 
-def _table(corner: str, columns: dict[Any, str], cells: dict[tuple[str, Any], str]) -> str:
+def format_table(corner: str, columns: dict[Any, str], cells: dict[tuple[str, Any], str]) -> str:
     """A Markdown table with a column per key of `columns`; cells by line and column."""
     lines = [f"| {corner} | " + " | ".join(columns.values()) + " |", "| --- " * (len(columns) + 1) + "|"]
     for name in dict.fromkeys(line for line, _ in cells):
