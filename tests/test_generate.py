@@ -16,7 +16,7 @@ from scripts import run
 from torch import Tensor
 
 from astroattn import Plan, patched
-from eval.generate import copying, distance, loss, plans, reading, recall, speed
+from eval.generate import copying, distance, kinds, loss, plans, reading, recall, speed
 from eval.generate.__main__ import TASKS, main
 from eval.generate.caches import NAMES, SCORES, Entries, attend
 from eval.generate.figure import plot
@@ -38,7 +38,15 @@ def subject() -> Subject:
     texts = [torch.randint(5, 99, (1, 120), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     model = t.LlamaForCausalLM(config).eval()
     return Subject(
-        "tiny", model, texts, 60, (32,), {}, lambda: texts, lambda text: [5 + ord(letter) % 94 for letter in text]
+        "tiny",
+        model,
+        texts,
+        60,
+        (32,),
+        {},
+        lambda: texts,
+        lambda: dict(zip(("one", "another"), texts, strict=True)),
+        lambda text: [5 + ord(letter) % 94 for letter in text],
     )
 
 
@@ -143,6 +151,20 @@ def test_a_long_text_is_read_once_for_all_lengths() -> None:
     assert set(rows) == {(32, 100), (64, 100), (64, 120)}  # the smaller budget reads the shorter text alone
     alone = next(loss.measure(dataclasses.replace(mine, budgets=(64,)), (OURS,), (100,), None))
     assert alone == rows[64, 100]
+
+
+def test_kinds_of_texts_add_up_to_the_loss() -> None:
+    mine = subject()
+    rows = list(kinds.measure(mine, (OURS, "H2O"), (120,), None))
+    assert [(row["cache"], row["text"]) for row in rows] == [
+        (cache, text) for cache in (OURS, "H2O") for text in ("one", "another")
+    ]
+    whole = next(loss.measure(mine, (OURS,), (120,), None))
+    assert sum(row["scored"] for row in rows[:2]) == whole["scored"]
+    assert (rows[0]["nats above"] + rows[1]["nats above"]) / 2 == pytest.approx(whole["nats above"], rel=1e-3)
+    assert rows[0]["nats above"] != rows[1]["nats above"]
+    assert FORMATS["kinds"](rows).count("32 entries: astroattn") == 1
+    assert_drawn("kinds", rows, 2)
 
 
 def test_distance_adds_up_to_the_loss() -> None:

