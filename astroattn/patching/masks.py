@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     bidirectional_mask_function,
     causal_mask_function,
-    sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
 from transformers.utils import is_tracing
@@ -159,7 +159,8 @@ def read_mask_function(function: Callable[..., Any], size: int | None) -> tuple[
     if isinstance(size, int):
         if _parts(function) == _parts(sliding_window_causal_mask_function(size)):
             return True, size - 1
-        if _parts(function) == _parts(sliding_window_bidirectional_mask_function(size)):
+        both_sides = getattr(masking_utils, "sliding_window_bidirectional_mask_function", None)  # not in the oldest
+        if both_sides is not None and _parts(function) == _parts(both_sides(size)):
             return False, size
     return None
 
