@@ -250,12 +250,11 @@ class AstrocyteAttention(nn.Module):
             if num_queries == num_keys or all(reads_any_queries(config) for config, _ in self.budgets):
                 return None
             return NEEDS_SELF_ATTENTION
-        reasons = [
-            _causal_refusal(config)
-            for config, _ in self.budgets
-            if num_keys is None or not covers(config, num_keys, None)
-        ]
-        return next((reason for reason in reasons if reason is not None), None)
+        for config, _ in self.budgets:
+            if num_keys is None or not covers(config, num_keys, None):
+                if (reason := _causal_refusal(config)) is not None:
+                    return reason
+        return None
 
     def cost(
         self,
@@ -553,10 +552,20 @@ def autocast(*tensors: Tensor) -> list[Tensor]:
     ]
 
 
+# Asked before any call, as PyTorch 2.8 cannot ask while it compiles one.
+_KNOWS_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "mps", "xpu")}
+
+
 def _is_autocast(x: Tensor) -> bool:
     kind = x.device.type
-    known = kind != "meta" and torch.amp.is_autocast_available(kind)
-    return known and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64
+    if kind not in _KNOWS_AUTOCAST and kind != "meta":
+        _KNOWS_AUTOCAST[kind] = torch.amp.is_autocast_available(kind)
+    return (
+        _KNOWS_AUTOCAST.get(kind, False)
+        and torch.is_autocast_enabled(kind)
+        and x.is_floating_point()
+        and x.dtype != torch.float64
+    )
 
 
 def _causal_refusal(config: AstroConfig) -> str | None:

@@ -151,9 +151,11 @@ class HandwrittenSite(Site):
 
 def run(base: type[nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a patched module: that of its class, with its scores left to the astrocyte."""
-    check_traceable(next(iter((*args, *kwargs.values())), None))
-    if wanted := next((name for name in WEIGHTS if kwargs.get(name)), None):
-        fall_back(getattr(module, RECORD), f"{wanted}=True: attention weights, which no astrocyte forms")
+    for first in (*args, *kwargs.values()):
+        check_traceable(first)
+        break
+    if wanted := [name for name in WEIGHTS if kwargs.get(name)]:
+        fall_back(getattr(module, RECORD), f"{wanted[0]}=True: attention weights, which no astrocyte forms")
         return base.forward(module, *args, **kwargs)
     watch = Watch(module)
     with watch:

@@ -217,7 +217,8 @@ def _read(
     arguments: dict[str, Any],
 ) -> Call:
     """The call in our words, or with the reason why it cannot be."""
-    refusal = next((why for name, why in REFUSED_ARGUMENTS.items() if arguments.get(name) is not None), None)
+    refused = [why for name, why in REFUSED_ARGUMENTS.items() if arguments.get(name) is not None]
+    refusal = refused[0] if refused else None  # PyTorch 2.8 cannot compile next() with a default
     causal = mask is None and host == "sdpa" and _is_causal(module, arguments.get("is_causal"))
     window = None
     aligned = query.shape[2] == key.shape[2] or (causal and query.shape[2] == 1)
@@ -225,8 +226,8 @@ def _read(
         real: Tensor | None = for_batch(mask.keys, query.shape[0])
         causal, aligned, window = mask.causal, aligned or mask.causal, mask.window
     else:
-        real, refused = key_mask(mask, query.shape[0], key.shape[2])
-        refusal = refusal or refused
+        real, why_not = key_mask(mask, query.shape[0], key.shape[2])
+        refusal = refusal or why_not
     if not aligned:
         refusal = refusal or unequal(query.shape[2], key.shape[2])
     site, core = getattr(module, RECORD), getattr(module, CORE)

@@ -143,7 +143,8 @@ _running = _Running()
 def find_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a module with a streaming memory: have a layer for it in the cache it is called with."""
     site, core = getattr(module, RECORD), getattr(module, CORE)
-    cache = next((each for each in (*args, *kwargs.values()) if isinstance(each, Cache)), None)
+    caches = [each for each in (*args, *kwargs.values()) if isinstance(each, Cache)]
+    cache = caches[0] if caches else None
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     index = getattr(module, "layer_idx", None)
