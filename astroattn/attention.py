@@ -251,9 +251,9 @@ class AstrocyteAttention(nn.Module):
                 return None
             return NEEDS_SELF_ATTENTION
         for config, _ in self.budgets:
-            if num_keys is None or not covers(config, num_keys, None):
-                if (reason := _causal_refusal(config)) is not None:
-                    return reason
+            asked = num_keys is None or not covers(config, num_keys, None)
+            if asked and (reason := _causal_refusal(config)) is not None:
+                return reason
         return None
 
     def cost(

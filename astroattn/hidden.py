@@ -124,7 +124,7 @@ class LearnedHidden(nn.Module):
 
     def is_lost(self, device: torch.device) -> bool:
         """Whether a call on a device would find no weights: they are on `meta`, and nothing knows what was learned."""
-        fetched = "_hf_hook" in vars(self)  # by accelerate, when the layer is called
+        fetched = "_hf_hook" in self.__dict__  # by accelerate, when the layer is called
         return device.type != "meta" and not fetched and any(weight.is_meta for weight in self.parameters())
 
     def _draw(self) -> Tensor:

@@ -175,7 +175,8 @@ def remove(module: nn.Module) -> None:
 
 def site_of(module: nn.Module) -> Site | None:
     """The site of a patched module, None for any other."""
-    return vars(module).get(RECORD)  # its own: wrappers (torch.compile) pass on the attributes of what is in them
+    # Its own: wrappers (torch.compile) pass on the attributes of what is in them. PyTorch 2.8 cannot compile vars().
+    return module.__dict__.get(RECORD)
 
 
 def replaced_forward(module: nn.Module) -> str | None:
