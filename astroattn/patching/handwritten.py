@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.torch_version import TorchVersion
 
 from astroattn.checks import check_traceable
 from astroattn.ops.layout import plain
@@ -163,7 +164,7 @@ def run(base: type[nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs:
     return watch.finish(output)
 
 
-if torch.__version__ < (2, 9):  # whose compiler can follow neither the watch nor break off inside it
+if TorchVersion(torch.__version__) < "2.9":  # whose compiler can neither follow the watch nor break off inside it
     run = torch.compiler.disable(run, reason="before PyTorch 2.9 scores that are written by hand run as they stand")
 
 
