@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from astroattn.answers import (
+    Call,
+    bidirectional_attention,
+    causal_static_attention,
+    decode_static,
+    softmax_attention,
+    stream_attention,
+)
 from astroattn.checks import (
     NEEDS_SELF_ATTENTION,
     NEEDS_SELF_ATTENTION_IN_WINDOW,
@@ -19,22 +26,13 @@ from astroattn.checks import (
     check_window,
     reads_any_queries,
 )
-from astroattn.config import AstroConfig, check_heads, is_tiled
-from astroattn.cost import Cost, budget_of, count_cost, count_window, covers, prefix_length
+from astroattn.config import AstroConfig, check_heads
+from astroattn.cost import Cost, count_cost, count_window, covers
 from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
-from astroattn.ops.features import POSITIVE
 from astroattn.ops.layout import plain
-from astroattn.ops.library import (
-    causal_attention,
-    decode,
-    linear_attention,
-    near_far_attention,
-    near_linear_attention,
-    stream,
-)
-from astroattn.ops.streaming import Memories, each_of, empty_memory, together
-from astroattn.ops.window import log_sum, window_attention
+from astroattn.ops.streaming import Memories
+from astroattn.ops.window import window_attention
 
 
 class AstrocyteAttention(nn.Module):
@@ -211,27 +209,13 @@ class AstrocyteAttention(nn.Module):
         scale = self.head_dim**-0.5 if scale is None else float(scale)
         if self.shares_keys:
             memories = check_memories(self, state, query, key, value)
-            out, _, after = self._stream(query, key, value, key_mask, scale, memories)
+            out, _, after = self._stream(Call(query, key, value, key_mask, True, scale, None), memories)
             return out, after
         assert self.hidden is not None
         query, key, weight, phase = self.hidden(query, key, scale)
         before = check_state(self, state, query, value)
-        order = None
-        if key_mask is not None:
-            order, key_mask = _sort(key_mask)
-            query, key, value = (_in_order(x, order) for x in (query, key, value))
-        out, state = decode(
-            *(query, key, value, weight, phase),
-            activation=self.hidden.activation,
-            near=self.configs[0].near,
-            scale=scale,
-            key_mask=key_mask,
-            state=before,
-            backend=self.configs[0].backend,
-        )
-        if order is not None and key_mask is not None:
-            out = _in_order(out.masked_fill(~key_mask[:, None, :, None], 0), order.argsort(dim=1))
-        return out, state
+        call = Call(query, key, value, key_mask, True, scale, None)
+        return decode_static(self.configs[0], self.hidden, call, (weight, phase), before)
 
     def refusal(
         self, *, causal: bool, num_queries: int | None = None, num_keys: int | None = None, window: int | None = None
@@ -325,223 +309,58 @@ class AstrocyteAttention(nn.Module):
         query, key, value = autocast(query, key, value)
         check_call(self, query, key, value, key_mask, causal, scale, grid, window, sink)
         scale = self.head_dim**-0.5 if scale is None else float(scale)
-        options = (key_mask, causal, scale, grid, window)
+        call = Call(query, key, value, key_mask, causal, scale, grid)
         if sink is None:
-            return self._attend_checked(query, key, value, *options, with_normaliser)
-        out, log_p = self._attend_checked(query, key, value, *options, True)
+            return self._answer(call, window, with_normaliser)
+        out, log_p = self._answer(call, window, True)
         sink = sink[:, None].to(log_p)
         return out * (log_p - sink).sigmoid()[..., None].to(out.dtype), torch.logaddexp(log_p, sink)
 
-    def _attend_checked(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        grid: tuple[int, int] | None,
-        window: int | None,
-        with_normaliser: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def _answer(self, call: Call, window: int | None, with_normaliser: bool) -> tuple[Tensor, Tensor]:
         """Attend without a sink."""
+        query, key, value = call[:3]
         if query.shape[0] == 0 or query.shape[2] == 0:
             return query.new_zeros(*query.shape[:3], value.shape[-1]), query.new_zeros(query.shape[:3])
         if window is not None:
             out, log_p = window_attention(
                 *(query, key, value, window),
-                causal=causal,
-                scale=scale,
-                key_mask=key_mask,
+                causal=call.causal,
+                scale=call.scale,
+                key_mask=call.key_mask,
                 with_normaliser=with_normaliser,
             )
             return self.with_gradients(out), log_p
         if self.exact:
-            return _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
-        options = (key_mask, causal, scale, grid, with_normaliser)
+            return softmax_attention(call, with_normaliser)
         if self.shares_keys and not all(covers(config, key.shape[2], None) for config, _ in self.budgets):
-            return self._stream(query, key, value, key_mask, scale, None)[:2]
+            return self._stream(call, None)[:2]
         if len(self.budgets) == 1 or self.shares_keys:
-            return self._attend_alike(self.configs[0], query, key, value, *options)
+            return self._answer_alike(self.configs[0], call, with_normaliser)
         order, place = self.heads.on(query.device)
         parts = []
         first = 0
         for config, count in self.budgets:
-            heads = order[first : first + count]
+            parts.append(self._answer_alike(config, call.of_heads(order[first : first + count]), with_normaliser))
             first += count
-            query_, key_, value_ = (x.index_select(1, heads) for x in (query, key, value))
-            parts.append(self._attend_alike(config, query_, key_, value_, *options))
         out = torch.cat([part[0] for part in parts], 1).index_select(1, place)
         if not with_normaliser:
             return out, query.new_empty(0)
         return out, torch.cat([part[1] for part in parts], 1).index_select(1, place)
 
-    def _attend_alike(
-        self,
-        config: AstroConfig,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        grid: tuple[int, int] | None,
-        with_normaliser: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def _answer_alike(self, config: AstroConfig, call: Call, with_normaliser: bool) -> tuple[Tensor, Tensor]:
         """Attend with heads of one config."""
-        if covers(config, plain(key.shape[2]), grid):
-            out, log_p = _softmax_attention(query, key, value, key_mask, causal, scale, with_normaliser)
+        if covers(config, plain(call.key.shape[2]), call.grid):
+            out, log_p = softmax_attention(call, with_normaliser)
             return self.with_gradients(out), log_p
-        if not causal:
-            return self._bidirectional(config, query, key, value, key_mask, scale, grid)
-        return self._causal(config, query, key, value, key_mask, scale)
-
-    def _stream(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        memories: Memories | None,
-    ) -> tuple[Tensor, Tensor, Memories]:
-        dtype, groups = query.dtype, query.shape[1] // key.shape[1]
-        work = torch.promote_types(dtype, torch.float32)
-        query, key, value = query.to(work) * scale, key.to(work), value.to(work)
-        order = lengths = None
-        if key_mask is not None and not bool(key_mask.all()):
-            order, lengths = _sort(~key_mask)[0], key_mask.sum(1).cpu()
-            query, key, value = (_in_order(x, order) for x in (query, key, value))
-        if len(self.budgets) > 1:
-            heads, place = self.heads.on(query.device)
-            query = query.index_select(1, heads)
-            key, value = (x.index_select(1, heads[::groups] // groups) for x in (key, value))
-        query = query.unflatten(1, (-1, groups))
-        outs, logs, after, first = [], [], [], 0
-        for number, (config, count) in enumerate(self.budgets):
-            mine = slice(first, first := first + count // groups)
-            q, k, v = query[:, mine], key[:, mine], value[:, mine]
-            memory = empty_memory(q, k, v) if memories is None else each_of(memories)[number]
-            out, log_p, memory = stream(q, k, v, memory, config.entries, config.near, lengths, backend=config.backend)
-            out, log_p = out.flatten(1, 2), log_p.flatten(1, 2)
-            outs.append(out)
-            logs.append(log_p)
-            after.append(memory)
-        if len(self.budgets) > 1:
-            out, log_p = (torch.cat(parts, 1).index_select(1, place) for parts in (outs, logs))
-        if order is not None:
-            out, log_p = _put_back(order, out, log_p)
-        return out.to(dtype), log_p, together(after)
-
-    def _causal(
-        self, config: AstroConfig, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+        if not call.causal:
+            return bidirectional_attention(config, self.hidden, call)
         assert self.hidden is not None
-        query, key, weight, phase = self.hidden(query, key, scale)
-        num_queries, num_keys = query.shape[2], key.shape[2]
-        if num_queries < num_keys:
-            # The queries are the last tokens, so stand-ins take the place of the earlier ones.
-            query = F.pad(query, (0, 0, num_keys - num_queries, 0))
-        order = None
-        if key_mask is not None:
-            # Padding first: a near field then holds the same tokens wherever the padding was.
-            order, key_mask = _sort(key_mask)
-            query, key, value = (_in_order(x, order) for x in (query, key, value))
-        out, normaliser = causal_attention(
-            query,
-            key,
-            value,
-            weight,
-            phase,
-            activation=self.hidden.activation,
-            near=config.near,
-            scale=scale,
-            key_mask=key_mask,
-            backend=config.backend,
-        )
-        if order is not None and key_mask is not None:
-            out, normaliser = _zero_padding(out, normaliser, key_mask)
-            out, normaliser = _put_back(order, out, normaliser)
-        if num_queries < num_keys:
-            out, normaliser = out[:, :, -num_queries:], normaliser[:, :, -num_queries:]
-        return out, normaliser
+        return causal_static_attention(config, self.hidden, call)
 
-    def _bidirectional(
-        self,
-        config: AstroConfig,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        grid: tuple[int, int] | None,
-    ) -> tuple[Tensor, Tensor]:
-        num_keys, backend = plain(key.shape[2]), config.backend
-        prefix = prefix_length(config, num_keys, grid)
-        if self.hidden is not None and not is_tiled(config) and not prefix:
-            out, normaliser = self._through_hidden(query, key, value, key_mask, scale)
-            if key_mask is None or query.shape[2] != num_keys:
-                return out, normaliser
-            return _zero_padding(out, normaliser, key_mask)
-        order = lengths = None
-        if key_mask is not None:
-            # Real tokens first: a sequence is then the same wherever its padding was.
-            order, lengths = _sort(~key_mask)[0], key_mask.sum(1)
-            query, key, value = (_in_order(x, order) for x in (query, key, value))
-        budget = budget_of(config, num_keys, grid)
-        if self.hidden is not None and not is_tiled(config) and self.hidden.activation in POSITIVE:
-            out, normaliser = self._beside_prefix(query, key, value, prefix, lengths, scale)
-        elif self.hidden is not None:
-            query, key, weight, phase = self.hidden(query, key, scale)
-            out, normaliser = near_linear_attention(
-                *(query, key, value, weight, phase, budget),
-                activation=self.hidden.activation,
-                scale=scale,
-                lengths=lengths,
-                backend=backend,
-            )
-        else:
-            out, normaliser = near_far_attention(
-                query, key, value, budget, scale=scale, lengths=lengths, backend=backend
-            )
-        if order is not None:
-            out, normaliser = _put_back(order, out, normaliser)
-        return out, normaliser
-
-    def _through_hidden(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """All keys through a static hidden layer."""
-        assert self.hidden is not None
-        query, key, weight, phase = self.hidden(query, key, scale)
-        return linear_attention(
-            *(query, key, value, weight, phase),
-            activation=self.hidden.activation,
-            scale=scale,
-            key_mask=key_mask,
-            backend=self.configs[0].backend,
-        )
-
-    def _beside_prefix(
-        self, query: Tensor, key: Tensor, value: Tensor, prefix: int, lengths: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Exact queries and a static hidden layer alone; the real tokens come first."""
-        real = None if lengths is None else torch.arange(key.shape[2], device=key.device) < lengths[:, None]
-        first = _softmax_attention(query[:, :, :prefix], key, value, real, False, scale, True)
-        body = query[:, :, prefix:]
-        behind = None if real is None else real[:, prefix:]
-        far, log_far = self._through_hidden(body, key[:, :, prefix:], value[:, :, prefix:], behind, scale)
-        work = log_far.dtype
-        lowest = torch.finfo(work).min  # not -inf: a sequence of nothing but padding would have gradients of NaN
-        with torch.autocast(query.device.type, enabled=False):
-            logits = body.to(work) @ key[:, :, :prefix].to(work).mT * scale
-            if real is not None:
-                logits = logits.masked_fill(~real[:, None, None, :prefix], lowest)
-            logits = torch.cat([logits, log_far.clamp(min=lowest)[..., None]], -1)
-            shares = logits.softmax(-1)
-            out = shares[..., :prefix] @ value[:, :, :prefix].to(work) + shares[..., prefix:] * far.to(work)
-        out, log_p = torch.cat([first[0], out.to(query.dtype)], 2), torch.cat([first[1], logits.logsumexp(-1)], 2)
-        return (out, log_p) if real is None else _zero_padding(out, log_p, real)
+    def _stream(self, call: Call, memories: Memories | None) -> tuple[Tensor, Tensor, Memories]:
+        order, place = self.heads.on(call.query.device) if len(self.budgets) > 1 else (None, None)
+        places = None if order is None or place is None else (order, place)
+        return stream_attention(self.budgets, places, call, memories)
 
 
 def autocast(*tensors: Tensor) -> list[Tensor]:
@@ -579,58 +398,3 @@ def _causal_refusal(config: AstroConfig) -> str | None:
     if config.exact_queries:
         return "causal attention has no exact queries (exact_queries=0)"
     return None
-
-
-def _softmax_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    with_normaliser: bool,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention by SDPA; the log of the normaliser only where it is asked for (else empty)."""
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    if (groups := query.shape[1] // key.shape[1]) > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    mask = None if key_mask is None else key_mask[:, None, None]
-    if causal and (mask is not None or num_queries != num_keys):
-        seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril(num_keys - num_queries)
-        mask = seen if mask is None else mask & seen
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal and mask is None, scale=scale
-    )
-    if key_mask is not None:
-        out = out.masked_fill(~key_mask.any(1)[:, None, None, None], 0)
-    if not with_normaliser:
-        return out, query.new_empty(0)
-    work = torch.promote_types(query.dtype, torch.float32)
-    logits = query.to(work) @ key.to(work).mT * scale
-    if causal and mask is None:
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()
-    return out, logits.logsumexp(-1) if mask is None else log_sum(logits, mask)
-
-
-def _sort(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """The order [B, N] that puts the tokens without a flag first and keeps all else, and the flags in that order."""
-    flags, order = flags.to(torch.uint8).sort(dim=1, stable=True)
-    return order, flags.bool()
-
-
-def _in_order(x: Tensor, order: Tensor) -> Tensor:
-    """The tokens of [B, H, N] or [B, H, N, D] in the order [B, N]."""
-    index = order[:, None] if x.dim() == 3 else order[:, None, :, None]
-    return x.gather(2, index.expand(-1, *x.shape[1:2], -1, *x.shape[3:]))
-
-
-def _put_back(order: Tensor, out: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor]:
-    """What was computed in an order [B, N], as the tokens came."""
-    back = order.argsort(dim=1)
-    return _in_order(out, back), _in_order(normaliser, back)
-
-
-def _zero_padding(out: Tensor, normaliser: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros and -inf for queries that are padding [B, N]."""
-    padding = ~real[:, None]
-    return out.masked_fill(padding[..., None], 0), normaliser.masked_fill(padding, -torch.inf)
