@@ -5,7 +5,7 @@ Each function returns the output [B, H, Nq, Dv] and log p [B, H, Nq], the logari
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,12 @@ from astroattn.ops.window import log_sum
 StaticLayer = RandomHidden | LearnedHidden
 
 
-class Call(NamedTuple):
-    """What `AstrocyteAttention.forward` was given, checked; the scale is a number."""
+@dataclass(eq=False)
+class Call:
+    """What `AstrocyteAttention.forward` was given, checked; the scale is a number.
+
+    No named tuple, and nothing of `dataclasses` that looks at fields: PyTorch 2.8 compiles neither.
+    """
 
     query: Tensor
     key: Tensor
@@ -43,20 +47,30 @@ class Call(NamedTuple):
     scale: float
     grid: tuple[int, int] | None
 
-    def ordered(self, order: Tensor) -> Call:
-        """The tokens in an order [B, N]; the mask stays."""
-        query, key, value = (in_order(x, order) for x in self[:3])
-        return self._replace(query=query, key=key, value=value)
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        return self.query, self.key, self.value
+
+    def of(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Call:
+        """The same call of other tokens."""
+        return Call(query, key, value, key_mask, self.causal, self.scale, self.grid)
+
+    def ordered(self, order: Tensor, key_mask: Tensor | None) -> Call:
+        """The tokens in an order [B, N], whose mask is this one."""
+        query, key, value = (in_order(x, order) for x in self.tokens)
+        return self.of(query, key, value, key_mask)
 
     def of_heads(self, heads: Tensor) -> Call:
         """These heads alone."""
-        query, key, value = (x.index_select(1, heads) for x in self[:3])
-        return self._replace(query=query, key=key, value=value)
+        query, key, value = (x.index_select(1, heads) for x in self.tokens)
+        return self.of(query, key, value, self.key_mask)
 
 
 def softmax_attention(call: Call, with_log_p: bool) -> tuple[Tensor, Tensor]:
     """Softmax attention by SDPA; log p only where it is asked for (else empty)."""
-    query, key, value, key_mask, causal, scale, _ = call
+    query, key, value = call.tokens
+    key_mask, causal, scale = call.key_mask, call.causal, call.scale
     num_queries, num_keys = query.shape[2], key.shape[2]
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -93,7 +107,7 @@ def bidirectional_attention(config: AstroConfig, hidden: StaticLayer | None, cal
     if key_mask is not None:
         # Real tokens first: a sequence is then the same wherever its padding was.
         order, lengths = sort_tokens(~key_mask)[0], key_mask.sum(1)
-        call = call.ordered(order)
+        call = call.ordered(order, key_mask)
     budget = budget_of(config, num_keys, call.grid)
     if hidden is not None and alone and hidden.activation in POSITIVE:
         out, log_p = _beside_prefix(config, hidden, call, prefix, lengths)
@@ -107,7 +121,7 @@ def bidirectional_attention(config: AstroConfig, hidden: StaticLayer | None, cal
             backend=config.backend,
         )
     else:
-        out, log_p = near_far_attention(*call[:3], budget, scale=scale, lengths=lengths, backend=config.backend)
+        out, log_p = near_far_attention(*call.tokens, budget, scale=scale, lengths=lengths, backend=config.backend)
     return (out, log_p) if order is None else put_back(order, out, log_p)
 
 
@@ -118,9 +132,9 @@ def causal_static_attention(config: AstroConfig, hidden: StaticLayer, call: Call
     if num_queries < num_keys:
         # The queries are the last tokens, so stand-ins take the place of the earlier ones.
         query = F.pad(query, (0, 0, num_keys - num_queries, 0))
-    call, order = _padding_first(call._replace(query=query, key=key))
+    call, order = _padding_first(call.of(query, key, call.value, call.key_mask))
     out, log_p = causal_attention(
-        *(*call[:3], weight, phase),
+        *(*call.tokens, weight, phase),
         activation=hidden.activation,
         near=config.near,
         scale=call.scale,
@@ -140,7 +154,7 @@ def decode_static(
     """The output for the next tokens, whose queries and keys are the hidden layer's, and the state behind them."""
     call, order = _padding_first(call)
     out, state = decode(
-        *(*call[:3], *weights),
+        *(*call.tokens, *weights),
         activation=hidden.activation,
         near=config.near,
         scale=call.scale,
@@ -168,11 +182,11 @@ def stream_attention(
     dtype, groups = call.query.dtype, call.query.shape[1] // call.key.shape[1]
     work = torch.promote_types(dtype, torch.float32)
     order = lengths = None
-    call = call._replace(query=call.query.to(work) * call.scale, key=call.key.to(work), value=call.value.to(work))
+    call = call.of(call.query.to(work) * call.scale, call.key.to(work), call.value.to(work), call.key_mask)
     if call.key_mask is not None and not bool(call.key_mask.all()):
         order, lengths = sort_tokens(~call.key_mask)[0], call.key_mask.sum(1).cpu()
-        call = call.ordered(order)
-    query, key, value = call[:3]
+        call = call.ordered(order, call.key_mask)
+    query, key, value = call.tokens
     if places is not None:
         query = query.index_select(1, places[0])
         key, value = (x.index_select(1, places[0][::groups] // groups) for x in (key, value))
@@ -199,7 +213,7 @@ def _padding_first(call: Call) -> tuple[Call, Tensor | None]:
     if call.key_mask is None:
         return call, None
     order, key_mask = sort_tokens(call.key_mask)
-    return call.ordered(order)._replace(key_mask=key_mask), order
+    return call.ordered(order, key_mask), order
 
 
 def _through_hidden(config: AstroConfig, hidden: StaticLayer, call: Call) -> tuple[Tensor, Tensor]:
@@ -218,16 +232,11 @@ def _beside_prefix(
     config: AstroConfig, hidden: StaticLayer, call: Call, prefix: int, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Exact queries and a static hidden layer alone; the real tokens come first."""
-    query, key, value = call[:3]
+    query, key, value = call.tokens
     real = None if lengths is None else torch.arange(key.shape[2], device=key.device) < lengths[:, None]
-    first = softmax_attention(call._replace(query=query[:, :, :prefix], key_mask=real), True)
+    first = softmax_attention(call.of(query[:, :, :prefix], key, value, real), True)
     body = query[:, :, prefix:]
-    behind = call._replace(
-        query=body,
-        key=key[:, :, prefix:],
-        value=value[:, :, prefix:],
-        key_mask=None if real is None else real[:, prefix:],
-    )
+    behind = call.of(body, key[:, :, prefix:], value[:, :, prefix:], None if real is None else real[:, prefix:])
     far, log_far = _through_hidden(config, hidden, behind)
     work = log_far.dtype
     lowest = torch.finfo(work).min  # not -inf: a sequence of nothing but padding would have gradients of NaN

@@ -318,7 +318,7 @@ class AstrocyteAttention(nn.Module):
 
     def _answer(self, call: Call, window: int | None, with_normaliser: bool) -> tuple[Tensor, Tensor]:
         """Attend without a sink."""
-        query, key, value = call[:3]
+        query, key, value = call.tokens
         if query.shape[0] == 0 or query.shape[2] == 0:
             return query.new_zeros(*query.shape[:3], value.shape[-1]), query.new_zeros(query.shape[:3])
         if window is not None:

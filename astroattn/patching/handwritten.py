@@ -203,6 +203,8 @@ class Watch(TorchFunctionMode):
                 return self._note(Tape(), scores, function, args, kwargs)
             if _changes(name, kwargs):
                 self._carry_out(self._noted_with(args[0] if len(args) else None), CHANGED)
+            if function is Tensor.unflatten:  # Python, of which no compiler knows but as a method
+                return args[0].unflatten(*args[1:], **kwargs)
             return function(*args, **kwargs)
         if name in ASKED or (name in LIKE and not self._holds(args[0])) or function in ATTRIBUTES:
             return function(*args, **kwargs)
@@ -343,8 +345,9 @@ class Watch(TorchFunctionMode):
     def _read(self, weights: Scores, value: Tensor, causal: bool) -> Call:
         """The call in our words, or with the reason why it cannot be."""
         query, key = weights.query, weights.key
-        given = next((n for name in HEADS if isinstance(n := getattr(self.module, name, None), int)), 1)
-        parts = split(weights, given)
+        counts = [getattr(self.module, name, None) for name in HEADS]
+        given = [count for count in counts if isinstance(count, int)]
+        parts = split(weights, given[0] if given else 1)
         lead = tuple(torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]))
         if parts is None:
             query, key = (each.expand(*lead, -1, -1).flatten(0, -3)[:, None] for each in (query, key))

@@ -201,5 +201,8 @@ def _grid(layout: str, args: tuple[Any, ...]) -> tuple[int, int] | None:
 
 def known_class(cls: type) -> str | None:
     """The name of the first class of the tables above that this one is or comes from, None for any other."""
-    names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
-    return next((name for name in names if name in LAYOUTS or name in REFUSALS), None)
+    for base in cls.__mro__:  # no next(): PyTorch 2.8 cannot compile it with a default
+        name = f"{base.__module__}.{base.__qualname__}"
+        if name in LAYOUTS or name in REFUSALS:
+            return name
+    return None
