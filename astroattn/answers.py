@@ -26,6 +26,7 @@ from astroattn.ops.library import (
     stream,
 )
 from astroattn.ops.padding import in_order, put_back, sort_tokens, zero_padding
+from astroattn.ops.precision import without_autocast
 from astroattn.ops.streaming import Memories, each_of, empty_memory, together
 from astroattn.ops.window import log_sum
 
@@ -240,7 +241,7 @@ def _beside_prefix(
     far, log_far = _through_hidden(config, hidden, behind)
     work = log_far.dtype
     lowest = torch.finfo(work).min  # not -inf: a sequence of nothing but padding would have gradients of NaN
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         logits = body.to(work) @ key[:, :, :prefix].to(work).mT * call.scale
         if real is not None:
             logits = logits.masked_fill(~real[:, None, None, :prefix], lowest)

@@ -31,6 +31,7 @@ from astroattn.cost import Cost, count_cost, count_window, covers
 from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
 from astroattn.ops.layout import plain
+from astroattn.ops.precision import autocast
 from astroattn.ops.streaming import Memories
 from astroattn.ops.window import window_attention
 
@@ -361,30 +362,6 @@ class AstrocyteAttention(nn.Module):
         order, place = self.heads.on(call.query.device) if len(self.budgets) > 1 else (None, None)
         places = None if order is None or place is None else (order, place)
         return stream_attention(self.budgets, places, call, memories)
-
-
-def autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in autocast's dtype where that is on, as it does for `scaled_dot_product_attention`."""
-    return [
-        x.to(torch.get_autocast_dtype(x.device.type)) if isinstance(x, Tensor) and _is_autocast(x) else x
-        for x in tensors
-    ]
-
-
-# Asked before any call, as PyTorch 2.8 cannot ask while it compiles one.
-_KNOWS_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "mps", "xpu")}
-
-
-def _is_autocast(x: Tensor) -> bool:
-    kind = x.device.type
-    if kind not in _KNOWS_AUTOCAST and kind != "meta":
-        _KNOWS_AUTOCAST[kind] = torch.amp.is_autocast_available(kind)
-    return (
-        _KNOWS_AUTOCAST.get(kind, False)
-        and torch.is_autocast_enabled(kind)
-        and x.is_floating_point()
-        and x.dtype != torch.float64
-    )
 
 
 def _causal_refusal(config: AstroConfig) -> str | None:

@@ -16,6 +16,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.utils import parametrizations, parametrize
+from torch.torch_version import TorchVersion
 
 from astroattn import fallbacks, patch, unpatch
 
@@ -224,4 +225,6 @@ def test_a_plan_of_tensor_parallelism(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_tensors_in_two_processes(name: str) -> None:
+    if name == "bert" and TorchVersion(torch.__version__) < "2.9":
+        pytest.skip("PyTorch 2.8 cannot run a BERT that is cut so, patched or not")
     debug_launcher(tensor_parallel, (name, 2), num_processes=2)

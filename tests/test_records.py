@@ -211,6 +211,11 @@ def test_a_tower(tmp_path: Path) -> None:
 def test_timm_below_transformers(pickled: bool, tmp_path: Path) -> None:
     config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=TIMM_VIT)
     model = TimmWrapperModel(config).eval()
+    try:
+        with torch.device("meta"):
+            TimmWrapperModel(config)
+    except RuntimeError as error:
+        pytest.skip(f"this transformers cannot open a model of this timm: {error}")
     patch(model.timm_model, SHORT)
     if not pickled:
         assert_comes_back(model, tmp_path, 2)
@@ -245,6 +250,8 @@ def test_timm_below_transformers(pickled: bool, tmp_path: Path) -> None:
 def test_what_was_learned_comes_back(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Also where transformers renames the tensors of a family when it saves them."""
     model = make().eval()
+    if isinstance(model, ModernBertModel):
+        need_transformers("5.2")
     where = "*encoder*self_attn*" if isinstance(model, WhisperModel) else None
     patch(model, LEARNED, where=where)
     with torch.no_grad():

@@ -19,6 +19,7 @@ from astroattn.ops import near_far, static
 from astroattn.ops.causal import CausalState, causal_linear_attention
 from astroattn.ops.layout import Budget, Layout
 from astroattn.ops.near_far import Choice
+from astroattn.ops.precision import without_autocast
 from astroattn.ops.static import Hidden
 
 Attend = Callable[[Tensor, Tensor, Tensor, Layout, Choice], tuple[Tensor, Tensor]]
@@ -158,7 +159,7 @@ def linear_attention(
     scale_root: float,
 ) -> tuple[Tensor, Tensor]:
     """`static.linear_attention`: the output [B, H, Nq, Dv] and log p [B, H, Nq]; differentiable as it stands."""
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         q, k, v = _flat(query) * scale_root, _flat(key) * scale_root, _flat(value)
         hidden, real = _hidden(weight, phase, activation, query), _per_sequence(key_mask, query)
         return _unflat([static.linear_attention(q, k, v, hidden, key_mask=real)], query)
@@ -183,7 +184,7 @@ def causal_attention(
     """
     shape, past = query.shape[:2], max(near - 1, 0)
     before = None
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         q, k, v = _flat(query) * scale_root, _flat(key) * scale_root, _flat(value)
         hidden, real = _hidden(weight, phase, activation, query), _per_sequence(key_mask, query)
         if state is not None:
@@ -275,7 +276,7 @@ def _by_length(
     `rows` [z] are the places of the sequences in batch and heads. Queries that are padding get zeros and -inf, and
     sequences that end within the prefix are softmax attention.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         q, k, v = _flat(query) * scale, _flat(key), _flat(value)
         tokens, every = k.shape[1], torch.arange(len(q), device=q.device)
         if lengths is None:

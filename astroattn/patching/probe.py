@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from astroattn.ops.precision import without_autocast
 from astroattn.patching.site import Seen
 
 TOKENS = 9  # of a made-up text; its second row is padded at both ends
@@ -81,7 +82,7 @@ def run(model: nn.Module, inputs: Any) -> list[Tensor]:
     with ExitStack() as modes:
         for mode in (_eval_mode(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices)):
             modes.enter_context(mode)
-        modes.enter_context(torch.autocast(device.type, enabled=False))
+        modes.enter_context(without_autocast(device))
         modes.enter_context(device)
         torch.manual_seed(0)  # some models draw a mask in eval mode
         output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from astroattn.attention import AstrocyteAttention, autocast
+from astroattn.attention import AstrocyteAttention
 from astroattn.checks import DTYPES, LOST_WEIGHTS
 from astroattn.cost import covers
 from astroattn.ops.layout import plain
+from astroattn.ops.precision import autocast
 from astroattn.patching.scores import HIDDEN, KEY_BIAS
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ quantised layers, one that has tokens already) stays, and the model's own attent
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ NO_ROLL_BACK = (
     "else takes tokens back needs the model's own attention (astroattn.unpatch)"
 )
 FORMAT = "astroattn streaming memory 2"
+# `crop` of older transformers is told how many tokens to keep, that of newer ones how many to remove, less than 0.
+KEEPS = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
 class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -95,7 +98,8 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Raises RuntimeError, but where nothing is to be taken back."""
         count = next((value for value in (*args, *kwargs.values()) if isinstance(value, int)), None)
-        if count not in (0, self.seen):
+        keeps_all = count is not None and (count >= self.seen if KEEPS else count in (0, self.seen))
+        if not keeps_all:
             raise RuntimeError(f"crop: {NO_ROLL_BACK}")
 
     def offload(self) -> None:
