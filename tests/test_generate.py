@@ -176,7 +176,7 @@ def test_distance_adds_up_to_the_loss() -> None:
     mean = sum(row["nats above"] * row["scored"] for row in rows) / whole["scored"]
     assert mean == pytest.approx(whole["nats above"], rel=1e-3)
     assert all(abs(row["nats above"]) < 1e-4 for row in rows if row["from"] < 28)  # the memory is not full yet
-    assert FORMATS["distance"](rows).count("56 to 112") == 1
+    assert FORMATS["distance"](rows).count("56 to 105 | 105 to 112") == 1
     assert_drawn("distance", rows, 1)
 
 
@@ -392,3 +392,16 @@ def test_a_planned_peer_gives_each_head_its_number() -> None:
 
 def find(rows: list[dict[str, Any]], model: str, entries: int) -> dict[str, dict[str, Any]]:
     return {row["cache"]: row for row in rows if (row["model"], row["entries"]) == (model, entries)}
+
+
+def test_what_the_page_says_of_the_last_sixteenth() -> None:
+    rows = [row for row in load_results()["distance"] if row["tokens"] == 8192]
+    last = [row for row in rows if row["from"] == 7680]
+    assert len(last) == 3
+    assert all(round(row["nats above"], 1) in (1.3, 1.4) and round(row["original"], 2) == 1.3 for row in last)
+    page = " ".join(PAGE.read_text("utf-8").split())
+    found = []
+    for name in (OURS, PLANNED):
+        before = [row for row in rows if row["cache"] == name and 4096 <= row["from"] < 7680]
+        found.append(sum(row["nats above"] * row["scored"] for row in before) / sum(row["scored"] for row in before))
+    assert f"without it 256 entries lose {found[0]:.3f} nats, planned {found[1]:.3f}" in page

@@ -281,8 +281,9 @@ def _mass_left(reading: Reading, expected: Tensor, keys: Tensor, winners: Tensor
 
 def _by_tile(keys: Tensor, tiles: int, subtiles: int) -> Tensor:
     """Keys of sub-tiles [Z, S, P] -> [Z, T, s, P], -1 where there is no sub-tile."""
-    keys = F.pad(keys, (0, 0, 0, tiles * subtiles - keys.shape[1]), value=-1)
-    return keys.view(len(keys), tiles, subtiles, -1)
+    size, have, count = keys.shape
+    none = keys.new_full((size, tiles * subtiles - have, count), -1)  # F.pad of PyTorch 2.8 refuses a count of 0
+    return torch.cat([keys, none], 1).view(size, tiles, subtiles, count)
 
 
 class Union(NamedTuple):

@@ -26,13 +26,17 @@ COLOURS = {
 
 
 def plot(results: dict[str, list[Row]]) -> Figure:
-    """The panels of these tasks' rows: one a task; of `loss` and `speed` one a model."""
+    """The panels of these tasks' rows: one a task and model; of `distance` one a length."""
     from matplotlib.figure import Figure
 
     panels: list[tuple[Callable[[Axes, list[Row]], None], list[Row]]] = []
     for task, rows in results.items():
-        for model in dict.fromkeys(row["model"] for row in rows):
-            panels.append((PANELS[task], [row for row in rows if row["model"] == model]))
+
+        def key(row: Row, task: str = task) -> tuple[str, int]:
+            return row["model"], row["tokens"] if task == "distance" else 0
+
+        for group in dict.fromkeys(map(key, rows)):
+            panels.append((PANELS[task], [row for row in rows if key(row) == group]))
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
@@ -74,7 +78,7 @@ def _plot_kinds(axes: Axes, rows: list[Row]) -> None:
 
 
 def _plot_distance(axes: Axes, rows: list[Row]) -> None:
-    rows = of_largest(rows, "entries", "tokens")
+    rows = of_largest(rows, "entries")
     for name in _names(rows):
         mine = [row for row in rows if row["cache"] == name]
         width = mine[0]["tokens"] / len(mine)

@@ -42,10 +42,15 @@ def format_kinds(rows: list[Row]) -> str:
 
 
 def format_distance(rows: list[Row]) -> str:
-    """A line per cache, a column from the start of the text to a sixteenth, and for each time as much; nats above."""
-    rows = of_largest(rows, "entries", "tokens")
+    """A table per length: a line per cache, a column from the start to a sixteenth, and for each time as much."""
+    lengths = sorted({row["tokens"] for row in rows})
+    return "\n\n".join(_distance_of([row for row in rows if row["tokens"] == length]) for length in lengths)
+
+
+def _distance_of(rows: list[Row]) -> str:
+    rows = of_largest(rows, "entries")
     width = min(row["from"] for row in rows if row["from"])
-    edges = [0, width, 2 * width, 4 * width, 8 * width, BUCKETS * width]
+    edges = [0, width, 2 * width, 4 * width, 8 * width, BUCKETS * width - width, BUCKETS * width]
     spans = list(pairwise(edges))
     columns = {first: f"{first:,} to {last:,}" for first, last in spans}
     cells = {}
