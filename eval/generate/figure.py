@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def plot(results: dict[str, list[Row]]) -> Figure:
 
         for group in dict.fromkeys(map(key, rows)):
             panels.append((PANELS[task], [row for row in rows if key(row) == group]))
-    columns = min(4, len(panels))
+    columns = math.ceil(math.sqrt(len(panels)))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
