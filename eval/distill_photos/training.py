@@ -27,7 +27,7 @@ PLACED = {"exact_keys": 0, "tiles": "position"}  # a near field of patches aroun
 
 
 # Every weight, towards the original's last hidden states and logits. Of 4e-5 and 0.02, 1e-4 and 0.005, and 4e-4 and
-# 0.005 the first agrees most where the hidden layer is learned; other attentions were given no rates of their own.
+# 0.005 the first agrees most where the hidden layer is learned; only `RANDOM_FASTER` has a rate of its own.
 END_TO_END: Options = {
     **{"steps": 20, "photos": 8, "loss": "end_to_end", "train": "all"},
     **{"host_learning_rate": 4e-5, "learning_rate": 0.02},
@@ -46,6 +46,7 @@ class Condition:
     settings: Mapping[str, Any]  # of AstroConfig
     stages: Mapping[str, Options] = field(default_factory=dict)
     untrained: bool = False  # whether it is measured before, too, with the first seed
+    silent: bool = False  # nothing of what attention says arrives
 
 
 def linear(hidden: str, num_hidden: int, **others: Any) -> dict[str, Any]:
@@ -54,17 +55,29 @@ def linear(hidden: str, num_hidden: int, **others: Any) -> dict[str, Any]:
 
 
 NEAR, NEAR_LEARNED, LEARNED = "near 16", "near 16 + learned 64", "learned 64"
-RANDOM, UNIFORM = "random 64", "uniform"
-LOOKS = NEAR_LONGER, LONGER = f"{NEAR_LEARNED}, longer", f"{LEARNED}, longer"  # only where they are asked for
+WIDE, RANDOM, UNIFORM, SILENT = "learned 256", "random 64", "uniform", "no attention"
+NEAR_LONGER, LONGER, WIDE_LONGER = (f"{name}, longer" for name in (NEAR_LEARNED, LEARNED, WIDE))
+LONGEST = f"{LEARNED}, longest"
+NEAR_WIDE, RANDOM_RATE = "near 16 + learned 256", f"{RANDOM}, its own rate"
+LOOKS = (NEAR_LONGER, LONGER, WIDE_LONGER, LONGEST, NEAR_WIDE, SILENT, RANDOM_RATE)  # only where they are asked for
 BOTH = {"hidden": "learned", "num_hidden": 64, "near": 16, **PLACED}
+LONG_STAGES = {LAYERS: transfer(150), WHOLE: END_TO_END | {"steps": 60}}
 CONDITIONS = {
     NEAR_LEARNED: Condition(BOTH, {LAYERS: transfer(40), WHOLE: END_TO_END}),
     NEAR: Condition({"hidden": "none", "near": 16, **PLACED}, {WHOLE: END_TO_END}, untrained=True),
     LEARNED: Condition(linear("learned", 64), {LAYERS: transfer(100), WHOLE: END_TO_END}),
+    WIDE: Condition(linear("learned", 256), {LAYERS: transfer(100), WHOLE: END_TO_END}),
     RANDOM: Condition(linear("random", 64), {WHOLE: END_TO_END}, untrained=True),
     UNIFORM: Condition(linear("random", 1, activation="constant"), {WHOLE: END_TO_END}, untrained=True),
     NEAR_LONGER: Condition(BOTH, {LAYERS: transfer(100), WHOLE: END_TO_END | {"steps": 30}}),
-    LONGER: Condition(linear("learned", 64), {LAYERS: transfer(150), WHOLE: END_TO_END | {"steps": 60}}),
+    LONGER: Condition(linear("learned", 64), LONG_STAGES),
+    WIDE_LONGER: Condition(linear("learned", 256), LONG_STAGES),
+    LONGEST: Condition(linear("learned", 64), {LAYERS: transfer(200), WHOLE: END_TO_END | {"steps": 160}}),
+    NEAR_WIDE: Condition(BOTH | {"num_hidden": 256}, {LAYERS: transfer(40), WHOLE: END_TO_END}),
+    SILENT: Condition(
+        linear("random", 1, activation="constant"), {WHOLE: END_TO_END | {"train": "marked"}}, True, silent=True
+    ),
+    RANDOM_RATE: Condition(linear("random", 64), {WHOLE: END_TO_END | {"host_learning_rate": 4e-4}}),
 }
 
 
@@ -76,6 +89,15 @@ class Photos:
     training: Tensor
     measured: Tensor
     labels: Tensor
+
+
+def silence(model: nn.Module) -> None:
+    """Make every attention say nothing, for good: its last projection is zero, and all weights but those are marked."""
+    for name, weight in model.named_parameters():
+        silent = ".attn.proj." in name
+        weight.requires_grad_(not silent)
+        if silent:
+            nn.init.zeros_(weight)
 
 
 def load_photos(folder: Path, limit: int | None, *, held_out: bool) -> Photos:
@@ -149,6 +171,8 @@ def train_and_measure(photos: Photos, measure: Measure, name: str, seed: int) ->
     condition = CONDITIONS[name]
     model, (steps, shown, seconds), rows = copy.deepcopy(photos.model), (0, 0, 0.0), []
     patch(model, AstroConfig(**condition.settings, seed=seed))
+    if condition.silent:
+        silence(model)
     stages: dict[str, Options | None] = {UNTRAINED: None} if condition.untrained and seed == 0 else {}
     for stage, options in (stages | dict(condition.stages)).items():
         if options is not None:
