@@ -16,14 +16,14 @@ from scipy.stats import permutation_test
 
 from eval.common import fill_marks, read_rows, run_script, show, spread, write_figure
 from eval.distill_photos.training import (
+    BY_LAYERS,
+    CONDITIONS,
     LAYERS,
     LEARNED,
     LONGER,
-    LONGEST,
     NEAR,
     NEAR_LEARNED,
     NEAR_LONGER,
-    NEAR_WIDE,
     ORIGINAL,
     RANDOM,
     RANDOM_RATE,
@@ -53,13 +53,13 @@ PAIRS: list[tuple[Key, Key]] = [
     ((LEARNED, WHOLE), (RANDOM, WHOLE)),
     ((LEARNED, WHOLE), (UNIFORM, WHOLE)),
     ((LONGER, WHOLE), (LEARNED, WHOLE)),
-    ((LONGEST, WHOLE), (LONGER, WHOLE)),
     ((WIDE, LAYERS), (LEARNED, LAYERS)),
     ((WIDE, WHOLE), (LEARNED, WHOLE)),
     ((WIDE, WHOLE), (NEAR, WHOLE)),
     ((WIDE_LONGER, WHOLE), (WIDE, WHOLE)),
-    ((WIDE_LONGER, WHOLE), (ORIGINAL, UNTRAINED)),
-    ((NEAR_WIDE, WHOLE), (NEAR_LEARNED, WHOLE)),
+    ((BY_LAYERS, WHOLE), (WIDE, WHOLE)),
+    ((BY_LAYERS, WHOLE), (WIDE_LONGER, WHOLE)),
+    ((BY_LAYERS, WHOLE), (ORIGINAL, UNTRAINED)),
     ((RANDOM_RATE, WHOLE), (UNIFORM, WHOLE)),
     ((NEAR_LONGER, WHOLE), (NEAR_LEARNED, WHOLE)),
     ((NEAR_LONGER, WHOLE), (ORIGINAL, UNTRAINED)),
@@ -103,7 +103,9 @@ def format_results(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join((*columns, 'agreement, %', 'KL, nats'))} |", "| --- " * (len(columns) + 2) + "|"]
     original = flags(rows, (ORIGINAL, UNTRAINED), "right")
     assert original is not None
-    for key in dict.fromkeys((row["attention"], row["training"]) for row in rows):
+    order = [ORIGINAL, *CONDITIONS]
+    keys = dict.fromkeys((row["attention"], row["training"]) for row in rows)
+    for key in sorted(keys, key=lambda key: order.index(key[0])):
         mine = [row for row in rows if (row["attention"], row["training"]) == key]
         cells = [*key, str(len(mine)), str(mine[0]["photos"]), f"{statistics.mean(row['seconds'] for row in mine):.0f}"]
         shares = {what: [100 * row[what].count("1") / len(row[what]) for row in mine] for what in ("right", "same")}

@@ -57,27 +57,25 @@ def linear(hidden: str, num_hidden: int, **others: Any) -> dict[str, Any]:
 NEAR, NEAR_LEARNED, LEARNED = "near 16", "near 16 + learned 64", "learned 64"
 WIDE, RANDOM, UNIFORM, SILENT = "learned 256", "random 64", "uniform", "no attention"
 NEAR_LONGER, LONGER, WIDE_LONGER = (f"{name}, longer" for name in (NEAR_LEARNED, LEARNED, WIDE))
-LONGEST = f"{LEARNED}, longest"
-NEAR_WIDE, RANDOM_RATE = "near 16 + learned 256", f"{RANDOM}, its own rate"
-LOOKS = (NEAR_LONGER, LONGER, WIDE_LONGER, LONGEST, NEAR_WIDE, SILENT, RANDOM_RATE)  # only where they are asked for
+BY_LAYERS, RANDOM_RATE = f"{WIDE}, longer layer by layer", f"{RANDOM}, its own rate"
+LOOKS = (NEAR_LONGER, LONGER, WIDE, WIDE_LONGER, BY_LAYERS, RANDOM_RATE, SILENT)  # only where they are asked for
 BOTH = {"hidden": "learned", "num_hidden": 64, "near": 16, **PLACED}
 LONG_STAGES = {LAYERS: transfer(150), WHOLE: END_TO_END | {"steps": 60}}
 CONDITIONS = {
     NEAR_LEARNED: Condition(BOTH, {LAYERS: transfer(40), WHOLE: END_TO_END}),
+    NEAR_LONGER: Condition(BOTH, {LAYERS: transfer(100), WHOLE: END_TO_END | {"steps": 30}}),
     NEAR: Condition({"hidden": "none", "near": 16, **PLACED}, {WHOLE: END_TO_END}, untrained=True),
     LEARNED: Condition(linear("learned", 64), {LAYERS: transfer(100), WHOLE: END_TO_END}),
-    WIDE: Condition(linear("learned", 256), {LAYERS: transfer(100), WHOLE: END_TO_END}),
-    RANDOM: Condition(linear("random", 64), {WHOLE: END_TO_END}, untrained=True),
-    UNIFORM: Condition(linear("random", 1, activation="constant"), {WHOLE: END_TO_END}, untrained=True),
-    NEAR_LONGER: Condition(BOTH, {LAYERS: transfer(100), WHOLE: END_TO_END | {"steps": 30}}),
     LONGER: Condition(linear("learned", 64), LONG_STAGES),
+    WIDE: Condition(linear("learned", 256), {LAYERS: transfer(100), WHOLE: END_TO_END}),
     WIDE_LONGER: Condition(linear("learned", 256), LONG_STAGES),
-    LONGEST: Condition(linear("learned", 64), {LAYERS: transfer(200), WHOLE: END_TO_END | {"steps": 160}}),
-    NEAR_WIDE: Condition(BOTH | {"num_hidden": 256}, {LAYERS: transfer(40), WHOLE: END_TO_END}),
+    BY_LAYERS: Condition(linear("learned", 256), {LAYERS: transfer(300), WHOLE: END_TO_END | {"learning_rate": 0.005}}),
+    RANDOM: Condition(linear("random", 64), {WHOLE: END_TO_END}, untrained=True),
+    RANDOM_RATE: Condition(linear("random", 64), {WHOLE: END_TO_END | {"host_learning_rate": 4e-4}}),
+    UNIFORM: Condition(linear("random", 1, activation="constant"), {WHOLE: END_TO_END}, untrained=True),
     SILENT: Condition(
         linear("random", 1, activation="constant"), {WHOLE: END_TO_END | {"train": "marked"}}, True, silent=True
     ),
-    RANDOM_RATE: Condition(linear("random", 64), {WHOLE: END_TO_END | {"host_learning_rate": 4e-4}}),
 }
 
 
