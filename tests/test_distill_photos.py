@@ -21,7 +21,6 @@ from eval.distill_photos.training import (
     NEAR,
     NEAR_LEARNED,
     ORIGINAL,
-    SILENT,
     UNTRAINED,
     WHOLE,
     Condition,
@@ -135,33 +134,6 @@ def test_training_moves_a_model_towards_the_original(photos: Photos, monkeypatch
     rows = training.train_and_measure(mine, Measure(mine), NEAR, seed=0)
     assert [(row["training"], row["photos"]) for row in rows] == [(UNTRAINED, 0), (WHOLE, 320)]
     assert rows[1]["KL"] < 0.5 * rows[0]["KL"]
-
-
-def test_a_silent_attention_says_nothing_before_and_after_training(
-    photos: Photos, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained: list[torch.nn.Module] = []
-    measure = Measure(photos)
-
-    def keep(model: torch.nn.Module) -> dict[str, Any]:
-        trained.append(model)
-        with torch.no_grad():
-            before = read(model, photos.measured)
-            held = [block.attn.qkv.weight.clone() for block in model.blocks]
-            for block in model.blocks:
-                block.attn.qkv.weight.normal_()
-            assert torch.equal(read(model, photos.measured), before)
-            for block, weight in zip(model.blocks, held, strict=True):
-                block.attn.qkv.weight.copy_(weight)
-        return measure(model)
-
-    options = CONDITIONS[SILENT].stages[WHOLE] | {"steps": 2, "photos": 2}
-    silent = dataclasses.replace(CONDITIONS[SILENT], stages={WHOLE: options})
-    monkeypatch.setitem(CONDITIONS, SILENT, silent)
-    rows = training.train_and_measure(photos, keep, SILENT, seed=0)  # type: ignore[arg-type]  # it is called alike
-    assert [row["training"] for row in rows] == [UNTRAINED, WHOLE]
-    assert rows[0]["KL"] != rows[1]["KL"]
-    assert not torch.equal(trained[-1].head.weight, photos.model.head.weight)
 
 
 def test_the_figure_has_a_line_per_attention(small: Photos, tmp_path: Path) -> None:
