@@ -136,6 +136,17 @@ def test_training_moves_a_model_towards_the_original(photos: Photos, monkeypatch
     assert rows[1]["KL"] < 0.5 * rows[0]["KL"]
 
 
+def test_the_figure_has_a_line_per_attention(small: Photos, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    assert run(script.main, "--json", str(path), "--seeds", "1", "--conditions", LEARNED).exit_code == 0
+    rows = read_rows(path)
+    axes = page.plot(rows).axes[0]
+    right = [100 * row["right"].count("1") / len(row["right"]) for row in rows if row["attention"] == LEARNED]
+    ((line, *_),) = axes.containers
+    assert list(line.get_ydata()) == right
+    assert [each.get_label() for each in axes.lines[:2]] == ["original", "70% of the original's"]
+
+
 def test_intervals_and_p_values_find_a_difference_and_none() -> None:
     draw = np.random.default_rng(1)
     some = (draw.random((3, 200)) < 0.8).astype(float)
@@ -188,12 +199,17 @@ def test_the_page_says_what_was_measured() -> None:
         mine = [row["right"] for row in rows if (row["attention"], row["training"]) == (attention, training.WHOLE)]
         return sum(right.count("1") for right in mine) / len(mine) / 250
 
+    def told(claim: str) -> None:
+        assert claim.replace("%", "") in flat.replace(" %", "").replace("%", ""), claim
+
     (original,) = (row["right"].count("1") / 250 for row in rows if row["attention"] == training.ORIGINAL)
-    both, near, linear = top1("near 16 + learned 64"), top1("near 16"), top1("learned 64")
-    longer = top1("learned 64, longer")
-    assert f"come back to {both:.1%} of the original's {original:.1%} points".replace("%", "") in flat
-    assert f"given the same training end to end, to {near:.1%}.".replace("%", "") in flat
-    assert f"{linear:.1%} with 64 neurons, {longer:.1%} trained twice as long".replace("%", "") in flat
-    shares = f"{linear / original:.0%} with three seeds, {longer / original:.0%} trained longer"
-    assert shares.replace("%", " %") in flat
-    assert f"missed by {100 * (original - both) - 2:.1f} in the mean of three seeds" in flat
+    both, near, linear, longer = map(top1, (NEAR_LEARNED, NEAR, LEARNED, training.LONGER))
+    wide, wide_longer, by_layers = map(top1, (training.WIDE, training.WIDE_LONGER, training.BY_LAYERS))
+    assert linear < longer < page.GOAL * original <= by_layers
+    told(f"come back to {both:.1%} of the original's {original:.1%} points")
+    told(f"given the same training end to end, to {near:.1%}.")
+    told(f"({linear:.1%}, trained twice as long {longer:.1%}: {linear / original:.0%} and {longer / original:.0%} of")
+    told(f"with 256** ({by_layers:.1%}, {by_layers / original:.0%},")
+    told(f"({wide:.1%} and {wide_longer:.1%})")
+    told(f"{linear / original:.0%} with three seeds, {longer / original:.0%} trained longer")
+    told(f"missed by {100 * (original - both) - 2:.1f} in the mean of three seeds")

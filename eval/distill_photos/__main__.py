@@ -38,9 +38,7 @@ from eval.distill_photos.training import (
 Name = StrEnum("Name", {name: name for name in CONDITIONS})
 ConditionsOption = Annotated[
     list[Name] | None,
-    typer.Option(
-        "--conditions", help="Only this attention; may be given several times. The last two are only measured so."
-    ),
+    typer.Option("--conditions", help="Only this attention; may be given several times. Some are only measured so."),
 ]
 HeldOutOption = Annotated[
     bool, typer.Option("--held-out", help="Measure on a quarter of the even half, to choose settings on.")

@@ -1,4 +1,4 @@
-"""The tables of docs/experiments/photos.md, made from the rows in docs/results/distill_photos.json.
+"""The tables and the figure of docs/experiments/photos.md, made from the rows in docs/results/distill_photos.json.
 
 python -m eval.distill_photos.page
 """
@@ -8,14 +8,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import permutation_test
 
-from eval.common import fill_marks, read_rows, run_script, show, spread
+from eval.common import fill_marks, read_rows, run_script, show, spread, write_figure
 from eval.distill_photos.training import (
+    BY_LAYERS,
+    CONDITIONS,
     LAYERS,
     LEARNED,
     LONGER,
@@ -27,13 +29,20 @@ from eval.distill_photos.training import (
     UNIFORM,
     UNTRAINED,
     WHOLE,
+    WIDE,
+    WIDE_LONGER,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 Key = tuple[str, str]  # attention and training
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
-RESULTS = DOCS / "results" / "distill_photos.json"
+RESULTS, FIGURE = DOCS / "results" / "distill_photos.json", DOCS / "figures" / "photos.png"
+COLOURS = {NEAR_LEARNED: "#0072B2", NEAR: "#999999", WIDE: "#009E73", LEARNED: "#CC79A7", RANDOM: "#D55E00"}
+GOAL = 0.7  # of the original's top-1, for pure linear attention
 RESAMPLES = 1999
 PAIRS: list[tuple[Key, Key]] = [
     ((NEAR_LEARNED, WHOLE), (ORIGINAL, UNTRAINED)),
@@ -43,6 +52,13 @@ PAIRS: list[tuple[Key, Key]] = [
     ((LEARNED, WHOLE), (RANDOM, WHOLE)),
     ((LEARNED, WHOLE), (UNIFORM, WHOLE)),
     ((LONGER, WHOLE), (LEARNED, WHOLE)),
+    ((WIDE, LAYERS), (LEARNED, LAYERS)),
+    ((WIDE, WHOLE), (LEARNED, WHOLE)),
+    ((WIDE, WHOLE), (NEAR, WHOLE)),
+    ((WIDE_LONGER, WHOLE), (WIDE, WHOLE)),
+    ((BY_LAYERS, WHOLE), (WIDE, WHOLE)),
+    ((BY_LAYERS, WHOLE), (WIDE_LONGER, WHOLE)),
+    ((BY_LAYERS, WHOLE), (ORIGINAL, UNTRAINED)),
     ((NEAR_LONGER, WHOLE), (NEAR_LEARNED, WHOLE)),
     ((NEAR_LONGER, WHOLE), (ORIGINAL, UNTRAINED)),
     ((RANDOM, WHOLE), (UNIFORM, WHOLE)),
@@ -85,7 +101,9 @@ def format_results(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join((*columns, 'agreement, %', 'KL, nats'))} |", "| --- " * (len(columns) + 2) + "|"]
     original = flags(rows, (ORIGINAL, UNTRAINED), "right")
     assert original is not None
-    for key in dict.fromkeys((row["attention"], row["training"]) for row in rows):
+    order = [ORIGINAL, *CONDITIONS]
+    keys = dict.fromkeys((row["attention"], row["training"]) for row in rows)
+    for key in sorted(keys, key=lambda key: order.index(key[0])):
         mine = [row for row in rows if (row["attention"], row["training"]) == key]
         cells = [*key, str(len(mine)), str(mine[0]["photos"]), f"{statistics.mean(row['seconds'] for row in mine):.0f}"]
         shares = {what: [100 * row[what].count("1") / len(row[what]) for row in mine] for what in ("right", "same")}
@@ -123,10 +141,42 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     return {"results": format_results(rows), "differences": format_differences(rows)}
 
 
+def plot(rows: Sequence[Row]) -> Figure:
+    """Top-1 on the odd half against CPU seconds, a line for each attention and length of training, means over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    original = 100 * next(row["right"].count("1") / len(row["right"]) for row in rows if row["attention"] == ORIGINAL)
+    for height, style, name in ((original, "--", "original"), (GOAL * original, ":", f"{GOAL:.0%} of the original's")):
+        axes.axhline(height, linestyle=style, color="black", linewidth=1, label=name)
+    named: set[str] = set()
+    for attention in dict.fromkeys(row["attention"] for row in rows):
+        family = attention.partition(",")[0]
+        if family not in COLOURS:
+            continue
+        points = []
+        for stage in (UNTRAINED, LAYERS, WHOLE):
+            if mine := [row for row in rows if (row["attention"], row["training"]) == (attention, stage)]:
+                shares = [100 * row["right"].count("1") / len(row["right"]) for row in mine]
+                seconds = statistics.mean(row["seconds"] for row in mine)
+                points.append((seconds, statistics.mean(shares), spread(shares) or 0.0))
+        seconds, means, spreads = zip(*points, strict=True)
+        label = None if family in named else family
+        axes.errorbar(seconds, means, spreads, marker="o", markersize=4, capsize=2, color=COLOURS[family], label=label)
+        named.add(family)
+    axes.set(xlabel="CPU seconds of training, one thread", ylabel="top-1, %", ylim=(0, 100))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
 def main() -> None:
-    """Write the tables of docs/experiments/photos.md anew."""
-    page = DOCS / "experiments" / "photos.md"
-    page.write_text(fill_marks(page.read_text("utf-8"), tables(read_rows(RESULTS))), encoding="utf-8")
+    """Write docs/experiments/photos.md and docs/figures/photos.png anew."""
+    page, rows = DOCS / "experiments" / "photos.md", read_rows(RESULTS)
+    page.write_text(fill_marks(page.read_text("utf-8"), tables(rows)), encoding="utf-8")
+    write_figure(FIGURE, plot(rows))
 
 
 if __name__ == "__main__":
