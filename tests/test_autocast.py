@@ -20,7 +20,7 @@ STATIC = AstroConfig(hidden="random", near=4)
 EUROBERT = {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3}
 # Rotary embeddings and norms of the queries and keys leave them in float32, beside values in bfloat16.
 MIXED = {
-    "eurobert": Tiny(of(t.EuroBertModel, t.EuroBertConfig, **TEXT | EUROBERT), text, 2),
+    "eurobert": Tiny(lambda: of(t.EuroBertModel, t.EuroBertConfig, **TEXT | EUROBERT)(), text, 2, since="5.3"),
     "llama": ALL["llama"],
     "qwen3": ALL["qwen3"],
     "dinov3": ALL["dinov3"],
