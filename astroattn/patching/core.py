@@ -151,8 +151,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 def fallbacks(model: Model) -> dict[str, dict[str, int]]:
     """What the astrocytes of a patched model could not do: number of calls by module name and reason."""
-    sites = [site for module in module_of(model).modules() if (site := site_of(module)) is not None]
-    return {site.name: dict(site.fallbacks) for site in sites if site.fallbacks}
+    sites = [(name, site) for name, module in module_of(model).named_modules() if (site := site_of(module)) is not None]
+    return {name: dict(site.fallbacks) for name, site in sites if site.fallbacks}
 
 
 def _check_plan(model: nn.Module, plan: Plan, found: list[Found]) -> None:
