@@ -51,6 +51,7 @@ TYPES = {  # what the models of transformers are, by the name of the recipe; tho
     "modernbert_base": "modernbert",
     "roberta_base": "roberta",
     "smollm2_135m": "llama",
+    "smollm2_135m_instruct": "llama",
     "vit_base_patch16_224": "vit",
     "whisper_base": "whisper",
     "whisper_small": "whisper",
