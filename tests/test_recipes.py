@@ -112,7 +112,7 @@ def test_a_recipe_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "patches" / "tiny.toml"
     path.write_text(
         f'id = {json.dumps(str(tmp_path / "model"))}\nlibrary = "transformers"\nmeasured = "not measured here"\n\n'
-        '[data]\nsource = "data/texts.txt"\n'
+        '[settings_of."0"]\nexact_keys = 8\n\n[data]\nsource = "data/texts.txt"\n'
     )
     gone = path.with_name("gone.toml")
     gone.write_text('id = "nobody/nothing"\nlibrary = "transformers"\nmeasured = "not measured here"\n')
@@ -130,6 +130,8 @@ def test_a_recipe_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         command = "astroattn compare patches/tiny.toml --data data/texts.txt --half odd --json docs/results/tiny.json"
         assert measured.command == command
         assert measured.values["embedding_cosine"] == 1  # short texts are softmax
+        result = json.loads((tmp_path / "docs/results/tiny.json").read_text())
+        assert [config["exact_keys"] for config in result["rows"]["patched"]["config"]["configs"]] == [8]
         assert measured.versions["torch"] == torch.__version__.split("+")[0]
     assert gone.read_text() == before
     with pytest.raises(ValueError, match=r"^name: there is no recipe 'tinny'; did you mean 'tiny'\?$"):
