@@ -158,7 +158,7 @@ def test_a_folder_with_one_gguf_file_is_a_language_model(tmp_path: Path) -> None
     assert torch.equal(model.get_input_embeddings().weight, torch.from_numpy(tensors["token_embd"]))
     assert torch.equal(model.lm_head.weight, torch.from_numpy(tensors["output"]))
     (tmp_path / "b.gguf").touch()
-    with pytest.raises(ValueError, match="has no config.json, and 2 .gguf files$"):
+    with pytest.raises(ValueError, match=r"has no config\.json, and 2 \.gguf files$"):
         load_model(str(tmp_path))
 
 
