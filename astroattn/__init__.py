@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from astroattn.distillation import distill as distill
     from astroattn.distillation import parameter_groups as parameter_groups
     from astroattn.patching import PatchReport as PatchReport
+    from astroattn.patching import attn_layer as attn_layer
     from astroattn.patching import fallbacks as fallbacks
     from astroattn.patching import patch as patch
     from astroattn.patching import patched as patched
@@ -42,6 +43,7 @@ _HOMES = {
     "PRESETS": "config",
     "PatchReport": "patching",
     "Plan": "plan",
+    "attn_layer": "patching",
     "calibrate": "calibration",
     "distill": "distillation",
     "fallbacks": "patching",

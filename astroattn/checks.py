@@ -196,15 +196,16 @@ def reads_any_queries(config: AstroConfig) -> bool:
     return config.hidden == "exact" or not (is_tiled(config) or config.exact_queries)
 
 
-def check_grid(grid: tuple[int, int] | None, num_keys: int) -> None:
+def check_grid(grid: tuple[int, int] | None, num_keys: int | None = None) -> None:
     """Raise TypeError or ValueError for a patch grid that is none, or that has more patches than there are keys."""
     if grid is None:
         return
     if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(side) is not int for side in grid):
         raise TypeError(f"grid: {grid!r}; expected (rows, columns), two ints")
     rows, columns = grid
-    if rows < 1 or columns < 1 or rows * columns > num_keys:
-        raise ValueError(f"grid: {(rows, columns)}; needs rows and columns of at least 1, at most {num_keys} patches")
+    if rows < 1 or columns < 1 or (num_keys is not None and rows * columns > num_keys):
+        most = "" if num_keys is None else f", at most {num_keys} patches"
+        raise ValueError(f"grid: {(rows, columns)}; needs rows and columns of at least 1{most}")
 
 
 def check_window(window: int | None) -> None:

@@ -6,6 +6,7 @@ Commands import what they need themselves, so that help and errors of usage come
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import astroattn
 from astroattn.choices import DTYPES, FIGURES, POOLINGS, PYTHON_DOCS, TOLERANCES
 from astroattn.config import HIDDEN, PRESETS, TILES, AstroConfig
 from astroattn.files import check_output, write_json
-from astroattn.plan import METRICS
+from astroattn.plan import METRICS, Plan
 from astroattn.tables import Block, Table, render, render_markdown, terminal_width
 
 
@@ -83,7 +84,41 @@ ExactKeys = Annotated[int | None, typer.Option(help="Keys attended exactly, beyo
 Tiles = Annotated[str | None, typer.Option(help=f"What a tile of queries shares: {' or '.join(TILES)}.")]
 Tile = Annotated[int | None, typer.Option(help="Queries per tile; -1: by the length.")]
 Entries = Annotated[int | None, typer.Option(help="Keys and values that a streaming memory keeps, per key head.")]
-_OTHERS = ("exact_queries", "steps", "activation", "orthogonal", "backend")  # fields without an option of their own
+
+
+def _settings(
+    others: list[str] | None,
+    hidden: str | None,
+    num_hidden: int | None,
+    near: int | None,
+    exact_keys: int | None,
+    tiles: str | None,
+    tile: int | None,
+    entries: int | None,
+    seed: int | None,
+) -> dict[str, str | int | None]:
+    from astroattn.recipes import parse_setting
+
+    found: dict[str, str | int | None] = {}
+    for text in others or []:
+        name, values = parse_setting(text)
+        if len(values) > 1:
+            raise ValueError(f"set: {text!r} has {len(values)} values; --sweep compares several")
+        found[name] = values[0]
+    named = {
+        "hidden": hidden,
+        "num_hidden": num_hidden,
+        "near": near,
+        "exact_keys": exact_keys,
+        "tiles": tiles,
+        "tile": tile,
+        "entries": entries,
+        "seed": seed,
+    }
+    return found | {name: value for name, value in named.items() if value is not None}
+
+
+_OPTIONS = inspect.signature(_settings).parameters  # the settings that have an option of their own
 Others = Annotated[
     list[str] | None,
     typer.Option(
@@ -91,7 +126,7 @@ Others = Annotated[
         metavar="NAME=VALUE",
         help="Any other setting, one or several times: "
         + ", ".join(
-            f"{field.name} ({field.default})" for field in dataclasses.fields(AstroConfig) if field.name in _OTHERS
+            f"{field.name} ({field.default})" for field in dataclasses.fields(AstroConfig) if field.name not in _OPTIONS
         )
         + ".",
     ),
@@ -159,13 +194,16 @@ def patch_model(
     force: Force = False,
 ) -> None:
     """Patch a model and show what became of every attention module."""
-    from astroattn.recipes import open_recipe, override
+    from astroattn.patching import patch
+    from astroattn.recipes import open_recipe, override, parse_layers
 
     _prepare(quiet, force, json=json_path)
     settings = _settings(others, hidden, num_hidden, near, exact_keys, tiles, tile, entries, seed)
     recipe = override(open_recipe(model), settings, {"size": size}, layers, plan, preset)
-    report = recipe.patch(recipe.load(weights, device, dtype, items=False))
-    chosen = {"plan": recipe.plan.to_dict()} if recipe.plan else {"config": dataclasses.asdict(recipe.settings)}
+    loaded = recipe.load(weights, device, dtype, items=False)
+    config = recipe.config_of(loaded.model)
+    report = patch(loaded.model, config, parse_layers(recipe.layers))
+    chosen = {"plan": config.to_dict()} if isinstance(config, Plan) else {"config": dataclasses.asdict(config)}
     plain = chosen | report.to_dict()
     _show(report.blocks(), plain, form)
     if json_path:
@@ -364,39 +402,9 @@ def list_recipes() -> None:
 
     found = find_recipes()
     for name, path in found.items():
-        print(f"{name:<{max(map(len, found)) + 2}}{load_recipe(path).title}")
-
-
-def _settings(
-    others: list[str] | None,
-    hidden: str | None,
-    num_hidden: int | None,
-    near: int | None,
-    exact_keys: int | None,
-    tiles: str | None,
-    tile: int | None,
-    entries: int | None,
-    seed: int | None,
-) -> dict[str, str | int | None]:
-    from astroattn.recipes import parse_setting
-
-    found: dict[str, str | int | None] = {}
-    for text in others or []:
-        name, values = parse_setting(text)
-        if len(values) > 1:
-            raise ValueError(f"set: {text!r} has {len(values)} values; --sweep compares several")
-        found[name] = values[0]
-    named = {
-        "hidden": hidden,
-        "num_hidden": num_hidden,
-        "near": near,
-        "exact_keys": exact_keys,
-        "tiles": tiles,
-        "tile": tile,
-        "entries": entries,
-        "seed": seed,
-    }
-    return found | {name: value for name, value in named.items() if value is not None}
+        recipe = load_recipe(path)
+        own = f"; settings of their own: {', '.join(recipe.settings_of)}" if recipe.settings_of else ""
+        print(f"{name:<{max(map(len, found)) + 2}}{recipe.title}{own}")
 
 
 def _data(

@@ -29,6 +29,7 @@ HEADS = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
 }
+GGUF = "*.gguf"
 SPEECH_INPUTS = ("input_features", "input_values")  # main inputs of speech models
 FRAME_MASK = "frame_mask"  # beside them, Bool [B, T]: the steps of the input before the recording ends; for `compare`
 
@@ -78,7 +79,8 @@ def load_model(
 
     Args:
         spec: a local folder, an id on the Hugging Face hub (transformers), `timm:NAME`, or `package:NAME` for a Python
-            package that carries a model folder.
+            package that carries a model folder. A folder may hold one .gguf file instead: a language model, whose
+            weights are made full ones again.
         weights: for `timm:NAME`, a safetensors file that must fit strictly; for an id on the hub, a local folder that
             holds the same model; None loads the pretrained weights.
         size: pixels per side of the photos, with interpolated position embeddings; None is the model's own.
@@ -111,16 +113,16 @@ def load_model(
 
 
 def find_package_folder(package: str) -> Path:
-    """The folder with a `config.json` inside an installed Python package, which is not imported."""
+    """The folder with a `config.json`, or a .gguf file, inside an installed Python package, which is not imported."""
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         meant = suggest(package, importlib.metadata.packages_distributions())
         raise ValueError(f"package: {package!r} is not installed; try `pip install {package.replace('_', '-')}`{meant}")
     root = Path(found.submodule_search_locations[0])
-    configs = sorted(root.rglob("config.json"), key=lambda path: (len(path.parts), path))
-    if not configs:
-        raise ValueError(f"package: {package!r} has no folder with a config.json")
-    return configs[0].parent
+    for pattern in ("config.json", GGUF):
+        if found_files := sorted(root.rglob(pattern), key=lambda path: (len(path.parts), path)):
+            return found_files[0].parent
+    raise ValueError(f"package: {package!r} has no folder with a config.json or a .gguf file")
 
 
 def _load_timm(spec: str, name: str, weights: str | Path | None, size: int | None) -> LoadedModel:
@@ -196,12 +198,15 @@ def _load_transformers(spec: str, source: str, size: int | None, items: bool) ->
     local = Path(source).is_dir()
     if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"model: there is no folder {source!r}")
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     if local and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"model: {source!r} has no config.json")
-    options = {"trust_remote_code": False, "local_files_only": local}
+        files = list(Path(source).glob(GGUF))
+        if len(files) != 1:
+            raise ValueError(f"model: {source!r} has no config.json, and {len(files) or 'no'} .gguf files")
+        options["gguf_file"] = files[0].name
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        architecture = (config.architectures or [""])[0]
+        architecture = "ForCausalLM" if "gguf_file" in options else (config.architectures or [""])[0]
         auto = next((auto for end, auto in HEADS.items() if architecture.endswith(end)), "AutoModel")
         if architecture in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values():  # their names end like those of T5, BART
             auto = "AutoModelForSpeechSeq2Seq"

@@ -12,6 +12,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
+from torch import nn
 
 from astroattn.calibration import calibrate
 from astroattn.choices import DTYPES
@@ -19,7 +20,7 @@ from astroattn.config import AstroConfig, as_config
 from astroattn.data import Data, load_data
 from astroattn.data.loading import first_names
 from astroattn.models import LoadedModel, load_model
-from astroattn.patching import PatchReport, patch
+from astroattn.patching import PatchReport, patch, plan_parts
 from astroattn.plan import Plan
 from astroattn.suggestions import suggest
 
@@ -76,6 +77,8 @@ class Recipe:
         layers: which attention modules: `"all"`, indices and ranges (`"0-5,8"`), or a name pattern.
         settings: fields of `AstroConfig`; those left out have their defaults or, where the file names a preset beside
             them (`preset = "fast"`), what that says.
+        settings_of: settings of their own for some layers, over `settings`; by which, as in `layers`. In the file a
+            table for each: `[settings_of."0-2"]`. No layer has two.
         plan: what every head does, instead of settings; in the file the path of one, relative to it.
         data: `DataSettings`.
         measured: what was measured with these settings; empty for nothing.
@@ -86,6 +89,7 @@ class Recipe:
     title: str = ""
     layers: str = "all"
     settings: AstroConfig = field(default_factory=AstroConfig)
+    settings_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     plan: Plan | None = None
     data: DataSettings = field(default_factory=DataSettings)
     measured: tuple[Measurement, ...] = ()
@@ -111,9 +115,23 @@ class Recipe:
         except ValueError as error:
             raise ValueError(f"{error}{_similar(self.id)}") from None
 
+    def config_of(self, model: nn.Module) -> AstroConfig | Plan:
+        """What `patch` is given: where layers have settings of their own, a plan for this model.
+
+        Raises:
+            ValueError: such settings for layers that the model does not have, or that cannot be patched.
+        """
+        if self.plan or not self.settings_of:
+            return self.plan or self.settings
+        parts = {
+            f"settings_of.{layers}": (parse_layers(layers), replace(self.settings, **own))
+            for layers, own in self.settings_of.items()
+        }
+        return plan_parts(model, self.settings, parts, parse_layers(self.layers))
+
     def patch(self, loaded: LoadedModel) -> PatchReport:
         """Patch the model in place."""
-        return patch(loaded.model, self.plan or self.settings, parse_layers(self.layers))
+        return patch(loaded.model, self.config_of(loaded.model), parse_layers(self.layers))
 
     def compare(
         self,
@@ -131,7 +149,7 @@ class Recipe:
         return compare(
             loaded.model,
             found.batches(loaded.encode, data.batch_size),
-            self.plan or self.settings,
+            self.config_of(loaded.model),
             where=parse_layers(self.layers),
             labels=found.labels,
             scores=found.scores,
@@ -247,7 +265,8 @@ def override(
 ) -> Recipe:
     """The recipe with other values; None leaves what it says.
 
-    A plan, the path of its file, replaces the settings; a preset, a word of `PRESETS`, settings or plan.
+    A plan, the path of its file, replaces the settings; a preset, a word of `PRESETS`, settings or plan. Layers that
+    have settings of their own keep those over single settings, and lose them to a plan or a preset.
 
     Raises:
         ValueError: a plan that cannot be read; settings for a recipe that has a plan; a plan and a preset.
@@ -256,13 +275,14 @@ def override(
     if preset is not None:
         if plan is not None:
             raise ValueError("preset: cannot be set, as a plan says what every head does")
-        recipe = replace(recipe, plan=None, settings=as_config(preset, "preset"))
+        recipe = replace(recipe, plan=None, settings=as_config(preset, "preset"), settings_of={})
     chosen = recipe.plan if plan is None else Plan.load(plan)
     if chosen is not None and (others := changed.keys() - {"seed"}):  # the seed is also that of the intervals
         raise ValueError(f"{min(others)}: cannot be set, as a plan says what every head does")
     return replace(
         recipe,
         settings=recipe.settings if chosen is not None else replace(recipe.settings, **changed),
+        settings_of=recipe.settings_of if plan is None else {},
         plan=chosen,
         data=replace(recipe.data, **{name: value for name, value in data.items() if value is not None}),
         layers=layers or recipe.layers,
@@ -305,8 +325,8 @@ def parse_recipe(table: Mapping[str, Any], folder: Path | None = None) -> Recipe
     plan = table.pop("plan", None)
     if plan is not None and not isinstance(plan, str):
         raise ValueError(f"plan: must be str, got {plan!r}")
-    preset, settings = table.pop("preset", None), table.pop("settings", None)
-    for name, other in (("preset", preset), ("settings", settings)):
+    preset, settings, own = (table.pop(name, None) for name in ("preset", "settings", "settings_of"))
+    for name, other in (("preset", preset), ("settings", settings), ("settings_of", own)):
         if plan is not None and other is not None:
             raise ValueError(f"{name}: a recipe has a plan or {name}, not both")
     base = as_config(preset, "preset")
@@ -316,7 +336,8 @@ def parse_recipe(table: Mapping[str, Any], folder: Path | None = None) -> Recipe
         "data": _read(DataSettings, table.pop("data", {}), "data."),
         "measured": tuple(_read(Measurement, row, f"measured[{n}].") for n, row in enumerate(measured)),
     }
-    recipe: Recipe = _read(Recipe, table | parts)
+    _read_own({} if own is None else own, parts["settings"])
+    recipe: Recipe = _read(Recipe, table | parts | {"settings_of": own or {}})
     if recipe.library not in ("transformers", "timm"):
         raise ValueError(f"library: must be transformers or timm, got {recipe.library!r}")
     parse_layers(recipe.layers)
@@ -362,6 +383,22 @@ def parse_layers(text: str) -> list[int] | str | None:
             raise ValueError(f"layers: {part.strip()!r} is neither an index nor a range such as 0-5")
         indices += range(int(match[1]), int(match[2] or match[1]) + 1)
     return indices
+
+
+def _read_own(tables: Any, base: AstroConfig) -> None:
+    """Check the settings that layers have of their own over those of all; an error names the table and the key."""
+    if not isinstance(tables, Mapping):
+        raise ValueError(f"settings_of: must be tables by layers, got {tables!r}")
+    for layers, table in tables.items():
+        where = f"settings_of.{layers}"
+        try:
+            parse_layers(layers)
+        except ValueError as error:
+            raise ValueError(f"{where}: {str(error).removeprefix('layers: ')}") from None
+        try:
+            _read(AstroConfig, table, f"{where}.", asdict(base))
+        except (TypeError, ValueError) as error:
+            raise ValueError(str(error) if str(error).startswith(where) else f"{where}.{error}") from None
 
 
 def _read(kind: type, table: Any, prefix: str = "", base: Mapping[str, Any] | None = None) -> Any:

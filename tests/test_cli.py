@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +113,10 @@ def test_every_command_explains_every_option(command: str, capsys: pytest.Captur
     if command == "compare":
         options = "limit batch-size device dtype seed layers hidden num-hidden near exact-keys tile tokens size"
         assert all(f"--{option}" in text for option in options.split())
+        told = " ".join(text.partition("--set")[2].partition("--seed")[0].replace("│", " ").split())
+        missing = [each.name for each in fields(AstroConfig) if f"--{each.name.replace('_', '-')} " not in text]
+        assert {"exact_queries", "steps", "activation"} <= set(missing)
+        assert all(f"{name} (" in told for name in missing)  # with its default
 
 
 def test_patch(bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,9 @@ def test_a_near_field_as_long_as_the_sequence_changes_nothing() -> None:
         assert result.value("embedding_cosine") == pytest.approx(1, abs=1e-6)
         assert result.value("cost") == 1
         assert result.value("positions") == result.value("keys")
+        longest = max(20, round(result.value("keys")))  # of the texts 20 and 9
+        said = f"nothing was replaced: in sequences of up to {longest} tokens"
+        assert any(note.startswith(said) for note in result.notes)
         for layer in result.layers:
             assert max(layer.isolated_error + layer.together_error + layer.normaliser_error) < 1e-5
             assert min(layer.isolated_cosine + layer.together_cosine) == pytest.approx(1, abs=1e-6)
@@ -194,6 +197,7 @@ def test_positions_and_cost_are_means_over_queries_of_all_modules() -> None:
     assert whole.value("positions") == pytest.approx(positions)
     assert whole.value("keys") == pytest.approx(keys)
     assert whole.value("cost") == pytest.approx(products / (2 * keys))
+    assert not any("nothing was replaced" in note for note in whole.notes)
     half = run(bert, [text_batch(lengths, 30)], where=[1])
     assert half.value("positions") == pytest.approx((positions + keys) / 2)
     assert half.value("cost") == pytest.approx((products / (2 * keys) + 1) / 2)

@@ -19,6 +19,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -130,6 +131,37 @@ def test_minilm() -> None:
     assert model.max_tokens == 512
 
 
+def test_a_folder_with_one_gguf_file_is_a_language_model(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(10)
+    sizes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    sizes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
+    shapes = {f"blk.0.{name}": shape for name, shape in sizes.items()}
+    shapes |= {"token_embd": (10, 32), "output_norm": (32,), "output": (10, 32)}
+    tensors = {name: np.random.default_rng(0).normal(size=shape).astype("float32") for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = load_model(str(tmp_path), items=False).model
+    assert type(model) is LlamaForCausalLM
+    assert torch.equal(model.get_input_embeddings().weight, torch.from_numpy(tensors["token_embd"]))
+    assert torch.equal(model.lm_head.weight, torch.from_numpy(tensors["output"]))
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(ValueError, match=r"has no config\.json, and 2 \.gguf files$"):
+        load_model(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
@@ -146,7 +178,7 @@ def test_minilm() -> None:
         ("BERT", {"weights": "WEIGHTS"}, "only for timm:NAME models and ids on the hub"),
         ("some/model", {"weights": "WEIGHTS"}, "for 'some/model' must be a folder with a config.json"),
         ("BERT", {"size": 32}, "is for photos"),
-        ("EMPTY", {}, "has no config.json"),
+        ("EMPTY", {}, "has no config.json, and no .gguf files"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(

@@ -51,6 +51,7 @@ TYPES = {  # what the models of transformers are, by the name of the recipe; tho
     "modernbert_base": "modernbert",
     "roberta_base": "roberta",
     "smollm2_135m": "llama",
+    "smollm2_135m_instruct": "llama",
     "vit_base_patch16_224": "vit",
     "whisper_base": "whisper",
     "whisper_small": "whisper",
@@ -111,7 +112,7 @@ def test_a_recipe_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "patches" / "tiny.toml"
     path.write_text(
         f'id = {json.dumps(str(tmp_path / "model"))}\nlibrary = "transformers"\nmeasured = "not measured here"\n\n'
-        '[data]\nsource = "data/texts.txt"\n'
+        '[settings_of."0"]\nexact_keys = 8\n\n[data]\nsource = "data/texts.txt"\n'
     )
     gone = path.with_name("gone.toml")
     gone.write_text('id = "nobody/nothing"\nlibrary = "transformers"\nmeasured = "not measured here"\n')
@@ -129,6 +130,8 @@ def test_a_recipe_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         command = "astroattn compare patches/tiny.toml --data data/texts.txt --half odd --json docs/results/tiny.json"
         assert measured.command == command
         assert measured.values["embedding_cosine"] == 1  # short texts are softmax
+        result = json.loads((tmp_path / "docs/results/tiny.json").read_text())
+        assert [config["exact_keys"] for config in result["rows"]["patched"]["config"]["configs"]] == [8]
         assert measured.versions["torch"] == torch.__version__.split("+")[0]
     assert gone.read_text() == before
     with pytest.raises(ValueError, match=r"^name: there is no recipe 'tinny'; did you mean 'tiny'\?$"):
@@ -199,9 +202,77 @@ def test_a_recipe_may_name_a_preset_and_refine_it(tmp_path: Path) -> None:
         override(refined, {}, {}, None, tmp_path / "a.json", "fast")
 
 
+OWN = PLAIN | {
+    "settings": {"near": 8},
+    "settings_of": {"0": {"exact_keys": 16}, "blocks.[2-9].*": {"hidden": "exact"}},
+}
+
+
+def load_tiny() -> LoadedModel:
+    model = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=32, num_heads=2).eval()
+    return LoadedModel("tiny", "timm", "", model, list)
+
+
+def test_layers_of_a_recipe_may_have_settings_of_their_own(tmp_path: Path) -> None:
+    recipe, loaded = parse_recipe(OWN), load_tiny()
+    before = loaded.model(torch.zeros(1, 3, 224, 224))
+    plan = recipe.config_of(loaded.model)
+    assert torch.equal(loaded.model(torch.zeros(1, 3, 224, 224)), before)
+    base = AstroConfig(near=8)
+    first, exact = replace(base, exact_keys=16), replace(base, hidden="exact")
+    configs = {f"blocks.{n}.attn": (config,) * 2 for n, config in enumerate([first, base, exact, exact])}
+    assert isinstance(plan, Plan)
+    assert plan.modules == configs
+    report = recipe.patch(loaded)
+    assert {name: core.configs for name, core in find_astrocytes(loaded.model).items()} == {
+        f"{name}.astrocyte": heads for name, heads in configs.items()
+    }
+    assert len(report.patched) == 4
+    changed = override(recipe, {"exact_keys": 4, "steps": 1}, {}, None)
+    refined = changed.config_of(load_tiny().model)
+    assert isinstance(refined, Plan)
+    assert [heads[0].exact_keys for heads in refined.modules.values()] == [16, 4, 4, 4]
+    assert override(recipe, {}, {}, None, preset="fast").config_of(loaded.model) == PRESETS["fast"]
+    plan.save(tmp_path / "a.json")
+    assert override(recipe, {}, {}, None, tmp_path / "a.json").config_of(loaded.model) == plan
+
+
+@pytest.mark.parametrize(
+    ("table", "layers", "message"),
+    [
+        ({"7": {}}, None, r"settings_of\.7: index 7 is out of range for 4 self-attention modules"),
+        ({"layers.*": {}}, None, r"settings_of\.layers\.\*: 'layers\.\*' matches none of 4 attention modules"),
+        (
+            {"0": {}, "blocks.0.*": {}},
+            None,
+            r"settings_of\.blocks.*: 'blocks\.0\.attn' has its .* from settings_of\.0 alr",
+        ),
+        ({"2-3": {}}, "0-2", r"settings_of\.2-3: 'blocks\.3\.attn' is not among the layers that are patched"),
+        (
+            {"1": {"hidden": "streaming"}},
+            None,
+            r"settings_of\.1: none of its modules can be .*attn': a streaming memory",
+        ),
+    ],
+)
+def test_settings_for_layers_that_are_not_there(table: dict[str, Any], layers: str | None, message: str) -> None:
+    loaded = load_tiny()
+    recipe = override(parse_recipe(PLAIN | {"settings_of": table}), {}, {}, layers)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        recipe.patch(loaded)
+    assert not find_astrocytes(loaded.model)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"settings_of": 3}, "settings_of: must be tables by layers, got 3"),
+        ({"settings_of": {"0": 3}}, r"settings_of\.0: must be a table, got 3"),
+        ({"settings_of": {"2-1": {}}}, r"settings_of\.2-1: '2-1' is neither an index"),
+        ({"settings_of": {"0": {"nera": 3}}}, r"settings_of\.0\.nera: is not known; .*; did you mean 'near'\?"),
+        ({"settings_of": {"0": {"near": "3"}}}, r"settings_of\.0\.near: must be int, got '3'"),
+        ({"settings_of": {"0": {"near": -3}}}, r"settings_of\.0\.near: -3; must be at least 0"),
+        ({"settings_of": {"0": {}}, "plan": "a.json"}, "settings_of: a recipe has a plan or settings_of, not both"),
         ({"preset": "fats"}, r"preset: 'fats'; must be one of fast, balanced, exact; did you mean 'fast'\?"),
         ({"preset": 3}, "preset: expected .* a word or None, got int"),
         ({"preset": "fast", "plan": "a.json"}, "preset: a recipe has a plan or preset, not both"),

@@ -208,7 +208,7 @@ def _photo_data(
         return replace(
             data, labels=labels, class_names=first_names(named), notes=("classes by the names of the folders",)
         )
-    return replace(data, notes=(f"no labels: {unknown!r} is not known as a class of the model",))
+    return replace(data, notes=(f"no labels: no folder or name of a photo is a class of the model: {unknown!r}",))
 
 
 def first_names(classes: Mapping[str, int]) -> dict[int, str]:

@@ -324,6 +324,12 @@ def _plain(config: AstroConfig | Plan | None) -> dict[str, Any] | None:
 def _patch_notes(subject: Subject) -> list[str]:
     """What the tables of the patched model leave out."""
     notes = []
+    totals, longest = subject.meter.totals(), subject.meter.longest
+    if longest and totals["positions"] == totals["keys"] and subject.config and _changed_heads(subject.config):
+        notes.append(
+            f"nothing was replaced: in sequences of up to {longest} tokens every key is exact, as in softmax; compare "
+            "on longer ones (a long text is cut into chunks by --tokens 512)"
+        )
     if subject.report is not None and (names := left_exact(subject.report)):
         notes.append(f"{len(names)} attention modules are exact, as in the original: {', '.join(names)}")
     for name, reasons in fallbacks(subject.model).items():

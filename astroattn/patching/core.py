@@ -149,10 +149,57 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
+def plan_parts(
+    model: nn.Module, config: AstroConfig, parts: Mapping[str, tuple[Where | None, AstroConfig]], where: Where | None
+) -> Plan:
+    """The plan in which modules that a part means have the config of that part, and others `config`.
+
+    Modules that cannot be patched are not in it, and its notes say why. The model is as it was.
+
+    Args:
+        parts: by the name that errors give, which modules, as `where`, and their config.
+        where: the modules that are meant at all.
+
+    Raises:
+        ValueError: a part that matches nothing, or nothing that can be patched, or a module of another part, or one
+            that `where` leaves out; no module can be patched.
+    """
+    found = survey(model)
+    selected = select(found, where)
+    configs = {each.name: config for each in selected}
+    owners: dict[str, str] = {}
+    for part, (meant, own) in parts.items():
+        try:
+            names = [each.name for each in select(found, meant)]
+        except ValueError as error:
+            raise ValueError(f"{part}: {str(error).removeprefix('where: ')}") from None
+        for name in names:
+            if name not in configs:
+                raise ValueError(f"{part}: {name!r} is not among the layers that are patched")
+            if name in owners:
+                raise ValueError(f"{part}: {name!r} has its settings from {owners[name]} already")
+            owners[name] = part
+        configs |= dict.fromkeys(names, own)
+    before = _capture(model)
+    try:
+        reasons, _ = _patch(model, configs, found, selected, None)
+        modules = {
+            each.name: getattr(each.module, CORE).configs for each in selected if site_of(each.module) is not None
+        }
+    finally:
+        _restore(model, before)
+    for part in parts:
+        mine = [name for name, owner in owners.items() if owner == part]
+        if not modules.keys() & set(mine):
+            raise ValueError(f"{part}: none of its modules can be patched; {mine[0]!r}: {reasons[mine[0]]}")
+    notes = tuple(f"{name} stays exact: {reason}" for name, reason in reasons.items())
+    return Plan(model=type(model).__name__, modules=modules, notes=notes)
+
+
 def fallbacks(model: Model) -> dict[str, dict[str, int]]:
     """What the astrocytes of a patched model could not do: number of calls by module name and reason."""
-    sites = [site for module in module_of(model).modules() if (site := site_of(module)) is not None]
-    return {site.name: dict(site.fallbacks) for site in sites if site.fallbacks}
+    sites = [(name, site) for name, module in module_of(model).named_modules() if (site := site_of(module)) is not None]
+    return {name: dict(site.fallbacks) for name, site in sites if site.fallbacks}
 
 
 def _check_plan(model: nn.Module, plan: Plan, found: list[Found]) -> None:

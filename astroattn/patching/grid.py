@@ -33,12 +33,16 @@ AMBIGUOUS = (
 
 
 class PatchGrid:
-    """The (rows, columns) that the projection of a patch embedding puts out; copies of a model share it."""
+    """The (rows, columns) that the projection of a patch embedding puts out; copies of a model share it.
 
-    def __init__(self, prefix: int) -> None:
+    `size` is known from the start, for a module that is built before there is an embedding to look at.
+    """
+
+    def __init__(self, prefix: int, size: Size | None = None) -> None:
         self.prefix = prefix  # tokens before those of the patches: CLS, registers
         self._thread = threading.local()  # image, layer: the size last seen, and in which pass
-        self._known: set[Size] = set()
+        self._given = size
+        self._known: set[Size] = set() if size is None else {size}
         self._inputs: dict[StorageWeakRef, Size] = {}  # of layers, while they live
 
     def look(self, tower: nn.Module, args: Any) -> None:
@@ -110,8 +114,8 @@ class PatchGrid:
     def __deepcopy__(self, memo: Any) -> PatchGrid:
         return self  # so that a block copied within its model still has the grid
 
-    def __reduce__(self) -> tuple[Callable[[int], PatchGrid], tuple[int]]:
-        return PatchGrid, (self.prefix,)
+    def __reduce__(self) -> tuple[Callable[..., PatchGrid], tuple[int, Size | None]]:
+        return PatchGrid, (self.prefix, self._given)
 
 
 def place_grids(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from astroattn.imports import put_over, when_imported
+from astroattn.patching.blocks import AttnLayer
 from astroattn.patching.card import CARD, add_section, line, remove_section
 from astroattn.patching.record import SETTINGS, TENSORS, describe, learned_by, tensor_names, write_record
 
@@ -238,6 +239,9 @@ def _over_timm(library: Any) -> None:
 
 def _saving_with_settings(save_config: Any) -> Any:
     def save(model: Any, config_path: Any, *args: Any, **kwargs: Any) -> None:
+        made_with = getattr(model, "_model_args", {})
+        if isinstance(made_with.get("attn_layer"), AttnLayer):  # which timm cannot write; the record says it
+            model._model_args = {name: value for name, value in made_with.items() if name != "attn_layer"}
         save_config(model, config_path, *args, **kwargs)
         path, record = Path(config_path), describe(model)
         if record["modules"]:
