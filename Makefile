@@ -9,7 +9,7 @@ JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo docs notebooks wheel clean
+.PHONY: help setup test oldest lint demo docs notebooks wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -39,6 +39,13 @@ lint: setup ## ruff, mypy, import-linter, clang-format
 test: lint ## lint, then the tests (JOBS=2 at a time)
 	$(BIN)/python -m pytest -n $(JOBS)
 
+# NumPy 2.4 is newer than what the interpreter of that Triton knows.
+oldest: ## the tests with the oldest versions that are supported, in .venv-oldest
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip --quiet install --editable '.[all,dev]' 'numpy<2.4' \
+		torch==2.8.0 transformers==5.0.0 timm==1.0.20
+	$(VENV)-oldest/bin/python -m pytest -n $(JOBS)
+
 demo: setup ## patch a BERT and a ViT, and see what it cost (writes out/demo)
 	$(BIN)/python -m eval.demo
 
@@ -59,4 +66,4 @@ wheel: setup ## the wheel, named after the systems that it runs on, and the sdis
 	mv build/wheel/*.tar.gz dist
 
 clean: ## remove .venv, caches and outputs
-	rm -rf $(VENV) out dist build site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-oldest out dist build site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
