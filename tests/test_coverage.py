@@ -212,6 +212,13 @@ def test_page_counts_types_and_reasons() -> None:
     assert "| BEiT (timm) | `beit` | in part | 1 of 4 | bias; window |" in page
     assert "**Refused** (3).\n\ntransformers: `t5`.\n\ntimm: `x`, `y`." in page
     assert "## Faults" not in page
+    assert "oldest" not in page
+    versions = {"torch": "2.8", "transformers": "5.0", "timm": "1.0"}
+    before = [row | {"status": "refused", "reasons": ["why"]} for row in ROWS if row["type"] in ("bert", "x")]
+    page = format_page({"rows": ROWS, "versions": versions}, [], {"rows": before, "versions": versions})
+    assert "torch 2.8, transformers 5.0, timm 1.0: `make oldest`" in page
+    assert page.count("| `bert` | transformers | refused | equal | why |") == 1
+    assert "| `x` |" not in page  # refused then and now
     crashed = ROWS[0] | {"status": "crashed", "reasons": ["KeyError: a | b"]}
     page = format_page({"rows": [crashed], "versions": {"torch": "2", "transformers": "5", "timm": "1"}}, [])
     assert "| `bert` | transformers | crashed | KeyError: a \\| b |" in page

@@ -76,8 +76,11 @@ def main(
     if json:
         write_json(json, rows, seed=0)
     if page:
-        situations = files.loads((RESULTS / "situations.json").read_text("utf-8"))["rows"]
-        page.write_text(format_page({"rows": rows} | provenance(0), situations), encoding="utf-8")
+        situations, oldest = (
+            files.loads((RESULTS / name).read_text("utf-8")) for name in ("situations.json", "coverage_oldest.json")
+        )
+        text = format_page({"rows": rows} | provenance(0), situations["rows"], oldest)
+        page.write_text(text, encoding="utf-8")
     if len(rows) <= SHOWN:
         for row in rows:
             modules = f"{row['patched']} of {row['total']}"

@@ -84,6 +84,8 @@ WELL_KNOWN = {
     "ViT (torchvision)": ("torchvision", "vit_b_32"),
 }
 
+NOT_RUN = "could not be built or run"
+
 INTRODUCTION = """# Coverage: which models can be patched
 
 Made by `python -m eval.coverage --json docs/results/coverage.json --page docs/coverage.md` with {versions}.
@@ -147,17 +149,14 @@ def say_situations(rows: list[Row]) -> str:
     )
 
 
-def format_page(result: dict[str, Any], situations: list[Row]) -> str:
-    """The page, from what the JSON holds (rows and versions), and the rows of `eval.situations`."""
+def format_page(result: dict[str, Any], situations: list[Row], oldest: dict[str, Any] | None = None) -> str:
+    """The page, from what the JSON holds (rows and versions), the rows of `eval.situations`, and the same JSON of the
+    oldest versions that are supported, where there is one.
+    """
     rows: list[Row] = result["rows"]
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers", "timm"))
-    counts = count_statuses(rows)
-    meanings = [[line["status"], *(str(line[key]) for key in line if key != "status")] for line in counts]
-    for line in meanings:
-        line.append(STATUSES[line[0]])
     parts = [
-        INTRODUCTION.format(versions=versions, situations=say_situations(situations)),
-        _table([[*counts[0], "meaning"], *meanings]),
+        INTRODUCTION.format(versions=_versions(result), situations=say_situations(situations)),
+        _counts(rows),
         "## What stands in the way\n\nNumber of types; one type may have several reasons. "
         "[What they mean, and what can be done](troubleshooting.md#why-a-module-stays-exact).",
         _table(
@@ -169,10 +168,40 @@ def format_page(result: dict[str, Any], situations: list[Row]) -> str:
         "## Well-known models",
         _table([["model", "type", "status", "modules", "reasons"], *_well_known(rows)]),
         *_faults(rows),
+        *(_oldest(oldest, rows) if oldest else []),
         "## Every type",
         *(_list(rows, status) for status in STATUSES),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _versions(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers", "timm"))
+
+
+def _counts(rows: list[Row]) -> str:
+    lines = count_statuses(rows)
+    numbers = [[*map(str, line.values()), STATUSES[line["status"]]] for line in lines]
+    return _table([[*lines[0], "meaning"], *numbers])
+
+
+def _oldest(result: dict[str, Any], rows: list[Row]) -> list[str]:
+    """What the oldest versions come to, and the types that ran with both and came out otherwise."""
+    now = {(row["library"], row["type"]): row["status"] for row in rows}
+    others = [
+        [f"`{row['type']}`", row["library"], row["status"], now[key], "; ".join(row["reasons"])]
+        for row in result["rows"]
+        if (key := (row["library"], row["type"])) in now and now[key] != row["status"]
+        if NOT_RUN not in (row["status"], now[key])
+    ]
+    return [
+        f"## With the oldest versions\n\n{_versions(result)}: `make oldest`, then `.venv-oldest/bin/python -m "
+        "eval.coverage --json docs/results/coverage_oldest.json`.",
+        _counts(result["rows"]),
+        "Types that ran with both and came out otherwise:",
+        _table([["type", "library", "oldest", "above", "reasons with the oldest"], *others]),
+        *_faults(result["rows"]),
+    ]
 
 
 def _well_known(rows: list[Row]) -> list[list[str]]:
