@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import special, stats
 from timm.models.vision_transformer import VisionTransformer
@@ -519,7 +521,10 @@ def test_a_gpu_is_measured_by_its_own_counter() -> None:
 
 @pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize("kind", ["text", "photos"])
-def test_the_figure_is_drawn(tmp_path: Path, kind: str, layers: int) -> None:
+def test_the_figure_is_drawn(tmp_path: Path, kind: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: (drawn.append(self), save(self, path)))
     model, batch = (
         (make_bert(), text_batch([12] * 4, 12)) if kind == "text" else (make_vit(), torch.randn(4, 3, 48, 48))
     )
@@ -528,6 +533,9 @@ def test_the_figure_is_drawn(tmp_path: Path, kind: str, layers: int) -> None:
     with Image.open(tmp_path / "a.png") as image:
         assert min(image.size) > 600
         assert len(image.convert("RGB").getcolors(2**24) or []) > 20
+    for axes in drawn[0].axes:
+        boxes = [label.get_window_extent() for label in axes.get_yticklabels() if label.get_text()]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     with pytest.raises(ValueError, match="must end in"):
         result.figure(tmp_path / "a.docx")
 

@@ -89,7 +89,7 @@ def _draw_heads(axes: Any, layers: tuple[LayerFidelity, ...], heads: int) -> Non
         for (row, head), value in np.ndenumerate(table):
             if np.isfinite(value):
                 colour = "white" if value > 0.55 * largest else "black"
-                axes.text(head, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+                axes.text(head, row, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=8)
 
 
 def draw_layers(axes: Any, layers: tuple[LayerFidelity, ...]) -> None:
@@ -127,12 +127,12 @@ def draw_bars(axes: Any, result: Fidelity, key: str) -> None:
     better = "lower" if key in LOWER_IS_BETTER else "higher"
     axes.set_title(f"{metric.label} ({better} is better)", fontsize=10, loc="left")
     axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
-    axes.set_xlabel("black lines: 95 % intervals", fontsize=8)
+    keys = result.rows["patched"].values.get("keys")
+    of = "" if keys is None else f"; in brackets: positions of {keys.value:,.0f}"
+    axes.set_xlabel(f"black lines: 95 % intervals{of}", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _name_with_cost(result: Fidelity, name: str) -> str:
     values = result.rows[name].values
-    if "positions" not in values:
-        return name
-    return f"{name}\n{values['positions'].value:.0f} of {values['keys'].value:.0f} positions"
+    return f"{name} ({values['positions'].value:,.0f})" if "positions" in values else name
