@@ -248,9 +248,13 @@ def test_every_status_has_a_meaning() -> None:
 
 
 def test_page_is_made_from_the_committed_result() -> None:
-    result = json.loads((DOCS / "results" / "coverage.json").read_text("utf-8"))
-    assert (DOCS / "coverage.md").read_text("utf-8") == format_page(result, situations())
+    result, oldest = (
+        json.loads((DOCS / "results" / name).read_text("utf-8")) for name in ("coverage.json", "coverage_oldest.json")
+    )
+    assert (DOCS / "coverage.md").read_text("utf-8") == format_page(result, situations(), oldest)
     assert len(result["rows"]) > 600
+    assert len(oldest["rows"]) > 500
+    assert not [row for row in oldest["rows"] if row["status"] in ("crashed", "silently different")]
     assert set(WELL_KNOWN.values()) <= {(row["library"], row["type"]) for row in result["rows"]}
 
 
