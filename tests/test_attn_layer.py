@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -13,6 +14,7 @@ import timm
 import torch
 from timm.layers import Attention
 from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import astroattn
@@ -25,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:attn_layer. left to the model's 
 
 
 def make(**kwargs: Any) -> Any:
+    if "attn_layer" not in inspect.signature(VisionTransformer).parameters:
+        pytest.skip("this timm makes every attention itself")
     torch.manual_seed(0)
     sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 2, "num_classes": 5}
     model = timm.create_model("vit_tiny_patch16_224", **sizes | kwargs).eval()
@@ -96,9 +100,11 @@ def test_masks_are_honoured_or_answered_by_softmax() -> None:
     torch.testing.assert_close(masked[1, :40], built(x[1:, :40])[0])
     assert not astroattn.fallbacks(built)
     dense = torch.rand(2, 1, 65, 65)
-    for call in ({"attn_mask": dense}, {"is_causal": True}):
+    causal = [{"is_causal": True}] if "is_causal" in inspect.signature(Attention.forward).parameters else []
+    calls = [{"attn_mask": dense}, *causal]
+    for call in calls:
         assert torch.equal(built(x, **call), original(x, **call))
-    assert [list(each.values()) for each in astroattn.fallbacks(built).values()] == [[1, 1]]
+    assert [list(each.values()) for each in astroattn.fallbacks(built).values()] == [[1] * len(calls)]
 
 
 @torch.no_grad()
@@ -124,6 +130,7 @@ def test_it_trains_from_scratch(images: Tensor) -> None:
 
 
 def test_a_block_may_be_made_on_another_device() -> None:
+    make()  # skips the test where timm knows no attn_layer
     layer = astroattn.attn_layer(AstroConfig(hidden="learned"))
     block = timm.models.vision_transformer.Block(32, 2, attn_layer=layer, device="meta")
     assert all(each.is_meta for each in block.parameters())
