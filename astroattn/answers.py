@@ -98,19 +98,18 @@ def bidirectional_attention(config: AstroConfig, hidden: StaticLayer | None, cal
     key_mask, scale = call.key_mask, call.scale
     num_keys = plain(call.key.shape[2])
     prefix = prefix_length(config, num_keys, call.grid)
-    alone = hidden is not None and not is_tiled(config)
-    if hidden is not None and alone and not prefix:
+    if hidden is not None and not is_tiled(config) and not prefix:
         out, log_p = _through_hidden(config, hidden, call)
-        return (
-            (out, log_p) if key_mask is None or call.query.shape[2] != num_keys else zero_padding(out, log_p, key_mask)
-        )
+        if key_mask is None or call.query.shape[2] != num_keys:
+            return out, log_p
+        return zero_padding(out, log_p, key_mask)
     order = lengths = None
     if key_mask is not None:
         # Real tokens first: a sequence is then the same wherever its padding was.
         order, lengths = sort_tokens(~key_mask)[0], key_mask.sum(1)
         call = call.ordered(order, key_mask)
     budget = budget_of(config, num_keys, call.grid)
-    if hidden is not None and alone and hidden.activation in POSITIVE:
+    if hidden is not None and not is_tiled(config) and hidden.activation in POSITIVE:
         out, log_p = _beside_prefix(config, hidden, call, prefix, lengths)
     elif hidden is not None:
         query, key, weight, phase = hidden(call.query, call.key, scale)
@@ -170,7 +169,7 @@ def decode_static(
 
 def stream_attention(
     budgets: tuple[tuple[AstroConfig, int], ...],
-    places: tuple[Tensor, Tensor] | None,
+    places: list[Tensor] | None,
     call: Call,
     memories: Memories | None,
 ) -> tuple[Tensor, Tensor, Memories]:
@@ -178,7 +177,7 @@ def stream_attention(
 
     Args:
         budgets: the configs, and how many query heads have each.
-        places: the heads in the order of the budgets, and the place of each head there; None for one budget.
+        places: two tensors, the heads in the order of the budgets and the place of each there; None for one budget.
     """
     dtype, groups = call.query.dtype, call.query.shape[1] // call.key.shape[1]
     work = torch.promote_types(dtype, torch.float32)

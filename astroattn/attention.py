@@ -359,8 +359,7 @@ class AstrocyteAttention(nn.Module):
         return causal_static_attention(config, self.hidden, call)
 
     def _stream(self, call: Call, memories: Memories | None) -> tuple[Tensor, Tensor, Memories]:
-        order, place = self.heads.on(call.query.device) if len(self.budgets) > 1 else (None, None)
-        places = None if order is None or place is None else (order, place)
+        places = self.heads.on(call.query.device) if len(self.budgets) > 1 else None
         return stream_attention(self.budgets, places, call, memories)
 
 

@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from typing import Any
 
+from eval.coverage.examining import Status
+
 Row = dict[str, Any]
 
 # In the order of the tables, and what each means.
@@ -83,8 +85,6 @@ WELL_KNOWN = {
     "torch.nn.TransformerEncoder": ("torch", "TransformerEncoder"),
     "ViT (torchvision)": ("torchvision", "vit_b_32"),
 }
-
-NOT_RUN = "could not be built or run"
 
 INTRODUCTION = """# Coverage: which models can be patched
 
@@ -192,7 +192,7 @@ def _oldest(result: dict[str, Any], rows: list[Row]) -> list[str]:
         [f"`{row['type']}`", row["library"], row["status"], now[key], "; ".join(row["reasons"])]
         for row in result["rows"]
         if (key := (row["library"], row["type"])) in now and now[key] != row["status"]
-        if NOT_RUN not in (row["status"], now[key])
+        if Status.NOT_RUN not in (row["status"], now[key])
     ]
     return [
         f"## With the oldest versions\n\n{_versions(result)}: `make oldest`, then `.venv-oldest/bin/python -m "

@@ -16,15 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from astroattn.data import texts as files
 from eval.common import data_folder
-from eval.generate.subjects import LONGEST, MODULES, OTHER_MODULES, SHORT, Subject
+from eval.generate.subjects import ITEMS, LONGEST, MODULES, OTHER_MODULES, SHORT, Subject, read_items
 
 STORIES, STORY_TOKENS, STORY_BATCH = 128, 448, 4
 HELD_OUT = (4, 12)  # of the samples of SmolLM2: a place of the reference and a module
 PLACES = 32  # in the language reference
 LETTERS = 8  # of a token, at most: a text of so many has all the tokens that are wanted
-ITEMS = 40  # of the news, in one text
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,6 @@ def read_news() -> Sequence[str]:
     folder = data_folder()
     if folder is None:
         raise ValueError("ASTROATTN_DATA is not set; it names the folder that has agnews/first3800.csv")
-    items = [row[0] for row in files.read_texts(folder / "agnews" / "first3800.csv").rows]
+    items = read_items(folder)
     starts = range(0, len(items) - ITEMS + 1, 3 * ITEMS)
     return ["\n\n".join(items[start : start + ITEMS]) for start in starts]

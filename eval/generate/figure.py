@@ -32,12 +32,10 @@ def plot(results: dict[str, list[Row]]) -> Figure:
 
     panels: list[tuple[Callable[[Axes, list[Row]], None], list[Row]]] = []
     for task, rows in results.items():
-
-        def key(row: Row, task: str = task) -> tuple[str, int]:
-            return row["model"], row["tokens"] if task == "distance" else 0
-
-        for group in dict.fromkeys(map(key, rows)):
-            panels.append((PANELS[task], [row for row in rows if key(row) == group]))
+        groups: dict[Any, list[Row]] = {}
+        for row in rows:
+            groups.setdefault((row["model"], row["tokens"] if task == "distance" else None), []).append(row)
+        panels += [(PANELS[task], group) for group in groups.values()]
     columns = math.ceil(math.sqrt(len(panels)))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")

