@@ -108,8 +108,9 @@ def format_numbers(rows: list[dict[str, Any]]) -> str:
 def texts() -> dict[Path, dict[str, str]]:
     """What stands between marks, by page and name of the mark."""
     numbers = {"numbers": format_numbers(measure())}
-    speed = format_speed(json.loads((summary.RESULTS / "benchmark.json").read_text("utf-8"))["rows"])
-    tables = {"fidelity": summary.format_markdown(summary.measure()), "speed": speed}
+    tables = {"fidelity": summary.format_markdown(summary.measure())}
+    for mark, name in (("speed", "benchmark"), ("speed-avx512", "benchmark_avx512")):
+        tables[mark] = format_speed(json.loads((summary.RESULTS / f"{name}.json").read_text("utf-8"))["rows"])
     return {README: numbers, DOCS / "index.md": numbers, DOCS / "benchmarks.md": tables}
 
 
