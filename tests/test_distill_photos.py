@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,19 @@ def photos() -> Photos:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch, photos: Photos) -> Photos:
+def small(monkeypatch: pytest.MonkeyPatch, photos: Photos) -> Iterator[Photos]:
     """The script with some of its conditions and few steps, on these."""
-    for name, condition in list(CONDITIONS.items()):
-        monkeypatch.delitem(CONDITIONS, name)
+    all_of_them = dict(CONDITIONS)  # whose order is the tables'
+    for name in all_of_them:
+        condition = CONDITIONS.pop(name)
         if name in (NEAR, LEARNED, NEAR_LEARNED):
             stages = {stage: options | {"steps": 2, "photos": 2} for stage, options in condition.stages.items()}
-            monkeypatch.setitem(CONDITIONS, name, Condition(condition.settings, stages, condition.untrained))
+            CONDITIONS[name] = Condition(condition.settings, stages, condition.untrained)
     monkeypatch.setattr(script, "load_photos", lambda *_, **__: photos)
     monkeypatch.setattr(script, "data_folder", lambda: Path())
-    return photos
+    yield photos
+    CONDITIONS.clear()
+    CONDITIONS.update(all_of_them)
 
 
 def test_halves_have_no_photo_in_common(data_dir: Path) -> None:
@@ -124,6 +128,17 @@ def test_a_run_has_every_condition_and_goes_on(small: Photos, tmp_path: Path) ->
     assert after.keys() == before.keys()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
     assert page.format_results(rows) in done.output
+
+
+def test_a_rate_takes_the_place_of_the_attention_s_own(small: Photos, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    options = ("--json", str(path), "--seeds", "1", "--conditions", NEAR)
+    assert run(script.main, *options, "--rate", "1e-12").exit_code == 0
+    _, untrained, still = read_rows(path)
+    assert still["KL"] == pytest.approx(untrained["KL"], rel=1e-4)
+    path.unlink()
+    assert run(script.main, *options).exit_code == 0
+    assert read_rows(path)[2]["KL"] != pytest.approx(untrained["KL"], rel=1e-3)
 
 
 def test_training_moves_a_model_towards_the_original(photos: Photos, monkeypatch: pytest.MonkeyPatch) -> None:

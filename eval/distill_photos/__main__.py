@@ -3,12 +3,13 @@
 All 12 layers are replaced (197 tokens, CLS exact) and learn from the even half of the photos to answer as the original
 does, without labels, on random crops and reflections: first layer by layer where the hidden layer is learned, then end
 to end with every weight moving. Controls are given the same steps end to end: the near field alone, random features,
-uniform attention. Reported is the odd half. The folder that the environment variable ASTROATTN_DATA names has the
-weights (`vit_tiny_patch16_224`) and the photos (`imagenet_photos`).
+uniform attention, a near field of one patch. Reported is the odd half. The folder that the environment variable
+ASTROATTN_DATA names has the weights (`vit_tiny_patch16_224`) and the photos (`imagenet_photos`).
 
 Settings were chosen on a quarter of the even half, as --held-out does: trained on the other three, measured on it.
 
-    python -m eval.distill_photos --json out/distill_photos.json --seeds 3     # some half an hour of one core
+    python -m eval.distill_photos --held-out --seeds 1 --rate 2e-4 --conditions "random 64"    # and other rates
+    python -m eval.distill_photos --json out/distill_photos.json --seeds 5     # some hour of one core
     python -m eval.distill_photos.page      # the tables of docs/experiments/photos.md
 """
 
@@ -43,9 +44,15 @@ ConditionsOption = Annotated[
 HeldOutOption = Annotated[
     bool, typer.Option("--held-out", help="Measure on a quarter of the even half, to choose settings on.")
 ]
+RateOption = Annotated[
+    float | None,
+    typer.Option("--rate", help="Of all weights outside the hidden layers, in the place of each attention's own."),
+]
 
 
-def measure(photos: Photos, names: Sequence[str], seeds: int, rows: list[dict[str, Any]], keep: Any) -> None:
+def measure(
+    photos: Photos, names: Sequence[str], seeds: int, rows: list[dict[str, Any]], keep: Any, rate: float | None = None
+) -> None:
     """Add to `rows` what is not there yet, seed after seed, and `keep` them whenever there are more."""
     measure_model = Measure(photos)
     if not rows:
@@ -55,13 +62,14 @@ def measure(photos: Photos, names: Sequence[str], seeds: int, rows: list[dict[st
     wanted = [(seed, name) for seed in range(seeds) for name in names if (seed, name) not in there]
     for seed, name in (bar := tqdm(wanted, unit="model")):
         bar.set_description(f"{name}, seed {seed}")
-        rows += train_and_measure(photos, measure_model, name, seed)
+        rows += train_and_measure(photos, measure_model, name, seed, rate)
         keep(rows)
 
 
 def main(
     conditions: ConditionsOption = None,
     held_out: HeldOutOption = False,
+    rate: RateOption = None,
     seeds: SeedsOption = 5,
     limit: LimitOption = None,
     json: JsonOption = None,
@@ -78,7 +86,7 @@ def main(
             write_json(json, rows, seed=0)
 
     names = conditions or [name for name in CONDITIONS if name not in LOOKS]
-    measure(load_photos(folder, limit, held_out=held_out), names, seeds, rows, keep)
+    measure(load_photos(folder, limit, held_out=held_out), names, seeds, rows, keep, rate)
     print(f"{format_results(rows)}\n\n{format_differences(rows)}")
 
 

@@ -20,6 +20,7 @@ from eval.distill_photos.training import (
     CONDITIONS,
     LAYERS,
     LEARNED,
+    LEAST_NEAR,
     LONGER,
     NEAR,
     NEAR_LEARNED,
@@ -62,6 +63,8 @@ PAIRS: list[tuple[Key, Key]] = [
     ((NEAR_LONGER, WHOLE), (NEAR_LEARNED, WHOLE)),
     ((NEAR_LONGER, WHOLE), (ORIGINAL, UNTRAINED)),
     ((RANDOM, WHOLE), (UNIFORM, WHOLE)),
+    ((LEARNED, WHOLE), (LEAST_NEAR, WHOLE)),
+    ((NEAR, WHOLE), (LEAST_NEAR, WHOLE)),
 ]
 
 
