@@ -7,13 +7,12 @@ All of it is made from the committed results, nothing is measured.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import summary
 from eval.benchmark.rows import format_markdown as format_speed
-from eval.common import fill_marks, run_script, write_figure
+from eval.common import fill_marks, read_rows, run_script, write_figure
 from eval.generate.page import load_results
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def measure() -> list[dict[str, Any]]:
     """A row per committed result: tokens, whether there was a plan, cost and time of the original's, answers kept."""
     rows = []
     for name, (title, metrics) in summary.CASES.items():
-        table = json.loads((summary.RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
+        table = read_rows(summary.RESULTS / f"{name}.json")
         metric = next(each for each in KEPT if each in metrics)
         patched, original = (table[row]["values"] for row in ("patched", "original"))
         found = patched[metric]
@@ -110,7 +109,7 @@ def texts() -> dict[Path, dict[str, str]]:
     numbers = {"numbers": format_numbers(measure())}
     tables = {"fidelity": summary.format_markdown(summary.measure())}
     for mark, name in (("speed", "benchmark"), ("speed-avx512", "benchmark_avx512")):
-        tables[mark] = format_speed(json.loads((summary.RESULTS / f"{name}.json").read_text("utf-8"))["rows"])
+        tables[mark] = format_speed(read_rows(summary.RESULTS / f"{name}.json"))
     return {README: numbers, DOCS / "index.md": numbers, DOCS / "benchmarks.md": tables}
 
 

@@ -136,6 +136,10 @@ def test_a_rate_takes_the_place_of_the_attention_s_own(small: Photos, tmp_path: 
     assert run(script.main, *options, "--rate", "1e-12").exit_code == 0
     _, untrained, still = read_rows(path)
     assert still["KL"] == pytest.approx(untrained["KL"], rel=1e-4)
+    for other in ((), ("--rate", "1e-3")):  # its rows would be taken for those of another
+        refused = run(script.main, *options, *other)
+        assert refused.exit_code == 2
+        assert "has rows of another rate" in " ".join(refused.output.replace("│", " ").split())
     path.unlink()
     assert run(script.main, *options).exit_code == 0
     assert read_rows(path)[2]["KL"] != pytest.approx(untrained["KL"], rel=1e-3)

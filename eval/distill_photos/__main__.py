@@ -9,7 +9,7 @@ ASTROATTN_DATA names has the weights (`vit_tiny_patch16_224`) and the photos (`i
 Settings were chosen on a quarter of the even half, as --held-out does: trained on the other three, measured on it.
 
     python -m eval.distill_photos --held-out --seeds 1 --rate 2e-4 --conditions "random 64"    # and other rates
-    python -m eval.distill_photos --json out/distill_photos.json --seeds 5     # some hour of one core
+    python -m eval.distill_photos --json out/distill_photos.json --seeds 5     # some half an hour of one core
     python -m eval.distill_photos.page      # the tables of docs/experiments/photos.md
 """
 
@@ -80,6 +80,8 @@ def main(
         raise typer.BadParameter("ASTROATTN_DATA is not set; it names the folder that has imagenet_photos/photos.tar")
     torch.set_flush_denormal(True)  # the exponentials of hidden layers make many, which slow a CPU down
     rows = read_rows(json) if json else []
+    if any(row.get("rate") != rate for row in rows if row["attention"] != ORIGINAL):
+        raise typer.BadParameter(f"--rate: {json} has rows of another rate, or of each attention's own")
 
     def keep(rows: list[dict[str, Any]]) -> None:  # at once, so that a run that breaks off is not lost
         if json:

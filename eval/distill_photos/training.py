@@ -160,9 +160,10 @@ def train_and_measure(
 ) -> list[dict[str, Any]]:
     """One row per stage: steps, photos and CPU seconds so far, and what `Measure` says.
 
-    A rate takes the place of that of the weights outside the hidden layers.
+    A rate takes the place of that of the weights outside the hidden layers, and stands in the rows.
     """
     condition = CONDITIONS[name]
+    own = {} if rate is None else {"rate": rate}
     model, (steps, shown, seconds), rows = copy.deepcopy(photos.model), (0, 0, 0.0), []
     patch(model, AstroConfig(**condition.settings, seed=seed))
     stages: dict[str, Options | None] = {UNTRAINED: None} if condition.untrained and seed == 0 else {}
@@ -172,7 +173,7 @@ def train_and_measure(
             train(model, photos.training, options if rate is None else options | {"host_learning_rate": rate}, seed)
             seconds += time.process_time() - start
             steps, shown = steps + options["steps"], shown + options["steps"] * options["photos"]
-        row = {"attention": name, "training": stage, "seed": seed, "steps": steps, "photos": shown}
+        row = {"attention": name, "training": stage, "seed": seed, **own, "steps": steps, "photos": shown}
         rows.append(rounded(row | {"seconds": seconds} | measure(model)))
     return rows
 
