@@ -16,6 +16,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors; read when triton is first imported
 
+from astroattn.ops.native import library
+from tests.native_variants import HERE, REFUSAL, load
+
 # get_num_threads knows which cores the process may run on; os.cpu_count does not
 torch.set_num_threads(max(1, min(2, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
 
@@ -32,6 +35,22 @@ def _no_accelerator() -> Iterator[None]:
     yield
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _spoiled_memory() -> None:
+    """Kernels are tested with working memory full of NaN, those in C++ wherever a test comes upon them."""
+    if REFUSAL is None:
+        for name in HERE:
+            load(name)
+
+
+@pytest.fixture(params=HERE)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every variant of the CPU kernels that this machine can run."""
+    kernels = load(request.param)
+    monkeypatch.setattr(library, "_library", lambda: kernels)
+    return request.param
 
 
 @pytest.fixture(scope="session")

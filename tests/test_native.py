@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,12 +18,7 @@ from astroattn.ops.layout import ROOT, Budget
 from astroattn.ops.native import build, library
 from astroattn.ops.native import near_far as native
 from tests.core_cases import relative
-
-ORDER = ("default", "avx2", "avx512")
-CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
-HERE = [name for name in build.VARIANTS if name == "default" or ORDER.index(name) <= ORDER.index(CAPABILITY)]
-
-REFUSAL = library.refusal(torch.float32)
+from tests.native_variants import REFUSAL
 
 pytestmark = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 
@@ -48,14 +42,6 @@ CASES = {
     "three tokens": (3, 8, 8, {"near": 1, "exact_keys": 1, "num_hidden": 2}, None),
     "many tokens": (2500, 16, 16, {"exact_keys": 9}, None),
 }
-
-
-@pytest.fixture(params=HERE)
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every variant that this CPU can run."""
-    kernels = ctypes.CDLL(str(library.FOLDER / f"kernels_{request.param}.so"))
-    monkeypatch.setattr(library, "_library", lambda: kernels)
-    return request.param
 
 
 def budget_of(changes: dict[str, object]) -> Budget:

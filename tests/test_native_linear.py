@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from math import pi
 
 import pytest
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from astroattn.ops import plain
 from astroattn.ops.features import ACTIVATIONS
-from astroattn.ops.native import library
 from astroattn.ops.native.linear import linear_attention_backward, linear_attention_forward
 from tests.core_cases import relative
-from tests.test_native import HERE, REFUSAL
+from tests.native_variants import REFUSAL
 
 pytestmark = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 
@@ -27,14 +25,6 @@ CASES = {
     "many chunks": (1, 2500, 3000, 16, 16, 20, False, 0.9),
     "many neurons": (1, 63, 63, 128, 64, 300, False, 1.0),
 }
-
-
-@pytest.fixture(params=HERE)
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every variant that this CPU can run."""
-    kernels = ctypes.CDLL(str(library.FOLDER / f"kernels_{request.param}.so"))
-    monkeypatch.setattr(library, "_library", lambda: kernels)
-    return request.param
 
 
 def draw(name: str, scale: float = 1.0) -> tuple[list[Tensor], Tensor, Tensor | None, float]:

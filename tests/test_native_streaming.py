@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import pytest
@@ -11,11 +10,10 @@ from torch import Tensor
 
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.ops import backends, streaming
-from astroattn.ops.native import library as native_library
 from astroattn.ops.native import streaming as native
 from astroattn.ops.streaming import ENTRIES, Memory
 from tests.core_cases import relative
-from tests.test_native import HERE, REFUSAL
+from tests.native_variants import REFUSAL
 
 pytestmark = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 
@@ -32,14 +30,6 @@ CASES = {
     "padding": (4, 2, 2, 90, 8, 12, 32, 16, [90, 0, 33, 57]),
     "padding, no row full": (2, 1, 2, 20, 8, 8, 32, 16, [3, 18]),
 }
-
-
-@pytest.fixture(params=HERE)
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every variant that this CPU can run."""
-    kernels = ctypes.CDLL(str(native_library.FOLDER / f"kernels_{request.param}.so"))
-    monkeypatch.setattr(native_library, "_library", lambda: kernels)
-    return request.param
 
 
 def draw(name: str, scale: float = 1.5) -> tuple[list[Tensor], tuple[int, int], Tensor | None]:

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -34,28 +36,15 @@ struct Block {
 };
 inline std::mutex kept_lock;
 inline std::vector<Block> kept;
+inline std::atomic<bool> spoils{false};  // whether a block is handed out full of NaN, as in our tests
 
 class Memory {
     Block block{nullptr, 0};
 
 public:
     explicit Memory(size_t size) {
-        {
-            std::lock_guard<std::mutex> guard(kept_lock);
-            for (size_t i = 0; i < kept.size(); i++)
-                if (kept[i].size >= size) {
-                    block = kept[i];
-                    kept.erase(kept.begin() + int64_t(i));
-                    return;
-                }
-        }
-        size_t page = size > LARGE_PAGE ? LARGE_PAGE : 4096;
-        size = size_t(round_up(int64_t(size), int64_t(page)));
-        block = {static_cast<char*>(std::aligned_alloc(page, size)), size};
-        if (!block.data) throw std::bad_alloc();
-#if defined(__linux__)
-        if (page == LARGE_PAGE) madvise(block.data, size, MADV_HUGEPAGE);  // a wish: its refusal costs only time
-#endif
+        if (!take_kept(size)) allocate(size);
+        if (spoils) memset(block.data, 0xff, block.size);
     }
     Memory(const Memory&) = delete;
     ~Memory() {
@@ -70,4 +59,25 @@ public:
         }
     }
     char* data() const { return block.data; }
+
+private:
+    bool take_kept(size_t size) {
+        std::lock_guard<std::mutex> guard(kept_lock);
+        for (size_t i = 0; i < kept.size(); i++)
+            if (kept[i].size >= size) {
+                block = kept[i];
+                kept.erase(kept.begin() + int64_t(i));
+                return true;
+            }
+        return false;
+    }
+    void allocate(size_t size) {
+        const size_t page = size > LARGE_PAGE ? LARGE_PAGE : 4096;
+        size = size_t(round_up(int64_t(size), int64_t(page)));
+        block = {static_cast<char*>(std::aligned_alloc(page, size)), size};
+        if (!block.data) throw std::bad_alloc();
+#if defined(__linux__)
+        if (page == LARGE_PAGE) madvise(block.data, size, MADV_HUGEPAGE);  // a wish: its refusal costs only time
+#endif
+    }
 };

@@ -131,6 +131,7 @@ private:
         entries(m.attention, attention, 1, 1);
         entries(m.age, age, 1, 1);
         entries(m.block_attention, heard, 1, 1);
+        if (!OUT) std::fill_n(log_weight, quads * room, 0.0f);  // a quad reads four rows, also where it has fewer
         float* b = m.log_weight + entry * p.groups;
         for (int64_t n = 0; n < width; n++)
             for (int64_t i = 0; i < p.groups; i++, b++) {
