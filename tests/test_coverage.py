@@ -36,7 +36,7 @@ SAMPLE = [
     ("transformers", "whisper", "equal", 4, 4, ""),
     ("transformers", "dinov2", "equal", 2, 2, ""),
     ("transformers", "cohere2", "equal", 2, 2, ""),
-    ("transformers", "pixtral", "in part", 2, 2, "a dense mask or bias"),
+    ("transformers", "pixtral", "equal", 2, 2, ""),
     ("transformers", "t5", "refused", 0, 4, "relative position bias"),
     ("transformers", "mamba", "no attention", 0, 0, "no attention module"),
     ("timm", "deit", "equal", 12, 12, ""),

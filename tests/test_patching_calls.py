@@ -30,7 +30,8 @@ from astroattn.patching import fallbacks, patch, unpatch
 from astroattn.patching.grid import PatchGrid
 from astroattn.patching.masks import attention_mask
 from astroattn.patching.scores import KEY_BIAS
-from astroattn.patching.site import drop_keys, key_mask
+from astroattn.patching.packed import read_mask
+from astroattn.patching.site import drop_keys
 
 EXACT = AstroConfig(near=100_000)
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
@@ -206,18 +207,6 @@ def test_a_complete_key_mask_is_not_made_causal(name: str) -> None:
         patch(model, replace(EXACT, hidden="random"))
         after = model(**inputs, use_cache=False).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-
-
-def test_packed_sequences_fall_back() -> None:
-    model = build(ALL["llama"])
-    positions = torch.cat([torch.arange(12), torch.arange(8)])[None].expand(2, -1)
-    inputs = {"input_ids": text()["input_ids"], "position_ids": positions, "use_cache": False}
-    with torch.no_grad():
-        before = model(**inputs).logits
-        patch(model, STATIC)
-        with pytest.warns(UserWarning, match="dense mask"):
-            after = model(**inputs).logits
-    torch.testing.assert_close(after, before)
 
 
 def test_a_soft_cap_stays_exact() -> None:
@@ -622,12 +611,12 @@ def test_a_float_mask_of_minus_ten_thousand_is_padding() -> None:
 @pytest.mark.parametrize("mask", [-10000.0, -9000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_of_a_float_mask_hides_a_key(mask: float, dtype: torch.dtype) -> None:
-    real, refusal = key_mask(torch.tensor([[[[0.0, mask]]]], dtype=dtype), 1, 2)
+    said = read_mask(torch.tensor([[[[0.0, mask]]]], dtype=dtype), 1, 2)
     if mask == -9000.0:
-        assert (real, refusal) == (None, KEY_BIAS)
+        assert (said.real, said.refusal) == (None, KEY_BIAS)
     else:
-        assert real is not None
-        assert real.tolist() == [[True, False]]
+        assert said.real is not None
+        assert said.real.tolist() == [[True, False]]
 
 
 def test_values_may_have_more_heads_than_keys() -> None:

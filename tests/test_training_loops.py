@@ -331,7 +331,7 @@ def test_ddp_of_batches_that_the_hidden_layer_has_no_part_in(answer: str) -> Non
     batch = pad(read_sentences()[:4])
     if answer == "host":  # to whom a dense mask is left
         count = batch["input_ids"].shape[1]
-        batch["attention_mask"] = torch.eye(count).bool().expand(4, 1, count, count)
+        batch["attention_mask"] = torch.eye(count).bool().flip(0).expand(4, 1, count, count)
     for _ in range(2):
         model(**batch).loss.backward()
     hidden = {name: gradient for name, gradient in gradients(model).items() if HIDDEN in name}

@@ -163,15 +163,6 @@ def test_generating_follows_the_original(model: nn.Module) -> None:
     assert not fallbacks(model)
 
 
-def test_packed_sequences_are_left_to_the_model(model: nn.Module) -> None:
-    positions = torch.cat([torch.arange(12), torch.arange(8)])[None].expand(2, -1)
-    inputs = {"input_ids": text()["input_ids"], "position_ids": positions, "use_cache": False}
-    before = outputs(model, inputs)
-    patch(model, STATIC)
-    with pytest.warns(UserWarning, match="dense mask"):
-        torch.testing.assert_close(outputs(model, inputs), before)
-
-
 def test_a_bidirectional_window_is_equal_and_padding_moves_nothing() -> None:
     model = build(ALL["modernbert"])
     inputs = text()

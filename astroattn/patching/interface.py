@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from astroattn.checks import check_traceable
 from astroattn.patching.handwritten import HandwrittenSite
 from astroattn.patching.masks import KeyMask, attention_mask, dense
+from astroattn.patching.packed import Mask, for_batch, read_mask
 from astroattn.patching.site import (
     BIAS,
     CORE,
@@ -31,8 +32,6 @@ from astroattn.patching.site import (
     attend,
     begin,
     end,
-    for_batch,
-    key_mask,
     methods,
     names_in,
     site_of,
@@ -42,7 +41,6 @@ from astroattn.patching.streaming import find_layer, layer_of, release_layer
 
 HOSTS = ("sdpa", "eager")
 PREFIX = "astroattn_"
-PACKED = "packed sequences (cu_seqlens); a padded batch has none"
 WEIGHTS_HANDLE = "astroattn_handle"  # the attribute of a patched model that holds the handle of `refuse_weights`
 
 CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
@@ -60,7 +58,6 @@ REFUSED_ARGUMENTS = {
     "position_bias": BIAS,
     "head_mask": "head mask",
     "layer_head_mask": "head mask",
-    **dict.fromkeys(("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"), PACKED),
     "cache": "paged cache",
     "sinks": "attention sinks",
     "indices": "keys chosen by the model (sparse attention)",
@@ -223,11 +220,14 @@ def _read(
     window = None
     aligned = query.shape[2] == key.shape[2] or (causal and query.shape[2] == 1)
     if isinstance(mask, KeyMask):
-        real: Tensor | None = for_batch(mask.keys, query.shape[0])
-        causal, aligned, window = mask.causal, aligned or mask.causal, mask.window
+        batch = query.shape[0]
+        said = Mask(for_batch(mask.keys, batch), mask.causal, for_batch(mask.documents, batch))
+        window = mask.window
+        aligned = aligned or mask.causal
     else:
-        real, why_not = key_mask(mask, query.shape[0], key.shape[2])
-        refusal = refusal or why_not
+        said = read_mask(mask, query.shape[0], key.shape[2])
+        refusal = refusal or said.refusal
+    real, causal = said.real, causal or said.causal
     if not aligned:
         refusal = refusal or unequal(query.shape[2], key.shape[2])
     site, core = getattr(module, RECORD), getattr(module, CORE)
@@ -238,6 +238,7 @@ def _read(
         key, value = (_for_heads(each, query.shape[1]) for each in (key, value))
     scale, dropout = arguments.get("scaling"), arguments.get("dropout", 0.0)
     call = Call(query, key, value, real, causal, scale, dropout, window=window, refusal=refusal, memory=memory)
+    call.documents = said.documents
     call.sliding_window, call.sink = arguments.get("sliding_window"), arguments.get("s_aux")
     if call.sink is None and getattr(module, "sinks", None) is not None:
         call.refusal = refusal or "attention sinks that the attention function is not given"

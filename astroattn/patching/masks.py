@@ -3,8 +3,8 @@
 Import this module only where transformers is installed. A plain padding mask travels through a patched model as a
 `KeyMask`, never as N x N, with or without the causal mask beside it. Whatever is not an astrocyte (a module that was
 put in after patching, a model's own code) gets from it what the host would have been given. So does a sliding window,
-alone or beside either. Everything else (packed sequences, static caches, masks of the user) is the host's own mask
-from the start.
+alone or beside either, and so do packed documents, whose mask the host makes all the same. Everything else (static
+caches, masks of the user) is the host's own mask from the start.
 """
 
 from __future__ import annotations
@@ -24,27 +24,41 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_tracing
 
+from astroattn.patching.packed import read_blocks
+
 
 class KeyMask:
     """The real keys [B, Nk] of `queries` tokens, the last ones; `causal`: a query sees no later key either.
 
-    `window`, where it is not None: a query sees no key more than so many tokens away.
+    `window`, where it is not None: a query sees no key more than so many tokens away. `documents`: as in `packed.Mask`.
+    `given`: the mask that the host has made, where it has.
 
     PyTorch's functions and whatever is asked of it get the dense mask [B, 1, Nq, Nk] in its place: bool for SDPA
     (`dtype` None), else 0 and the least number of `dtype`.
     """
 
     def __init__(
-        self, keys: Tensor, queries: int, causal: bool, dtype: torch.dtype | None, window: int | None = None
+        self,
+        keys: Tensor,
+        queries: int,
+        causal: bool,
+        dtype: torch.dtype | None,
+        window: int | None = None,
+        documents: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> None:
         self.keys = keys
         self.queries = queries
         self.causal = causal
         self.window = window
         self.dtype_of_bias = dtype
+        self.documents = documents
+        self.given = given
 
     def dense(self) -> Tensor:
         """The host's own mask."""
+        if self.given is not None:
+            return self.given
         batch, count = self.keys.shape
         mask = self.keys[:, None, None, :].expand(batch, 1, self.queries, count)
         if self.causal or self.window is not None:
@@ -61,7 +75,9 @@ class KeyMask:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None or device is None:
             return self.dense().to(*args, **kwargs)
-        return KeyMask(self.keys.to(device), self.queries, self.causal, self.dtype_of_bias, self.window)
+        keys, documents, given = (None if x is None else x.to(device) for x in (self.keys, self.documents, self.given))
+        assert keys is not None
+        return KeyMask(keys, self.queries, self.causal, self.dtype_of_bias, self.window, documents, given)
 
     @classmethod
     def __torch_function__(
@@ -135,7 +151,7 @@ def attention_mask(
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             **kwargs,
         )
-        return mask
+        return _packed(mask, kwargs.get("local_size"), None if host == "sdpa" else dtype)
     if attention_mask is not None:
         attention_mask = attention_mask[:, kv_offset:]
         if not is_tracing(attention_mask) and bool(attention_mask.all()):
@@ -147,6 +163,20 @@ def attention_mask(
             return None
         attention_mask = torch.ones(batch_size, kv_length, device=device)
     return KeyMask(attention_mask.bool(), q_length, causal, None if host == "sdpa" else dtype, window)
+
+
+def _packed(mask: Any, size: int | None, dtype: torch.dtype | None) -> Tensor | KeyMask | None:
+    """The mask that a host has made, as a `KeyMask` where it keeps packed documents apart; else as it is."""
+    square = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3] > 1
+    if not square or is_tracing(mask):
+        return mask  # type: ignore[no-any-return]
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    for window in (None,) if size is None else (None, size - 1, size):  # causal ones hold the query's own token
+        said = read_blocks(seen, window)
+        if said is not None:
+            keys = torch.ones_like(seen[:, 0]) if said.real is None else said.real
+            return KeyMask(keys, mask.shape[2], said.causal, dtype, window, said.documents, mask)
+    return mask  # type: ignore[no-any-return]
 
 
 def read_mask_function(function: Callable[..., Any], size: int | None) -> tuple[bool, int | None] | None:

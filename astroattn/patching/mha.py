@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.checks import check_traceable
-from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, key_mask, replaced_forward, site_of
+from astroattn.patching.packed import Mask, read_mask
+from astroattn.patching.scores import DENSE, HIDDEN
+from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, replaced_forward, site_of
 
 NESTED = "astroattn_use_nested_tensor"  # a TransformerEncoder's use_nested_tensor before it was patched
 
@@ -105,21 +107,22 @@ class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
         if site_of(self) is None:  # unpatched under a hook or a class that still leads here
             return host()
         check_traceable(query)
-        mask, refusal = _key_mask(key_padding_mask)
+        batch = query.shape[0 if self.batch_first else -2]
+        mask, seen = _read_masks(key_padding_mask, None if is_causal else attn_mask, batch)
         refusals = {
             "tensors without a batch or nested": query.dim() != 3 or query.is_nested,
             "cross attention": not _is_same(query, key),
             "need_weights=True": need_weights,
-            "a dense mask over queries and keys": attn_mask is not None and not is_causal,
             "is_causal without attn_mask": attn_mask is None and is_causal,
         }
-        refusal = [*(reason for reason, holds in refusals.items() if holds), refusal][0]
+        refusal = [*(reason for reason, holds in refusals.items() if holds), mask.refusal][0]
         if refusal is not None:
             fall_back(getattr(self, RECORD), refusal)
             return host()
         q, k, v = self._project(query, key, value)
-        call = Call(q, k, v, mask, is_causal, dropout=self.dropout if self.training else 0.0)
-        output = attend(self, call, lambda: _softmax(call))
+        call = Call(q, k, v, mask.real, is_causal or mask.causal, dropout=self.dropout if self.training else 0.0)
+        call.documents = mask.documents
+        output = attend(self, call, lambda: _softmax(call, seen))
         output = output.transpose(1, 2).flatten(2)  # [B, N, E]
         output = self.out_proj(output if self.batch_first else output.transpose(0, 1))
         return output, None
@@ -147,16 +150,27 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
         return False
 
 
-def _key_mask(padding: Tensor | None) -> tuple[Tensor | None, str | None]:
-    """The padding mask of torch.nn (bool with True for padding, or a float bias) as a mask of keys, or a reason."""
-    if padding is None:
-        return None, None
-    mask = ~padding if padding.dtype == torch.bool else padding
-    return key_mask(mask[:, None, None, :], padding.shape[0], padding.shape[-1])
+def _read_masks(padding: Tensor | None, mask: Tensor | None, batch: int) -> tuple[Mask, Tensor | None]:
+    """The masks of torch.nn (bool with True for what is hidden, or added to scores), and both as one where dense."""
+    said = Mask()
+    if padding is not None:
+        real = ~padding if padding.dtype == torch.bool else padding
+        said = read_mask(real[:, None, None, :], batch, padding.shape[-1])
+    if mask is None or said.refusal is not None:
+        return said, None
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or torch.compiler.is_compiling():
+        return Mask(refusal=DENSE), None
+    seen = ~mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((seen | (mask <= HIDDEN)).all()):
+        return Mask(refusal=DENSE), None
+    seen = seen[None, None] if said.real is None else seen & said.real[:, None, None]
+    return read_mask(seen, batch, seen.shape[-1]), seen
 
 
-def _softmax(call: Call) -> Tensor:
+def _softmax(call: Call, seen: Tensor | None) -> Tensor:
     """What the host computes: all of `F.multi_head_attention_forward` between its projections."""
+    if seen is not None:
+        return F.scaled_dot_product_attention(call.query, call.key, call.value, seen, call.dropout)
     mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
     if call.causal:
         causal = torch.ones(call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=call.query.device).tril()

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from astroattn.checks import check_traceable
 from astroattn.ops.layout import plain
+from astroattn.patching.packed import read_mask
 from astroattn.patching.site import (
     BIAS,
     RECORD,
@@ -26,7 +27,6 @@ from astroattn.patching.site import (
     Site,
     attend,
     fall_back,
-    key_mask,
     methods,
     names_in,
     replaced_forward,
@@ -173,12 +173,14 @@ def _read(
 ) -> Call:
     """A call of `F.scaled_dot_product_attention`, in our words."""
     check_traceable(query)
-    mask, refusal = key_mask(attn_mask, query.shape[0], key.shape[-2])
-    refusal = refusal or unequal(query.shape[-2], key.shape[-2])
+    mask = read_mask(attn_mask, query.shape[0], key.shape[-2])
+    refusal = mask.refusal or unequal(query.shape[-2], key.shape[-2])
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    return Call(query, key, value, mask, is_causal, scale, dropout_p, refusal=refusal)
+    call = Call(query, key, value, mask.real, is_causal or mask.causal, scale, dropout_p, refusal=refusal)
+    call.documents = mask.documents
+    return call
 
 
 def run(base: type[nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from astroattn.checks import DTYPES, LOST_WEIGHTS
 from astroattn.cost import covers
 from astroattn.ops.layout import plain
 from astroattn.ops.precision import autocast
-from astroattn.patching.scores import HIDDEN, KEY_BIAS
+from astroattn.patching.packed import by_document
 
 if TYPE_CHECKING:
     from astroattn.patching.grid import PatchGrid
@@ -65,6 +65,7 @@ class Call:
     window: int | None = None  # where it ends within the sequence
     sliding_window: int | None = None  # as the host says it, wherever it ends
     sink: Tensor | None = None  # the logit of one more key of each head [H], whose value is zero
+    documents: Tensor | None = None  # [1 or B, N], growing from one document of a row to the next; None: one in each
     refusal: str | None = None
     memory: StreamingLayer | None = None  # of the tokens before these
 
@@ -220,7 +221,7 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
     if site.seen is not None:
         return _observe(site, core, call, host)
     call.query, call.key, call.value = autocast(call.query, call.key, call.value)
-    if call.grid is None and site.grid is not None and call.query.dim() == 4:
+    if call.grid is None and site.grid is not None and call.query.dim() == 4 and call.documents is None:
         call.grid = site.grid.of(call.query.shape[2])
         if call.grid is None and not all(covers(each, plain(call.key.shape[2]), None) for each in core.configs):
             site.count(NO_GRID, f"{site.name}: {NO_GRID}")
@@ -238,23 +239,27 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
     if call.memory is not None:
         return call.memory.attend(core, call.query, call.key, call.value, key_mask=call.key_mask, scale=call.scale)
     try:
-        answer: Tensor = core(
-            call.query,
-            call.key,
-            call.value,
-            key_mask=call.key_mask,
-            causal=call.causal,
-            scale=call.scale,
-            grid=call.grid,
-            window=call.window,
-            sink=call.sink,
-        )
+        answer = _answer(core, call, grid=call.grid)
     except RuntimeError as error:
         why = next((words for name, words in OUT_OF_REACH.items() if name in str(error)), None)
         if why is None:
             raise
         raise RuntimeError(f"{site.name}: {why}") from error
     return answer
+
+
+def _answer(core: AstrocyteAttention, call: Call, **options: Any) -> Tensor:
+    """What an astrocyte makes of a call."""
+    options |= {name: getattr(call, name) for name in ("causal", "scale", "window", "sink")}
+
+    def of(query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
+        answer: Tensor = core(query, key, value, key_mask=real, **options)
+        return answer
+
+    tokens = (call.query, call.key, call.value)
+    if call.documents is None:
+        return of(*tokens, call.key_mask)
+    return by_document(call.documents, call.key_mask, tokens, of)
 
 
 def drop_keys(value: Tensor, p: float) -> Tensor:
@@ -288,6 +293,10 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "a mask over a grid of patches"
     if call.key_mask is not None and call.key_mask.shape != (query.shape[0], key.shape[2]):
         return "a mask for another batch or for other keys"
+    if call.documents is not None and call.documents.shape != (query.shape[0], query.shape[2]):
+        return "a mask for another batch or for other tokens"
+    if call.documents is not None and call.memory is not None:
+        return "packed documents in a cache"
     if call.sink is not None and (call.sink.shape != query.shape[1:2] or call.sink.device != query.device):
         return "attention sinks that are not one logit for each head"
     if core.hidden is not None and core.hidden.is_lost(query.device):
@@ -344,8 +353,7 @@ def _observe(site: Site, core: AstrocyteAttention, call: Call, host: Callable[[]
         if (core.num_heads, core.head_dim) != seen.shape:
             core = AstrocyteAttention(*seen.shape).to(query.device)  # exact, whatever its config is
         core.exact = True
-        options = {name: getattr(call, name) for name in ("key_mask", "causal", "scale", "window", "sink")}
-        ours = core(query, call.key, call.value, **options)
+        ours = _answer(core, call)
         core.exact = False
         seen.difference = _difference(answer, ours, call)
         site.seen.append(seen)
@@ -362,36 +370,3 @@ def _difference(answer: Tensor, ours: Tensor, call: Call) -> float:
         error, answer = error.where(real, 0.0), answer.where(real, 0.0)
     difference = error.max() / answer.float().abs().max().clamp_min(1e-12)
     return float(difference) if torch.isfinite(difference) else float("inf")
-
-
-def key_mask(mask: Tensor | None, batch: int, keys: int) -> tuple[Tensor | None, str | None]:
-    """Read an attention mask, broadcastable to `[B, H, Nq, Nk]`, as a mask of keys.
-
-    Returns `(mask [B, Nk] with True for a real token, None)`, or `(None, reason)` where the mask is more than that.
-    """
-    if mask is None:
-        return None, None
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        return None, "a mask of integers"
-    if mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] > 1 and not torch.compiler.is_compiling():
-        same = mask[:, :, :1]
-        if bool((mask == same).all()):  # for every query: a padding mask written out
-            mask = same
-    if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[-1] != keys:
-        kind = "a dense mask" if mask.dtype == torch.bool else "a dense mask or bias"
-        return None, f"{kind} over queries and keys, which is more than a padding mask"
-    if mask.dtype != torch.bool:
-        real = mask == 0
-        hidden = mask <= HIDDEN
-        plain = (real | hidden).all()
-        if torch.compiler.is_compiling():
-            torch._assert_async(plain, "astroattn: a float mask over keys may only hold 0 and -1e4 or less")
-        elif not plain:
-            return None, KEY_BIAS
-        mask = real
-    return for_batch(mask[:, 0, 0, :], batch), None
-
-
-def for_batch(keys: Tensor, batch: int) -> Tensor:
-    """A mask of keys `[1 or B, Nk]` as `[B, Nk]`; one for another batch as it is, which `attend` refuses."""
-    return keys.expand(batch, -1) if keys.shape[0] == 1 else keys
