@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from astroattn import AstroConfig, AstrocyteAttention, patch
 from astroattn.fidelity.calls import CostMeter
 from astroattn.patching import fallbacks
-from astroattn.patching.packed import Mask, by_document, read_blocks, read_mask
+from astroattn.patching.dense_masks import Mask, read_blocks, read_mask
+from astroattn.patching.packed import by_document
 
 STATIC = AstroConfig(hidden="random", near=4)
 STREAMING = AstroConfig(hidden="streaming", entries=16, near=8)

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.patching import fallbacks, patch, unpatch
+from astroattn.patching.dense_masks import KEY_BIAS, read_mask
 from astroattn.patching.grid import PatchGrid
 from astroattn.patching.masks import attention_mask
-from astroattn.patching.scores import KEY_BIAS
-from astroattn.patching.packed import read_mask
 from astroattn.patching.site import drop_keys
 
 EXACT = AstroConfig(near=100_000)

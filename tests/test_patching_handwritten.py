@@ -96,6 +96,12 @@ def causal(count: int) -> Tensor:
     return torch.ones(count, count, dtype=torch.bool).tril()
 
 
+def packed(count: int) -> Tensor:
+    """Two documents side by side."""
+    first = torch.arange(count) < 4
+    return first[:, None] == first
+
+
 def fold(x: Tensor) -> Tensor:
     return x.reshape(BATCH * HEADS, *x.shape[2:])
 
@@ -187,6 +193,12 @@ BIDIRECTIONAL = [
     *(dense_padding, bmm, baddbmm, einsum, flipped),
 ]
 
+
+def packed_masked(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~packed(q.shape[2]), LEAST)
+    return m.softmax_of(scores + bias_of(real)) @ v
+
+
 # Causal attention.
 
 
@@ -211,7 +223,12 @@ def causal_fused(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
-CAUSAL = [causal_where, causal_factor, causal_dense, causal_fused]
+def causal_packed(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    seen = causal(q.shape[2]) & packed(q.shape[2]) & real[:, None, None, :]  # type: ignore[index]
+    return m.softmax_of(torch.where(seen, q @ k.mT, LEAST)) @ v
+
+
+CAUSAL = [causal_packed, causal_where, causal_factor, causal_dense, causal_fused]
 
 
 def report_of(model: Model, config: AstroConfig = FULL) -> PatchReport:
@@ -221,7 +238,7 @@ def report_of(model: Model, config: AstroConfig = FULL) -> PatchReport:
     return report
 
 
-@pytest.mark.parametrize("between", [*BIDIRECTIONAL, in_place, *CAUSAL])
+@pytest.mark.parametrize("between", [*BIDIRECTIONAL, in_place, packed_masked, *CAUSAL])
 @torch.no_grad()
 def test_what_is_softmax_attention_becomes_an_astrocyte(between: Between) -> None:
     model, real = model_of(between), keys()

@@ -22,6 +22,7 @@ from torch.torch_version import TorchVersion
 
 from astroattn.checks import check_traceable
 from astroattn.ops.layout import plain
+from astroattn.patching.dense_masks import read_masks
 from astroattn.patching.scores import (
     BINARY,
     UNARY,
@@ -29,7 +30,6 @@ from astroattn.patching.scores import (
     Scores,
     labels_of,
     product_dtype,
-    read_masks,
     scores_of,
     split,
     values_of,
@@ -357,13 +357,15 @@ class Watch(TorchFunctionMode):
             for each, size in ((query, lead), (key, lead), (value, weights.lead))
         )
         count, keys = plain(query.shape[2]), plain(key.shape[2])
-        real, masked, refusal = read_masks(weights.masks, *parts, count, keys, self.site.causal)
-        causal = causal or masked
+        said = read_masks(weights.masks, *parts, count, keys, self.site.causal)
+        causal, refusal = causal or said.causal, said.refusal
         if not causal:
             refusal = refusal or unequal(count, keys)
         if self.site.seen is not None and refusal is None:
             self.site.causal = causal
-        return Call(query, key, value, real, causal, weights.scale, weights.dropout, refusal=refusal)
+        call = Call(query, key, value, said.real, causal, weights.scale, weights.dropout, refusal=refusal)
+        call.documents = said.documents
+        return call
 
     def _fused(self, *args: Any, **kwargs: Any) -> Tensor:
         """The answer to a call of `F.scaled_dot_product_attention`."""

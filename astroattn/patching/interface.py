@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from astroattn.checks import check_traceable
+from astroattn.patching.dense_masks import Mask, for_batch, read_mask
 from astroattn.patching.handwritten import HandwrittenSite
 from astroattn.patching.masks import KeyMask, attention_mask, dense
-from astroattn.patching.packed import Mask, for_batch, read_mask
 from astroattn.patching.site import (
     BIAS,
     CORE,

@@ -24,14 +24,14 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_tracing
 
-from astroattn.patching.packed import read_blocks
+from astroattn.patching.dense_masks import read_blocks
 
 
 class KeyMask:
     """The real keys [B, Nk] of `queries` tokens, the last ones; `causal`: a query sees no later key either.
 
-    `window`, where it is not None: a query sees no key more than so many tokens away. `documents`: as in `packed.Mask`.
-    `given`: the mask that the host has made, where it has.
+    `window`, where it is not None: a query sees no key more than so many tokens away. `documents`: as in
+    `dense_masks.Mask`. `given`: the mask that the host has made, where it has.
 
     PyTorch's functions and whatever is asked of it get the dense mask [B, 1, Nq, Nk] in its place: bool for SDPA
     (`dtype` None), else 0 and the least number of `dtype`.

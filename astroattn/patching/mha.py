@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.checks import check_traceable
-from astroattn.patching.packed import Mask, read_mask
-from astroattn.patching.scores import DENSE, HIDDEN
+from astroattn.patching.dense_masks import DENSE, HIDDEN, Mask, read_mask
 from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, replaced_forward, site_of
 
 NESTED = "astroattn_use_nested_tensor"  # a TransformerEncoder's use_nested_tensor before it was patched

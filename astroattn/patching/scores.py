@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 
 from astroattn.ops.layout import plain
-
-HIDDEN = -9984.0  # -10,000 in bfloat16; exp of it is zero, so a score this much lower has no weight
-
-KEY_BIAS = "a bias on keys (ALiBi, for example), which is more than a padding mask"
-DENSE = "a dense mask or bias over queries and keys, which is more than a padding mask"
-PER_HEAD = "a mask or bias of its own for every head (relative positions, for example)"
-LEARNED = "a learned bias on the scores"
-FACTOR = "a factor on the scores of every query and key"
+from astroattn.patching.dense_masks import HIDDEN
 
 Labels = tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]  # of the axes of two factors and their product
 
@@ -191,84 +184,6 @@ def split(weights: Scores, heads: int | None) -> tuple[int, int] | None:
     if len(weights.lead) != 1 or not heads or total % heads:
         return None
     return total // heads, heads
-
-
-def read_masks(
-    masks: tuple[tuple[str, Any], ...], batch: int, heads: int, queries: int, keys: int, causal: bool
-) -> tuple[Tensor | None, bool, str | None]:
-    """The real keys [batch, keys] that these masks leave (None: all), whether they are causal, and why not.
-
-    `causal` is what they are taken for where that cannot be told: with one query, and in a graph, which asserts it.
-    """
-    real: Tensor | None = None  # [1 or batch, keys]
-    seen: Tensor | None = None  # [1 or batch, queries, keys]
-    known = False  # to be causal
-    factors: list[Tensor] = []
-    for kind, mask in masks:
-        if not isinstance(mask, Tensor):  # a KeyMask
-            real, known = mask.keys if real is None else real & mask.keys, known or mask.causal
-            continue
-        mask = _per_head(mask, batch, heads)
-        if kind == "keep":
-            if not _holds((mask == 0) | (mask == 1)):
-                return None, False, FACTOR
-            factors.append((mask != 0).all(1))
-            continue
-        visible = ~mask if kind == "hide" else mask == 0
-        if mask.requires_grad:
-            return None, False, LEARNED
-        if kind == "add" and visible.shape[1] > 1 and visible.shape[2] > 1:
-            return None, False, PER_HEAD  # of relative positions, though it may be zero now
-        if kind in ("add", "base") and not _holds(visible | (mask <= HIDDEN)):
-            return None, False, KEY_BIAS if mask.shape[-2] == 1 else DENSE
-        if visible.shape[1] > 1 and not _holds(visible == visible[:, :1]):
-            return None, False, PER_HEAD
-        visible = visible[:, 0]
-        if visible.shape[1] == 1 and visible.shape[2] == keys:
-            real = visible[:, 0] if real is None else real & visible[:, 0]
-        else:
-            seen = visible if seen is None else seen & visible
-    if seen is not None or factors:
-        dense = torch.ones(1, queries, keys, dtype=torch.bool, device=(seen if seen is not None else factors[0]).device)
-        dense = dense if seen is None else dense & seen
-        dense = dense if real is None else dense & real[:, None, :]
-        order = torch.ones(queries, keys, dtype=torch.bool, device=dense.device).tril(keys - queries)
-        dense = dense & order if known else dense
-        if not all(_holds(factor | ~dense) for factor in factors):
-            return None, False, FACTOR
-        real = dense.any(1)
-        counts = real[:, None, :] if queries > keys else real[:, None, :] & real[:, -queries:, None]  # of real queries
-        if not torch.compiler.is_compiling():
-            plainly = _holds((dense == real[:, None, :]) | ~counts)
-            known = _holds((dense == (real[:, None, :] & order)) | ~counts) and (not plainly or causal)
-            if not (plainly or known):
-                return None, False, DENSE
-        else:
-            known = causal
-            expected = real[:, None, :] & order if causal else real[:, None, :]
-            _holds((dense == expected) | ~counts)
-    if real is not None:
-        if not torch.compiler.is_compiling() and bool(real.all()):
-            real = None
-        else:
-            real = real.expand(batch, -1) if real.shape[0] == 1 else real
-    return real, known or (causal and queries == 1), None
-
-
-def _per_head(mask: Tensor, batch: int, heads: int) -> Tensor:
-    """A mask that fits scores with any lead, as one of 4 axes: batch or 1, heads or 1, ..."""
-    if mask.dim() == 4:
-        return mask
-    return mask.unflatten(0, (batch, heads)) if mask.shape[0] > 1 else mask[None]
-
-
-def _holds(condition: Tensor) -> bool:
-    """Whether this holds everywhere; in a graph, which cannot ask, it is asserted when the graph runs."""
-    everywhere = condition.all()
-    if torch.compiler.is_compiling():
-        torch._assert_async(everywhere, "astroattn: a mask is not what it was when the graph was made")
-        return True
-    return bool(everywhere)
 
 
 Step = Callable[..., Scores | None]

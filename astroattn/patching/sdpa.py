@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from astroattn.checks import check_traceable
 from astroattn.ops.layout import plain
-from astroattn.patching.packed import read_mask
+from astroattn.patching.dense_masks import read_mask
 from astroattn.patching.site import (
     BIAS,
     RECORD,
