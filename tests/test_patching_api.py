@@ -22,9 +22,10 @@ import astroattn.patching.checking as checking
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.cost import covers
 from astroattn.patching import PatchReport, fallbacks, patch, patched, unpatch
-from astroattn.patching.report import FASTER_FROM
+from astroattn.patching.report import FASTER_FROM, make_notes
 from astroattn.patching.sdpa import SdpaSite
 
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
 STATIC = replace(SHORT, hidden="random")
 SAMPLE = ["bert", "vit", "albert", "gpt2", "timm vit"]  # both front-ends, shared modules, causal
@@ -74,20 +75,35 @@ def test_the_report_says_what_is_untrained_and_what_softmax_answers(tmp_path: Pa
         assert not covers(config, tokens + 1, None)
 
 
+def summaries(name: str) -> dict[str, int | None]:
+    """By backend, from how many tokens on the default was faster, in a file of results."""
+    rows = json.loads((RESULTS / name).read_text("utf-8"))["rows"]
+    wanted = ("summary", "default", "float32", "forward")
+    found = [row for row in rows if tuple(row.get(key) for key in ("part", "name", "dtype", "pass")) == wanted]
+    return {row["backend"]: row["faster than SDPA from"] for row in found}
+
+
 def test_the_report_says_from_which_length_on_the_default_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = Path(__file__).parent.parent / "docs" / "results" / "benchmark.json"
-    rows = json.loads(results.read_text("utf-8"))["rows"]
-    found = {
-        row["backend"]: row["faster than SDPA from"]
-        for row in rows
-        if (row["part"], row.get("name"), row.get("dtype"), row.get("pass"))
-        == ("summary", "default", "float32", "forward")
-    }
-    assert {"native": found["auto"], "torch": found["torch"]} == FASTER_FROM
+    here, wide = summaries("benchmark.json"), summaries("benchmark_avx512.json")
+    assert {"avx2": here["auto"], "avx512": wide["auto"], "torch": here["torch"]} == FASTER_FROM
+    assert wide["torch"] == here["torch"]
+    rows = json.loads((RESULTS / "benchmark.json").read_text("utf-8"))["rows"]
     longest = max(row.get("tokens", 0) for row in rows if (row.get("backend"), row.get("name")) == ("torch", "default"))
-    for refusal, said in ((None, "faster than softmax's from 1,024 tokens on"), ("none", f"up to {longest:,} tokens")):
+    patched_bert = build(ALL["bert"])
+    patch(patched_bert)
+    cases = {
+        (
+            "AVX2",
+            None,
+        ): "AVX2 the default's attention, in C++, was faster than softmax's from 1,024 tokens on",
+        ("AVX512", None): "AVX512 the default's attention, in C++, was faster than softmax's from 2,048 tokens on",
+        ("DEFAULT", None): "not measured on such a CPU",
+        ("AVX2", "none"): f"in plain PyTorch, was slower than softmax's at every length up to {longest:,} tokens",
+    }
+    for (capability, refusal), said in cases.items():
         monkeypatch.setattr("astroattn.ops.native.library.refusal", lambda dtype, refusal=refusal: refusal)
-        assert said in patch(build(ALL["bert"])).notes[-1]
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert said in make_notes(patched_bert)[-1]
     assert not any("CPU" in note for note in patch(build(ALL["bert"]), SHORT).notes)  # which was not measured
 
 

@@ -15,8 +15,9 @@ from astroattn.hidden import LearnedHidden
 from astroattn.ops.native import library
 from astroattn.tables import Block, Table, render
 
-# Tokens from which on the default took less time than SDPA, forward, with these kernels; docs/results/benchmark.json.
-FASTER_FROM = {"native": 1024, "torch": None}
+# Tokens from which on the default took less time than SDPA, forward, with the C++ kernels for such CPUs or with plain
+# PyTorch; docs/results/benchmark.json, benchmark_avx512.json.
+FASTER_FROM = {"avx2": 1024, "avx512": 2048, "torch": None}
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,16 @@ def _is_untrained(core: AstrocyteAttention) -> bool:
 
 
 def _time_note() -> str:
-    kernels = "torch" if library.refusal(torch.float32) else "native"
-    start = FASTER_FROM[kernels]
-    what = "the default's attention, in C++," if kernels == "native" else "the default's attention, in plain PyTorch,"
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if library.refusal(torch.float32):
+        return (
+            "on the CPUs that were measured the default's attention, in plain PyTorch, was slower than softmax's at "
+            "every length up to 4,096 tokens"
+        )
+    start = FASTER_FROM.get(capability)
     if start is None:
-        return f"on a CPU measured here {what} was slower than softmax's at every length up to 4,096 tokens"
+        return "the time of the default's attention beside softmax's was not measured on such a CPU"
     return (
-        f"on a CPU measured here {what} was faster than softmax's from {start:,} tokens on, and slower in shorter ones"
+        f"on a CPU with {capability.upper()} the default's attention, in C++, was faster than softmax's from {start:,} "
+        "tokens on, and slower in shorter ones"
     )
