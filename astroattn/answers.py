@@ -27,7 +27,7 @@ from astroattn.ops.library import (
 )
 from astroattn.ops.padding import in_order, put_back, sort_tokens, zero_padding
 from astroattn.ops.precision import without_autocast
-from astroattn.ops.streaming import Memories, each_of, empty_memory, together
+from astroattn.ops.streaming import Memories, each_of, empty_memory, soft_capped, together
 from astroattn.ops.window import log_sum
 
 StaticLayer = RandomHidden | LearnedHidden
@@ -47,6 +47,7 @@ class Call:
     causal: bool
     scale: float
     grid: tuple[int, int] | None
+    soft_cap: float | None = None
 
     @property
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +56,7 @@ class Call:
 
     def of(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Call:
         """The same call of other tokens."""
-        return Call(query, key, value, key_mask, self.causal, self.scale, self.grid)
+        return Call(query, key, value, key_mask, self.causal, self.scale, self.grid, self.soft_cap)
 
     def ordered(self, order: Tensor, key_mask: Tensor | None) -> Call:
         """The tokens in an order [B, N], whose mask is this one."""
@@ -79,6 +80,8 @@ def softmax_attention(call: Call, with_log_p: bool) -> tuple[Tensor, Tensor]:
     if causal and (mask is not None or num_queries != num_keys):
         seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril(num_keys - num_queries)
         mask = seen if mask is None else mask & seen
+    if call.soft_cap is not None:
+        return _capped_softmax(call.of(query, key, value, key_mask), mask)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal and mask is None, scale=scale
     )
@@ -91,6 +94,21 @@ def softmax_attention(call: Call, with_log_p: bool) -> tuple[Tensor, Tensor]:
     if causal and mask is None:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()
     return out, logits.logsumexp(-1) if mask is None else log_sum(logits, mask)
+
+
+def _capped_softmax(call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax of c tanh(q.k / c); zeros where a query sees no key."""
+    work = torch.promote_types(call.query.dtype, torch.float32)
+    query, key, value = (x.to(work) for x in call.tokens)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device)
+        mask = mask.tril(num_keys - num_queries) if call.causal else mask
+    with without_autocast(query.device):
+        logits = soft_capped(query @ key.mT * call.scale, call.soft_cap)
+        blind = ~mask.any(-1, keepdim=True)
+        shares = logits.masked_fill(~(mask | blind), -torch.inf).softmax(-1).masked_fill(blind, 0)
+        return (shares @ value).to(call.query.dtype), log_sum(logits, mask)
 
 
 def bidirectional_attention(config: AstroConfig, hidden: StaticLayer | None, call: Call) -> tuple[Tensor, Tensor]:
@@ -196,7 +214,9 @@ def stream_attention(
         mine = slice(first, first := first + count // groups)
         q, k, v = query[:, mine], key[:, mine], value[:, mine]
         memory = empty_memory(q, k, v) if memories is None else each_of(memories)[number]
-        out, log_p, memory = stream(q, k, v, memory, config.entries, config.near, lengths, backend=config.backend)
+        out, log_p, memory = stream(
+            *(q, k, v, memory, config.entries, config.near, lengths, call.soft_cap), backend=config.backend
+        )
         out, log_p = out.flatten(1, 2), log_p.flatten(1, 2)
         outs.append(out)
         logs.append(log_p)

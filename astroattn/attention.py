@@ -18,6 +18,8 @@ from astroattn.answers import (
 from astroattn.checks import (
     NEEDS_SELF_ATTENTION,
     NEEDS_SELF_ATTENTION_IN_WINDOW,
+    SOFT_CAP,
+    SOFT_CAP_IN_WINDOW,
     check_call,
     check_grid,
     check_memories,
@@ -112,6 +114,7 @@ class AstrocyteAttention(nn.Module):
         grid: tuple[int, int] | None = None,
         window: int | None = None,
         sink: Tensor | None = None,
+        soft_cap: float | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -129,6 +132,8 @@ class AstrocyteAttention(nn.Module):
                 config says, and there is nothing beyond it: softmax within the window, in linear time.
             sink: [H], floating-point. The logit of one more key of each head, whose value is zero: p has exp(sink)
                 more. Where the attention is softmax it then takes N x N memory.
+            soft_cap: c tanh(x / c) stands in the place of every logit x = scale q.k. Of streaming memories, and of
+                what is softmax attention, then of N x N memory.
 
         Returns:
             [B, H, Nq, Dv], in the dtype of the query (autocast's under it). Differentiable in query, key and value.
@@ -140,7 +145,7 @@ class AstrocyteAttention(nn.Module):
             TypeError, ValueError: shapes, dtypes or values that do not fit, naming the argument; a combination that
                 `refusal` names; learned weights that are on the meta device.
         """
-        return self._attend(query, key, value, key_mask, causal, scale, grid, window, sink, False)[0]
+        return self._attend(query, key, value, key_mask, causal, scale, grid, window, sink, soft_cap, False)[0]
 
     @property
     def shares_keys(self) -> bool:
@@ -159,12 +164,13 @@ class AstrocyteAttention(nn.Module):
         grid: tuple[int, int] | None = None,
         window: int | None = None,
         sink: Tensor | None = None,
+        soft_cap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The output, and log p [B, H, Nq], the logarithm of what divides it (the astrocyte's calcium response).
 
         Arguments and errors as in `forward`; slower, and of N x N memory where the attention is softmax.
         """
-        return self._attend(query, key, value, key_mask, causal, scale, grid, window, sink, True)
+        return self._attend(query, key, value, key_mask, causal, scale, grid, window, sink, soft_cap, True)
 
     def decode(
         self,
@@ -175,6 +181,7 @@ class AstrocyteAttention(nn.Module):
         *,
         key_mask: Tensor | None = None,
         scale: float | None = None,
+        soft_cap: float | None = None,
     ) -> tuple[Tensor, CausalState | Memories]:
         """Causal attention of the next tokens: to themselves, and to all earlier ones through a state of fixed size.
 
@@ -189,7 +196,7 @@ class AstrocyteAttention(nn.Module):
             value: theirs [B, H, N, Dv].
             state: what the call before has returned, which is used up by that; None: these are the first tokens.
             key_mask: as in `forward`.
-            scale: as in `forward`.
+            scale, soft_cap: as in `forward`.
 
         Returns:
             The output [B, H, N, Dv] and the state for the next call (of float32 at least). Streaming memories whose
@@ -199,18 +206,18 @@ class AstrocyteAttention(nn.Module):
             TypeError, ValueError: as in `forward`; queries and keys of different lengths; a state that does not fit.
         """
         query, key, value = autocast(query, key, value)
-        reason = "it is set to exact" if self.exact else self.refusal(causal=True)
+        reason = "it is set to exact" if self.exact else self.refusal(causal=True, soft_cap=soft_cap)
         if reason is None and self.hidden is None and not self.shares_keys:
             reason = "it is softmax attention"
         if reason is not None:
             raise ValueError(f"decode: this module has no causal state; {reason}")
-        check_call(self, query, key, value, key_mask, True, scale, None)
+        check_call(self, query, key, value, key_mask, True, scale, None, soft_cap=soft_cap)
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"query: {query.shape[2]} tokens; key has {key.shape[2]}")
         scale = self.head_dim**-0.5 if scale is None else float(scale)
         if self.shares_keys:
             memories = check_memories(self, state, query, key, value)
-            out, _, after = self._stream(Call(query, key, value, key_mask, True, scale, None), memories)
+            out, _, after = self._stream(Call(query, key, value, key_mask, True, scale, None, soft_cap), memories)
             return out, after
         assert self.hidden is not None
         query, key, weight, phase = self.hidden(query, key, scale)
@@ -219,9 +226,21 @@ class AstrocyteAttention(nn.Module):
         return decode_static(self.configs[0], self.hidden, call, (weight, phase), before)
 
     def refusal(
-        self, *, causal: bool, num_queries: int | None = None, num_keys: int | None = None, window: int | None = None
+        self,
+        *,
+        causal: bool,
+        num_queries: int | None = None,
+        num_keys: int | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> str | None:
         """Why this module cannot serve such attention, at every length or at that one, or None."""
+        if soft_cap is not None and window is not None:
+            return SOFT_CAP_IN_WINDOW
+        if soft_cap is not None and not self.exact and not self.shares_keys:
+            asked = num_keys or 0
+            if not all(config.hidden == "exact" or (asked and covers(config, asked, None)) for config in self.configs):
+                return SOFT_CAP
         if window is not None:
             return None if causal or num_queries == num_keys else NEEDS_SELF_ATTENTION_IN_WINDOW
         if num_keys is not None and self.exact:
@@ -305,12 +324,13 @@ class AstrocyteAttention(nn.Module):
         grid: tuple[int, int] | None,
         window: int | None,
         sink: Tensor | None,
+        soft_cap: float | None,
         with_normaliser: bool,
     ) -> tuple[Tensor, Tensor]:
         query, key, value = autocast(query, key, value)
-        check_call(self, query, key, value, key_mask, causal, scale, grid, window, sink)
+        check_call(self, query, key, value, key_mask, causal, scale, grid, window, sink, soft_cap)
         scale = self.head_dim**-0.5 if scale is None else float(scale)
-        call = Call(query, key, value, key_mask, causal, scale, grid)
+        call = Call(query, key, value, key_mask, causal, scale, grid, soft_cap)
         if sink is None:
             return self._answer(call, window, with_normaliser)
         out, log_p = self._answer(call, window, True)

@@ -21,6 +21,8 @@ NEEDS_SELF_ATTENTION = (
     "exact_keys and exact_queries does not"
 )
 NEEDS_SELF_ATTENTION_IN_WINDOW = "a window that is not causal needs as many queries as keys"
+SOFT_CAP = "soft cap on the attention logits, which no cluster of keys has"
+SOFT_CAP_IN_WINDOW = "soft cap on the attention logits within a sliding window"
 LOST_WEIGHTS = "the learned weights are on the meta device, which holds none; load them"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -45,6 +47,7 @@ def check_call(
     grid: tuple[int, int] | None,
     window: int | None = None,
     sink: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """Raise TypeError or ValueError with the argument's name, what came and what is allowed."""
     check_traceable(query)
@@ -72,11 +75,13 @@ def check_call(
             raise ValueError(f"key_mask: shape {tuple(key_mask.shape)}; expected [B, Nk] = {expected}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal: {type(causal).__name__}; expected bool")
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale: {type(scale).__name__}; expected a number or None")
-        if not 0 < scale < inf:
-            raise ValueError(f"scale: {scale}; must be positive and finite")
+    for name, number in (("scale", scale), ("soft_cap", soft_cap)):
+        if number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name}: {type(number).__name__}; expected a number or None")
+        if not 0 < number < inf:
+            raise ValueError(f"{name}: {number}; must be positive and finite")
     if causal and num_queries > num_keys:
         raise ValueError(f"query: {num_queries} tokens, more than the {num_keys} keys; causal needs at most as many")
     check_grid(grid, num_keys)
@@ -92,7 +97,10 @@ def check_call(
         if sink.shape != (module.num_heads,) or sink.device != query.device:
             expected_sink = f"[H] = {(module.num_heads,)} on {query.device}"
             raise ValueError(f"sink: shape {tuple(sink.shape)} on {sink.device}; expected {expected_sink}")
-    reason = module.refusal(causal=causal, num_queries=num_queries, num_keys=num_keys, window=window)
+    counts = {"num_queries": num_queries, "num_keys": num_keys}
+    reason = module.refusal(causal=causal, **counts, window=window, soft_cap=soft_cap)
+    if reason in (SOFT_CAP, SOFT_CAP_IN_WINDOW):
+        raise ValueError(f"soft_cap: {soft_cap} with this config; {reason}")
     if reason is not None and causal:
         raise ValueError(f"causal: True with this config; {reason}")
     if reason is not None:

@@ -93,6 +93,14 @@ def test_equals_plain_pytorch(case: str, device: str) -> None:
     check(stream(*tokens, empty_memory(*tokens), entries, newest, real), expected)
 
 
+@pytest.mark.parametrize("soft_cap", [0.5, 20.0])
+def test_a_soft_cap(soft_cap: float, device: str) -> None:
+    tokens = draw(device, 50, batch=2, groups=3, dim=9, columns=5)
+    real = torch.tensor([50, 23])
+    expected = plain.stream(*double(tokens), empty_memory(*double(tokens)), 32, 16, real, soft_cap)
+    check(stream(*tokens, empty_memory(*tokens), 32, 16, real, soft_cap), expected)
+
+
 def test_goes_on_from_a_given_memory_and_leaves_it(device: str) -> None:
     """One that plain PyTorch has made, of rows in different blocks, of which one gets no token."""
     before, tokens = draw(device, 30, batch=3), draw(device, 13, batch=3)

@@ -76,6 +76,18 @@ def test_equal_to_plain_pytorch(name: str, variant: str) -> None:
         assert [x.shape for x in memory] == [x.shape for x in expected_memory]
 
 
+@pytest.mark.parametrize("soft_cap", [0.3, 3.0, 50.0])
+@pytest.mark.parametrize("name", ["decoder", "odd sizes", "a query head each", "padding"])
+def test_a_soft_cap(name: str, soft_cap: float, variant: str) -> None:
+    inputs, sizes, lengths = draw(name)
+    out, log_p, memory = native.stream(*inputs, start(inputs), *sizes, lengths, soft_cap)
+    exact = [x.double() for x in inputs]
+    expected, expected_log_p, expected_memory = streaming.stream(*exact, start(exact), *sizes, lengths, soft_cap)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(log_p.double(), expected_log_p, rtol=2e-5, atol=2e-5)
+    compare_memories(memory, expected_memory)
+
+
 @pytest.mark.parametrize("name", ["decoder", "odd sizes", "twelve query heads", "padding"])
 def test_it_errs_no_more_than_plain_pytorch(name: str, variant: str) -> None:
     inputs, sizes, lengths = draw(name)

@@ -208,14 +208,6 @@ def test_a_complete_key_mask_is_not_made_causal(name: str) -> None:
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
-def test_a_soft_cap_stays_exact() -> None:
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    shape |= {"intermediate_size": 64, "vocab_size": 99, "head_dim": 8}
-    gemma = t.Gemma2ForCausalLM(t.Gemma2Config(**shape, attn_implementation="eager", sliding_window=8))
-    with pytest.raises(ValueError, match=r"soft cap"):
-        patch(gemma.eval(), STATIC)
-
-
 def test_t5_position_bias_stays_exact() -> None:
     need_transformers("5.15")
     config = t.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99)

@@ -15,6 +15,7 @@ from astroattn.config import is_tiled
 from astroattn.cost import covers, prefix_length
 from astroattn.fidelity.calls import AttentionCall
 from astroattn.hidden import LearnedHidden
+from astroattn.ops.streaming import soft_capped
 from astroattn.patching.record import unwrapped
 
 QUERIES = 64  # of a sequence; their rows say enough of the others', and cost 64 N instead of N^2
@@ -59,7 +60,7 @@ def take(x: Tensor, queries: Tensor | None) -> Tensor:
 
 
 def _exact_logits(call: AttentionCall, queries: Tensor | None) -> Tensor:
-    return take(call.query, queries) @ call.key.mT * call.scale
+    return soft_capped(take(call.query, queries) @ call.key.mT * call.scale, call.options.get("soft_cap"))
 
 
 def log_products(

@@ -22,7 +22,7 @@ class AttentionCall(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    options: dict[str, Any]  # key_mask, causal, scale, grid, window, sink
+    options: dict[str, Any]  # key_mask, causal, scale, grid, window, sink, soft_cap
 
     @property
     def scale(self) -> float:

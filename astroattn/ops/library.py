@@ -177,6 +177,7 @@ def stream(
     entries: int,
     newest: int,
     lengths: Tensor | None = None,
+    soft_cap: float | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Memory]:
@@ -189,7 +190,7 @@ def stream(
     """
     backend = choose_backend(backend, "streaming", query, value)
     check_devices((query, key, value, *memory[:-1]))
-    inputs = (query, key, value, memory, entries, newest, lengths)
+    inputs = (query, key, value, memory, entries, newest, lengths, soft_cap)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *memory))
     if backend == "torch" or differentiable or _in_graph() or _is_transformed():
         return streaming.stream(*inputs)

@@ -13,8 +13,9 @@ v_ij their mean value and o the mean of what is read; the mean of its square ove
 
     cost_ij = mu^2 s (|v_i - v_j|^2 + SECOND_ORDER s |v_ij - o|^2),   s = (k_i - k_j)^T M (k_i - k_j).
 
-The joint entry has the means of k and v with weights exp(b + u.k), and the b with which it has their mass at u. Ours;
-merging keys and values of a cache as such is known (CaM, KVMerger).
+The joint entry has the means of k and v with weights exp(b + u.k), and the b with which it has their mass at u. With a
+soft cap c, c tanh(x / c) stands in the place of every product x of a query and a key that is read; what joining costs
+is counted as without. Ours; merging keys and values of a cache as such is known (CaM, KVMerger).
 
 Queries are [B, H, G, N, D] times the scale, keys and values [B, H, N, D] and [B, H, N, Dv], with H key heads that G
 query heads read; float32 at least.
@@ -95,7 +96,14 @@ def empty_memory(query: Tensor, key: Tensor, value: Tensor) -> Memory:
 
 
 def stream(
-    query: Tensor, key: Tensor, value: Tensor, memory: Memory, entries: int, newest: int, lengths: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory: Memory,
+    entries: int,
+    newest: int,
+    lengths: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Memory]:
     """Read and write N tokens, one block after the other.
 
@@ -103,6 +111,7 @@ def stream(
         query, key, value: as above. memory: what the tokens before these left behind; it is not changed.
         entries: most entries to store, a multiple of the block. newest: tokens that are not merged yet, at least.
         lengths: real tokens of each sequence [B], on the CPU, which come first; None: all are.
+        soft_cap: c as above, positive; None: there is none.
 
     Returns:
         The output [B, H, G, N, Dv] and log p [B, H, G, N], zeros and -inf for padding; and the new memory.
@@ -117,22 +126,27 @@ def stream(
         alike = bool((take == n).all() and (done == first).all() and (memory.counts[:, 0] == memory.counts[0, 0]).all())
         if alike:
             now = slice(first, first + n)
-            part, log, memory = _piece(query[..., now, :], key[:, :, now], value[:, :, now], memory, None)
+            part, log, memory = _piece(query[..., now, :], key[:, :, now], value[:, :, now], memory, None, soft_cap)
             out[..., now, :], log_p[..., now] = part, log
         else:  # each row goes on in its own block
             tokens = (done[:, None] + torch.arange(n, device="cpu")).clamp(max=count - 1)
             q, k, v = (_take_tokens(x, tokens.to(key.device)) for x in (query, key, value))
-            part, log, memory = _piece(q, k, v, memory, take)
+            part, log, memory = _piece(q, k, v, memory, take, soft_cap)
             rows, steps = (torch.arange(n, device="cpu") < take[:, None]).nonzero(as_tuple=True)
             places = tokens[rows, steps]
             out[rows, :, :, places], log_p[rows, :, :, places] = part[rows, :, :, steps], log[rows, :, :, steps]
         done = done + take
         full = (memory.counts[:, 1] == block).nonzero()[:, 0]
         if len(full) == batch:
-            memory = _end_block(memory, entries, newest)
+            memory = _end_block(memory, entries, newest, soft_cap)
         elif len(full):
-            memory = _put_rows(memory, full, _end_block(select_rows(memory, full), entries, newest))
+            memory = _put_rows(memory, full, _end_block(select_rows(memory, full), entries, newest, soft_cap))
     return out, log_p, memory
+
+
+def soft_capped(logits: Tensor, soft_cap: float | None) -> Tensor:
+    """c tanh(x / c), or x where there is no c."""
+    return logits if soft_cap is None else soft_cap * (logits / soft_cap).tanh()
 
 
 def select_rows(memory: Memory, rows: Tensor) -> Memory:
@@ -147,14 +161,15 @@ def _take_tokens(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _piece(
-    query: Tensor, key: Tensor, value: Tensor, memory: Memory, take: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, memory: Memory, take: Tensor | None, soft_cap: float | None
 ) -> tuple[Tensor, Tensor, Memory]:
     """Write n tokens of a block, then read each with what came before it; of each row the first `take` (None: all)."""
     (groups, n), device, old = query.shape[2:4], key.device, memory[: len(ENTRIES)]
     added = (key, value, *(x.new_zeros(*x.shape[:2], n, *x.shape[3:]) for x in old[2:]))
     grown = (_insert(x, y, memory.counts[:, 0], take) for x, y in zip(old, added, strict=True))
     new = memory._replace(**dict(zip(ENTRIES, grown, strict=True)))
-    logits = (query.flatten(2, 3) @ new.key.mT).unflatten(2, (groups, n)) + new.log_weight.movedim(-1, 2).unsqueeze(3)
+    logits = soft_capped(query.flatten(2, 3) @ new.key.mT, soft_cap).unflatten(2, (groups, n))
+    logits = logits + new.log_weight.movedim(-1, 2).unsqueeze(3)
     width = new.key.shape[2]
     if take is None:
         real = None
@@ -212,7 +227,7 @@ def _put_rows(memory: Memory, rows: Tensor, part: Memory) -> Memory:
     return Memory(*fields)
 
 
-def _end_block(memory: Memory, entries: int, newest: int) -> Memory:
+def _end_block(memory: Memory, entries: int, newest: int, soft_cap: float | None) -> Memory:
     """Take a block into the statistics, and make room for the next one."""
     with torch.no_grad():
         block = block_of(entries)
@@ -230,9 +245,9 @@ def _end_block(memory: Memory, entries: int, newest: int) -> Memory:
         )
     full = (memory.counts[:, 0] == entries).nonzero()[:, 0]
     if len(full) == len(memory.counts):
-        return _merge(memory, block, newest)
+        return _merge(memory, block, newest, soft_cap)
     if len(full):
-        return _put_rows(memory, full, _merge(select_rows(memory, full), block, newest))
+        return _put_rows(memory, full, _merge(select_rows(memory, full), block, newest, soft_cap))
     return memory
 
 
@@ -240,7 +255,7 @@ def _blend(mean: Tensor, new: Tensor, rate: float) -> Tensor:
     return rate * mean + (1 - rate) * new
 
 
-def _merge(memory: Memory, block: int, newest: int) -> Memory:
+def _merge(memory: Memory, block: int, newest: int, soft_cap: float | None) -> Memory:
     """Let as many entries as a block has join others, of all but the newest: only such take others in as stay."""
     count = memory.key.shape[2] - max(newest - block, 0)  # at the end of the next block these are the newest
     old = [getattr(memory, name)[:, :, :count] for name in ENTRIES]
@@ -264,7 +279,7 @@ def _merge(memory: Memory, block: int, newest: int) -> Memory:
         index = into.view(*into.shape, *[1] * (x.dim() - 3)).expand_as(x)
         return torch.zeros_like(x).scatter_add(2, index, x)
 
-    drive = log_weight + key @ mean.mT  # b + u.k for each query head
+    drive = log_weight + soft_capped(key @ mean.mT, soft_cap)  # b + u.k for each query head
     top = torch.full_like(drive, -torch.inf).scatter_reduce(2, into[..., None].expand_as(drive), drive, "amax")
     shares = (drive - top.gather(2, into[..., None].expand_as(drive))).exp()
     total = join(shares)
@@ -274,7 +289,9 @@ def _merge(memory: Memory, block: int, newest: int) -> Memory:
     part = (part - high.gather(2, into)).exp()
     part = part / join(part).clamp_min(torch.finfo(part.dtype).tiny).gather(2, into)
     joint_key, joint_value = join(key * part[..., None]), join(value * part[..., None])
-    joint_weight = top + total.clamp_min(torch.finfo(total.dtype).tiny).log() - joint_key @ mean.mT
+    joint_weight = (
+        top + total.clamp_min(torch.finfo(total.dtype).tiny).log() - soft_capped(joint_key @ mean.mT, soft_cap)
+    )
     merged = (
         torch.where(alone[..., None], key, joint_key),
         torch.where(alone[..., None], value, joint_value),

@@ -300,14 +300,15 @@ def _keep_learned(core: AstrocyteAttention, before: AstrocyteAttention | None) -
 def _causal_refusal(each: Found) -> str | None:
     """Why the config cannot serve a causal module, unless its near field covers the longest sequence there can be."""
     site, core = site_at(each), getattr(each.module, CORE)
-    causal = site.seen[0].causal if site.seen else type(site).is_causal(each.module)
+    calls = [seen for seen in site.seen or [] if seen.refusal is None]
+    causal = calls[0].causal if calls else type(site).is_causal(each.module)
     settings = getattr(each.module, "config", None)
     longest = next((value for name in LONGEST if isinstance(value := getattr(settings, name, None), int)), None)
     if longest is not None and all(c.hidden == "exact" or c.near >= longest for c in core.configs):
         return None
     if core.shares_keys and (reason := _streaming_refusal(each)):
         return reason
-    refusal: str | None = core.refusal(causal=causal)
+    refusal: str | None = core.refusal(causal=causal, soft_cap=calls[0].soft_cap if calls else None)
     return refusal
 
 

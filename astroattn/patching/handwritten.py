@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.torch_version import TorchVersion
 
-from astroattn.checks import check_traceable
+from astroattn.checks import SOFT_CAP, check_traceable
 from astroattn.ops.layout import plain
 from astroattn.patching.dense_masks import read_masks
 from astroattn.patching.scores import (
@@ -36,7 +36,6 @@ from astroattn.patching.scores import (
 )
 from astroattn.patching.site import (
     RECORD,
-    SOFT_CAP,
     WINDOW,
     Call,
     Site,

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from astroattn.checks import check_traceable
+from astroattn.checks import SOFT_CAP_IN_WINDOW, check_traceable
 from astroattn.patching.dense_masks import Mask, for_batch, read_mask
 from astroattn.patching.handwritten import HandwrittenSite
 from astroattn.patching.masks import KeyMask, attention_mask, dense
@@ -26,7 +26,6 @@ from astroattn.patching.site import (
     BIAS,
     CORE,
     RECORD,
-    SOFT_CAP,
     Call,
     Site,
     attend,
@@ -47,14 +46,12 @@ CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
 # an attribute of the module that is not None, False or 0, and what it means
 REFUSED_ATTRIBUTES = {
     "is_cross_attention": "cross attention",
-    "attn_logit_softcapping": SOFT_CAP,
     "relative_position_bias": BIAS,
     "relative_position_bias_table": BIAS,
     "relative_attention_bias": BIAS,
 }
 # an argument of the attention function that is not None, and what it means
 REFUSED_ARGUMENTS = {
-    "softcap": SOFT_CAP,
     "position_bias": BIAS,
     "head_mask": "head mask",
     "layer_head_mask": "head mask",
@@ -239,6 +236,9 @@ def _read(
     scale, dropout = arguments.get("scaling"), arguments.get("dropout", 0.0)
     call = Call(query, key, value, real, causal, scale, dropout, window=window, refusal=refusal, memory=memory)
     call.documents = said.documents
+    call.soft_cap = arguments.get("softcap") if host == "eager" else None  # SDPA has none, and knows none
+    if call.soft_cap is not None and window is not None:
+        call.refusal = refusal or SOFT_CAP_IN_WINDOW
     call.sliding_window, call.sink = arguments.get("sliding_window"), arguments.get("s_aux")
     if call.sink is None and getattr(module, "sinks", None) is not None:
         call.refusal = refusal or "attention sinks that the attention function is not given"

@@ -36,7 +36,6 @@ REPLACED = "its forward was replaced on the instance (accelerate's hooks do so);
 # Why modules stay exact, where several front-ends say it.
 BIAS = "relative position bias (a number for every query and key, which no cluster of keys has)"
 WINDOW = "attention within small windows, which softmax serves best"
-SOFT_CAP = "soft cap on the attention logits, which no cluster of keys has"
 STRIDED = "keys of another length than the queries (pooled or strided), few of them"
 UNEQUAL = "keys of another length than the queries (cross attention or a static cache)"
 NO_GRID = "patch grid not found: tokens are treated as a sequence"
@@ -65,6 +64,7 @@ class Call:
     window: int | None = None  # where it ends within the sequence
     sliding_window: int | None = None  # as the host says it, wherever it ends
     sink: Tensor | None = None  # the logit of one more key of each head [H], whose value is zero
+    soft_cap: float | None = None  # c, where c tanh(x / c) stands in the place of every logit x
     documents: Tensor | None = None  # [1 or B, N], growing from one document of a row to the next; None: one in each
     refusal: str | None = None
     memory: StreamingLayer | None = None  # of the tokens before these
@@ -81,6 +81,7 @@ class Seen:
     causal: bool = False
     sliding_window: int | None = None
     window_ended: bool = False
+    soft_cap: float | None = None
     difference: float = 0.0
 
 
@@ -237,7 +238,8 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
     if call.dropout > 0:
         call.value = drop_keys(call.value, call.dropout)
     if call.memory is not None:
-        return call.memory.attend(core, call.query, call.key, call.value, key_mask=call.key_mask, scale=call.scale)
+        options = {name: getattr(call, name) for name in ("key_mask", "scale", "soft_cap")}
+        return call.memory.attend(core, call.query, call.key, call.value, **options)
     try:
         answer = _answer(core, call, grid=call.grid)
     except RuntimeError as error:
@@ -250,7 +252,7 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
 
 def _answer(core: AstrocyteAttention, call: Call, **options: Any) -> Tensor:
     """What an astrocyte makes of a call."""
-    options |= {name: getattr(call, name) for name in ("causal", "scale", "window", "sink")}
+    options |= {name: getattr(call, name) for name in ("causal", "scale", "window", "sink", "soft_cap")}
 
     def of(query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
         answer: Tensor = core(query, key, value, key_mask=real, **options)
@@ -304,7 +306,8 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
     counts = query.shape[2], key.shape[2]
     if call.causal and counts[0] > counts[1]:
         return "more queries than keys in causal attention"
-    return core.refusal(causal=call.causal, num_queries=counts[0], num_keys=counts[1], window=call.window)
+    options = {name: getattr(call, name) for name in ("causal", "window", "soft_cap")}
+    return core.refusal(num_queries=counts[0], num_keys=counts[1], **options)
 
 
 class _Running(threading.local):
@@ -348,8 +351,8 @@ def _observe(site: Site, core: AstrocyteAttention, call: Call, host: Callable[[]
     else:
         query = call.query
         shape = (query.shape[1], query.shape[-1])
-        windows = call.sliding_window, call.window is not None
-        seen = Seen(None, shape, query.dtype, query.shape[2], call.causal, *windows)
+        more = call.sliding_window, call.window is not None, call.soft_cap
+        seen = Seen(None, shape, query.dtype, query.shape[2], call.causal, *more)
         if (core.num_heads, core.head_dim) != seen.shape:
             core = AstrocyteAttention(*seen.shape).to(query.device)  # exact, whatever its config is
         core.exact = True

@@ -221,15 +221,21 @@ def _check_changed(model: nn.Module, before: _Answers, config: AstroConfig) -> N
             handle.remove()
     if not all(each.isfinite().all() for each in outputs):
         raise Different("NaN or infinity comes out")
-    if approximate and before.difference(outputs) == 0 and not _changes_in_double(model, before.inputs):
+    if approximate and before.difference(outputs) == 0 and not _changes_when_enlarged(model, before.inputs):
         raise Different("the astrocytes answer, and nothing changes")
     if before.keeps_padding_apart and (spread := before.spread(model, outputs)) > ROUNDING:
         raise Different(f"padding changes the outputs at real tokens by {spread:.1e}")
 
 
-def _changes_in_double(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a patched model puts out anything else than the original: weights drawn small may hide it in float32."""
+def _changes_when_enlarged(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a patched model puts out anything else than the original in float64, with five times as large weights.
+
+    Weights drawn small may hide it: where all products are near zero, attention is uniform however it is computed.
+    """
     model = copy.deepcopy(model).double()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.mul_(5.0)
     arguments = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.arguments.items()

@@ -151,10 +151,12 @@ class Stand(AstrocyteAttention):
         grid: tuple[int, int] | None = None,
         window: int | None = None,
         sink: Tensor | None = None,
+        soft_cap: float | None = None,
     ) -> Tensor:
-        """As in `AstrocyteAttention`; ValueError where there is padding, a causal mask, a window or a sink."""
-        if causal or window is not None or sink is not None or (key_mask is not None and not key_mask.all()):
-            raise ValueError("inputs: the peers take no padding and no causal mask, window or sink")
+        """As in `AstrocyteAttention`; ValueError where there is padding, a causal mask, a window, a sink or a cap."""
+        more = window is not None or sink is not None or soft_cap is not None
+        if causal or more or (key_mask is not None and not key_mask.all()):
+            raise ValueError("inputs: the peers take no padding and no causal mask, window, sink or soft cap")
         tokens, width = query.shape[2:]
         query = query * (width**-0.5 if scale is None else scale)
         if self.counting:

@@ -22,6 +22,7 @@ from astroattn.ops.kernels.rows import load_rows, power_of_2, rows_of, store_row
 from astroattn.ops.kernels.streaming_merge import (
     LEAST,
     Sizes,
+    capped,
     end_block,
     load_keys,
     load_values,
@@ -68,13 +69,14 @@ def logits_of(query, start, token, real, memory, z, index, last, end, size):
     head = tl.arange(0, size.MANY * size.TOKENS) // size.TOKENS
     place = (z * size.WIDTH + index)[None, :] * size.HEADS + head[:, None]
     there = index < end
-    logits = tl.load(memory.log_weight + place, mask=there[None, :] & (head < size.HEADS)[:, None], other=0.0)
+    logits = tl.zeros(place.shape, tl.float32)
     for first in range(0, query.DIM, size.COLUMNS):
         column = first + tl.arange(0, size.COLUMNS)
         at = start + token.to(tl.int64)[:, None] * query.row + column[None, :]
         q = tl.load(at, mask=real[:, None] & (column < query.DIM)[None, :], other=0.0).to(tl.float32)
         logits += product(q, tl.trans(load_keys(memory, z, index, there, column, size)), tl.float32)
-    return tl.where(there[None, :] & (index[None, :] <= last[:, None]), logits, float("-inf"))
+    b = tl.load(memory.log_weight + place, mask=there[None, :] & (head < size.HEADS)[:, None], other=0.0)
+    return tl.where(there[None, :] & (index[None, :] <= last[:, None]), capped(logits, size) + b, float("-inf"))
 
 
 @triton.jit
@@ -159,7 +161,14 @@ def stream_kernel(query, key, value, memory, out, log_p, lengths, count, heads, 
 
 
 def stream(
-    query: Tensor, key: Tensor, value: Tensor, memory: Memory, entries: int, newest: int, lengths: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory: Memory,
+    entries: int,
+    newest: int,
+    lengths: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Memory]:
     """Read and write N tokens, one block after the other: `ops.streaming.stream`, in one launch; without gradients.
 
@@ -171,18 +180,25 @@ def stream(
     """
     buffers = open_memory(memory, entries)
     on_device = None if lengths is None else lengths.to(key.device)
-    out, log_p = stream_in_place(query, key, value, buffers, newest, on_device)
+    out, log_p = stream_in_place(query, key, value, buffers, newest, on_device, soft_cap)
     counts = _counts_after(memory.counts, key.shape[2] if lengths is None else lengths, entries)
     return out, log_p, _close(buffers, counts)
 
 
 def stream_in_place(
-    query: Tensor, key: Tensor, value: Tensor, buffers: Memory, newest: int, lengths: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    buffers: Memory,
+    newest: int,
+    lengths: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`stream`, which changes the memory where it lies: one token is a step that a CUDA graph can repeat.
 
     Args:
-        query, key, value, newest: as in `ops.streaming.stream`. buffers: of `open_memory`. lengths: on the device.
+        query, key, value, newest, soft_cap: as in `ops.streaming.stream`. buffers: of `open_memory`. lengths: on the
+            device.
 
     Returns:
         The output [B, H, G, N, Dv] in the query's dtype, and log p [B, H, G, N] in float32; 0 and -inf for padding.
@@ -203,7 +219,7 @@ def stream_in_place(
         log_p.fill_(-torch.inf)
     stream_kernel[(batch * heads,)](
         *(*map(rows_of, (query, key, value)), buffers, rows_of(out), log_p, lengths, count, heads),
-        _sizes(buffers.key.shape[2], newest, groups, count, query.shape[-1], value.shape[-1]),
+        _sizes(buffers.key.shape[2], newest, groups, count, query.shape[-1], value.shape[-1], soft_cap or 0.0),
         num_warps=8,
         num_stages=1,  # what is loaded ahead may have been stored since
     )
@@ -258,7 +274,7 @@ def _counts_after(counts: Tensor, lengths: Tensor | int, entries: int) -> Tensor
 
 
 @cache
-def _sizes(entries: int, newest: int, groups: int, count: int, dim: int, dv: int) -> Sizes:
+def _sizes(entries: int, newest: int, groups: int, count: int, dim: int, dv: int, soft_cap: float) -> Sizes:
     block, widest = block_of(entries), power_of_2(max(dim, dv))
     many, candidates = power_of_2(groups, least=1), entries - max(newest - block, 0)
     tokens = 1 if count == 1 else max(min(block, min(QUERIES, NUMBERS // widest) // many), 1)
@@ -279,5 +295,6 @@ def _sizes(entries: int, newest: int, groups: int, count: int, dim: int, dv: int
         TILE=min(TILE, NUMBERS // widest),
         COLUMNS=min(COLUMNS, widest),
         ALL=power_of_2(candidates),
+        CAP=soft_cap,
     )
     return Sizes(*map(tl.constexpr, sizes))

@@ -42,6 +42,7 @@ class Sizes(NamedTuple):
     TILE: Any  # entries taken at once, a power of two
     COLUMNS: Any  # of queries, keys and values that are multiplied at once, a power of two
     ALL: Any  # CANDIDATES, a power of two
+    CAP: Any  # the soft cap, 0 where there is none
 
 
 @triton.jit
@@ -69,6 +70,14 @@ def store_entries(memory, z, index, there, keys, values, size):
     tl.store(place, keys.to(tl.float32), mask=wanted)
     place, wanted = place_rows(memory.value, z, index, there, tl.arange(0, size.VALUE_PADDED), size.VALUE_DIM, size)
     tl.store(place, values.to(tl.float32), mask=wanted)
+
+
+@triton.jit
+def capped(x, size):
+    """c tanh(x / c), or x where there is no c."""
+    if size.CAP > 0:
+        x = size.CAP * (2 * tl.sigmoid(2 * x / size.CAP) - 1)
+    return x
 
 
 @triton.jit
@@ -167,12 +176,12 @@ def costs(memory, z, mine, there, other, other_there, weight, size):
 def drives(memory, z, index, there, weight, size):
     """b + u.k of entries, for the mean u of each query head [entries, query heads]."""
     places, wanted = log_weights(memory, z, index, there, size)
-    drive = tl.load(places, mask=wanted, other=0.0)
+    drive = tl.zeros(places.shape, tl.float32)
     for start in range(0, size.DIM, size.COLUMNS):
         column = start + tl.arange(0, size.COLUMNS)
         mean = load_means(memory, z, weight, column, size)
         drive += product(load_keys(memory, z, index, there, column, size), tl.trans(mean), tl.float32)
-    return drive
+    return capped(drive, size) + tl.load(places, mask=wanted, other=0.0)
 
 
 @triton.jit
@@ -257,7 +266,7 @@ def load_entry(memory, z, index, mean, size):
     b = tl.load(memory.log_weight + place * size.HEADS + head, mask=head < size.HEADS, other=0.0)
     column = tl.arange(0, size.VALUE_PADDED)
     value = tl.load(memory.value + place * size.VALUE_DIM + column, mask=column < size.VALUE_DIM, other=0.0)
-    drive = b + tl.sum(mean * key[None, :], 1)
+    drive = b + capped(tl.sum(mean * key[None, :], 1), size)
     return key, value, drive, tl.load(memory.attention + place), tl.load(memory.age + place)
 
 
@@ -275,7 +284,7 @@ def join(memory, z, gone, into, mean, mass, size):
     share = part / (part + host_part)
     key = host_key + share * (key - host_key)
     value = host_value + share * (value - host_value)
-    b = log_sum(drive, host_drive) - tl.sum(mean * key[None, :], 1)
+    b = log_sum(drive, host_drive) - capped(tl.sum(mean * key[None, :], 1), size)
     tl.debug_barrier()  # all threads have read what is stored now
     place = (z * size.WIDTH + into).to(tl.int64)
     tl.store(memory.key + place * size.DIM + column, key, mask=column < size.DIM)

@@ -17,7 +17,7 @@
 struct StreamProblem {
     int64_t batch, heads, groups, tokens, dim, value_dim, entries, newest, block, sinks, old_width, new_width, threads;
     int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];
-    double fast, slow, second_order, least_mass;
+    double fast, slow, second_order, least_mass, soft_cap;  // soft_cap: 0 where there is none
 
     int64_t at(const int64_t* stride, int64_t sequence, int64_t head, int64_t token) const {
         return sequence * stride[0] + head * stride[1] + token * stride[2];
@@ -176,11 +176,18 @@ private:
         for (int64_t r = 0; r < 4; r++) rows[r] = x + std::min(4 * quad + r, p.groups - 1) * dim;
         dot_quad(rows, key, dim, dim, nullptr, count, c);
         const float* b = log_weight + quad * room;
+        if (p.soft_cap > 0)
+            for (int64_t i = 0; i < 4 * count; i += LANES)
+                store(c + i, float(p.soft_cap) * hyperbolic_tangent(load(c + i) / float(p.soft_cap)));
         for (int64_t i = 0; i < 4 * count; i += LANES) store(c + i, load(c + i) + load(b + i));
         std::fill(c + 4 * count, c + round_up(4 * count, LANES), -INFINITY);
         vec high = spread(-INFINITY);
         for (int64_t i = 0; i < 4 * count; i += LANES) high = larger(load(c + i), high);
         return largest_of_each(high);
+    }
+    float capped(float x) const {
+        const float cap = float(p.soft_cap);
+        return cap > 0 ? cap * std::tanh(x / cap) : x;
     }
     // to = exp(c - high); returns the sum of each row.
     static vec weigh(const float* c, vec high, int64_t count, float* to) {
@@ -397,7 +404,7 @@ private:
         for (int64_t g = 0; g < p.groups; g++) {
             vec drift = {};
             for (int64_t d = 0; d < dim; d += LANES) drift += load(joint + d) * load(centre + g * dim + d);
-            log_weight[place(0, g)] = log_sum(size, [&](int64_t i) { return drive[place(i, g)]; }) - sum(drift);
+            log_weight[place(0, g)] = log_sum(size, [&](int64_t i) { return drive[place(i, g)]; }) - capped(sum(drift));
         }
         for (int64_t i = 1; i < size; i++) {
             attention[members[0]] += attention[members[i]];

@@ -28,7 +28,7 @@ class _Problem(ctypes.Structure):
         *((name, INTEGER) for name in ("batch", "heads", "groups", "tokens", "dim", "value_dim", "entries", "newest")),
         *((name, INTEGER) for name in ("block", "sinks", "old_width", "new_width", "threads")),
         *((name, Strides) for name in ("query_stride", "key_stride", "value_stride", "out_stride")),
-        *((name, ctypes.c_double) for name in ("fast", "slow", "second_order", "least_mass")),
+        *((name, ctypes.c_double) for name in ("fast", "slow", "second_order", "least_mass", "soft_cap")),
     )
 
 
@@ -46,7 +46,14 @@ class _Tensors(ctypes.Structure):
 
 
 def stream(
-    query: Tensor, key: Tensor, value: Tensor, memory: Memory, entries: int, newest: int, lengths: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory: Memory,
+    entries: int,
+    newest: int,
+    lengths: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Memory]:
     """As `streaming.stream`, in float32, of any strides. A thread works on whole key heads.
 
@@ -69,7 +76,7 @@ def stream(
         *(batch, heads, groups, tokens, dim, value.shape[-1], entries, newest, block, SINKS),
         *(before.key.shape[2], width, torch.get_num_threads()),
         *strides(query, key, value, out),
-        *((1 - FORGETTING / entries) ** block, QUERY_DECAY**block, SECOND_ORDER, LEAST_MASS),
+        *((1 - FORGETTING / entries) ** block, QUERY_DECAY**block, SECOND_ORDER, LEAST_MASS, soft_cap or 0.0),
     )
     tensors = (query, key, value, out, log_p, lengths, *before, *after)
     run("stream", problem, _Tensors(*pointers(*tensors)))

@@ -145,6 +145,16 @@ static inline vec exponential(vec x) {
     return x < -87.0f ? vec{} : poly * power;
 }
 
+// tanh; NaN stays NaN. Near 0, where 1 - exp would lose digits, its series to x^9.
+static inline vec hyperbolic_tangent(vec x) {
+    vec square = x * x, rest = exponential(-2.0f * larger(x, -x)), away = (1.0f - rest) / (1.0f + rest);
+    vec series = spread(62.0f / 2835);
+    series = series * square - 17.0f / 315;
+    series = series * square + 2.0f / 15;
+    series = series * square - 1.0f / 3;
+    return square < 0.04f ? x + x * square * series : x < 0.0f ? -away : away;
+}
+
 // log to 2 units in the last place; -infinity for 0; NaN stays NaN, and so do negative numbers. No denormals.
 static inline vec logarithm(vec x) {
     ivec bits;
