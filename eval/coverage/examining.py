@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ STATIC = AstroConfig(hidden="random", near=0, exact_keys=0, num_hidden=8)
 DEFAULT = AstroConfig()
 
 ROUNDING = 1e-4  # of the largest output
+OWN_TOKENS = 4  # that a model puts beside those it is given, at most
 ASKS = "inputs=batch"  # what reasons say that inputs would help
 OTHER_ATTENTION = ("cross attention", "one query", "keys of another length")  # no self-attention of a sequence
 
@@ -165,12 +167,17 @@ class _Answers:
         return max(_difference(*(self._real(each, share) for each in pair)) for pair in pairs)
 
     def _real(self, output: Tensor, share: float) -> Tensor:
-        """An output at real tokens: by the mask, or the first share where it has another length (frames of a sound)."""
+        """An output at real tokens: by the mask, or the first share where it has another length (frames of a sound).
+
+        A model may put a few tokens of its own before the others or behind them: real is then what is real either way.
+        """
         real = self.inputs.real
         if real is None or output.dim() < 2 or output.shape[0] != real.shape[0]:
             return output
         if output.shape[1] == real.shape[1]:
             return output[real]
+        if 0 < (more := output.shape[1] - real.shape[1]) <= OWN_TOKENS:
+            return output[F.pad(real, (0, more), value=True) & F.pad(real, (more, 0), value=True)]
         return output[:, : math.ceil(share * output.shape[1])] if output.dim() > 2 else output
 
     def require_same(self, model: nn.Module) -> None:
