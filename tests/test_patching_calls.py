@@ -196,6 +196,18 @@ def test_a_bias_on_keys_is_not_a_key_mask() -> None:
         model(input_ids=text()["input_ids"], attention_mask=bias)
 
 
+@torch.no_grad()
+def test_a_bias_on_a_single_key_in_a_graph() -> None:
+    """A graph can only assert that a float mask is one of padding; here it need not be."""
+    model = build(ALL["bert"])
+    inputs = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.full((1, 1, 1, 1), 0.3)}
+    before = model(**inputs)[0]
+    patch(model, SHORT)
+    with pytest.warns(UserWarning, match="a bias on keys"):
+        after = torch.compile(model, backend="aot_eager")(**inputs)[0]
+    torch.testing.assert_close(after, before)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_complete_key_mask_is_not_made_causal(name: str) -> None:
     """For SDPA a bool mask is all there is to it, also in a causal module."""

@@ -107,9 +107,17 @@ def _mask(situation: Situation, real: Tensor) -> Tensor:
         "float_keys": _additive(real[:, None, None], situation.dtype),
         "dense_bool": dense,
         "dense_float": _additive(dense, situation.dtype),
+        "packed_bool": _packed(tokens)[None, None],
+        "packed_float": _additive(_packed(tokens)[None, None], situation.dtype),
         "bias": _cast(bias, situation.dtype),
     }
     return forms.get(mask, real.long())
+
+
+def _packed(tokens: int) -> Tensor:
+    """[N, N], True where query and key are of the same of two documents."""
+    first = torch.arange(tokens) < tokens // 3
+    return first[:, None] == first
 
 
 def _additive(mask: Tensor, dtype: str) -> Tensor:
@@ -121,10 +129,11 @@ def _mask_torch(arguments: Arguments, names: tuple[str, str], tokens: Tensor, si
     """Put a mask of torch.nn among the arguments, where True is padding, and return the real tokens."""
     mask, (batch, count) = situation.mask, tokens.shape[:2]
     real = _real(mask, batch, count)
-    if mask in ("dense_bool", "dense_float", "bias"):
+    if mask in ("dense_bool", "dense_float", "packed_bool", "packed_float", "bias"):
         bias = noise(count, count)
         dense = (bias > -0.5) | torch.eye(count, dtype=torch.bool)
         forms = {"dense_bool": ~dense, "dense_float": _additive(dense, situation.dtype)}
+        forms |= {"packed_bool": ~_packed(count), "packed_float": _additive(_packed(count), situation.dtype)}
         arguments[names[1]] = forms.get(mask, _cast(bias, situation.dtype))
         return real
     if mask == "none":

@@ -26,6 +26,8 @@ MASKS = (
     "float_keys",
     "dense_bool",
     "dense_float",
+    "packed_bool",  # two documents side by side
+    "packed_float",
     "bias",
 )
 DTYPES = ("float32", "float64", "bfloat16", "float16", "autocast")
