@@ -98,6 +98,11 @@ def test_what_a_dense_mask_says(form: Callable[[Tensor], Tensor]) -> None:
     assert "dense mask" in str(read_mask(additive(blocks(SIZES)[:, None]) / 1e36, 2, 20).refusal)
 
 
+def test_a_learned_bias_is_no_mask() -> None:
+    bias = torch.zeros(1, 1, 20, 20, requires_grad=True)
+    assert read_mask(bias, 2, 20).refusal == "a learned bias on the scores"
+
+
 # the answer
 
 

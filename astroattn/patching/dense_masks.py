@@ -49,6 +49,8 @@ def for_batch(x: Tensor | None, batch: int) -> Tensor | None:
 def _read(mask: Tensor, keys: int) -> Mask:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return Mask(refusal="a mask of integers")
+    if mask.requires_grad:
+        return Mask(refusal=LEARNED)  # though it may hide nothing yet
     compiling = torch.compiler.is_compiling()
     if mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] > 1 and not compiling:
         same = mask[:, :, :1]

@@ -261,7 +261,7 @@ def _answer(core: AstrocyteAttention, call: Call, **options: Any) -> Tensor:
     tokens = (call.query, call.key, call.value)
     if call.documents is None:
         return of(*tokens, call.key_mask)
-    return by_document(call.documents, call.key_mask, tokens, of)
+    return core.with_gradients(by_document(call.documents, call.key_mask, tokens, of))  # there may be nothing to answer
 
 
 def drop_keys(value: Tensor, p: float) -> Tensor:
