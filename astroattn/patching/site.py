@@ -259,7 +259,7 @@ def _answer(core: AstrocyteAttention, call: Call, **options: Any) -> Tensor:
         return answer
 
     tokens = (call.query, call.key, call.value)
-    if call.documents is None:
+    if call.documents is None or call.documents.numel() == 0:
         return of(*tokens, call.key_mask)
     return core.with_gradients(by_document(call.documents, call.key_mask, tokens, of))  # there may be nothing to answer
 

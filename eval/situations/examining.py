@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from astroattn import AstroConfig
 from astroattn.attention import AstrocyteAttention
 from astroattn.cost import covers
-from astroattn.patching import NotPatched, PatchReport, fallbacks, patch, unpatch
+from astroattn.patching import NotPatched, PatchReport, patch, unpatch
 from astroattn.patching.site import CORE, NO_GRID, site_of
 from eval.coverage.subjects import describe
 from eval.situations.calls import Given, at_real_tokens, give, with_other_padding
@@ -251,10 +251,10 @@ def _check_counts(
 ) -> None:
     """Every call was answered by an astrocyte or is counted as left to the host, with a warning."""
     names = {row.name for row in report.patched}
-    sites = {site.name for module in model.modules() if (site := site_of(module)) is not None}
-    if sites != names:
-        raise Wrong(f"the report has {sorted(names)} as astrocytes, the model {sorted(sites)}")
-    counts = fallbacks(model)
+    sites = [site for module in model.modules() if (site := site_of(module)) is not None]
+    if {site.name for site in sites} != names:
+        raise Wrong(f"the report has {sorted(names)} as astrocytes, the model {sorted(site.name for site in sites)}")
+    counts = {site.name: site.fallbacks for site in sites}  # a wrapper gives modules other names
     texts = [str(each.message) for each in said]
     for name, reasons in counts.items():
         for reason in reasons:
