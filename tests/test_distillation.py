@@ -502,7 +502,7 @@ def test_batches_that_an_astrocyte_cannot_answer_are_refused() -> None:
     model = learned()
     before = weights(model)
     dense = [
-        {"input_ids": each["input_ids"], "attention_mask": torch.ones(3, 1, 20, 20).bool().tril()} for each in texts()
+        {"input_ids": each["input_ids"], "attention_mask": torch.ones(3, 1, 20, 20).bool().tril().triu(-3)} for each in texts()
     ]
     with pytest.raises(ValueError, match=r"^batches: .*encoder\.layer"):
         run(model, dense)
