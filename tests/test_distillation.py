@@ -501,9 +501,8 @@ def test_models_that_cannot_be_distilled_are_refused() -> None:
 def test_batches_that_an_astrocyte_cannot_answer_are_refused() -> None:
     model = learned()
     before = weights(model)
-    dense = [
-        {"input_ids": each["input_ids"], "attention_mask": torch.ones(3, 1, 20, 20).bool().tril().triu(-3)} for each in texts()
-    ]
+    mask = torch.ones(3, 1, 20, 20).bool().tril().triu(-3)
+    dense = [{"input_ids": each["input_ids"], "attention_mask": mask} for each in texts()]
     with pytest.raises(ValueError, match=r"^batches: .*encoder\.layer"):
         run(model, dense)
     assert not moved(model, before)

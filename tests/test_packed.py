@@ -21,6 +21,10 @@ from astroattn.fidelity.calls import CostMeter
 from astroattn.patching import fallbacks
 from astroattn.patching.dense_masks import Mask, read_blocks, read_mask
 from astroattn.patching.packed import by_document
+from eval import packed as script
+from eval import summary
+from eval.benchmark.timing import Effort
+from eval.common import read_rows
 
 STATIC = AstroConfig(hidden="random", near=4)
 STREAMING = AstroConfig(hidden="streaming", entries=16, near=8)
@@ -289,6 +293,25 @@ def test_packed_texts_in_a_graph_are_the_hosts() -> None:
         with pytest.warns(UserWarning, match="a dense mask"):
             after = torch.compile(model, backend="eager")(**inputs).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_what_packing_costs_is_measured() -> None:
+    rows = script.measure(200, (40, 100), Effort(repeats=3, seconds=1))
+    assert len(rows) == 12
+    for row in rows:
+        own = row["attention"] == "original"
+        assert (row["times original"]["median"] == 1) == own
+        assert ("error" in row) == (row["attention"] == "exact")
+        assert row.get("error", 0) < 1e-5
+    table = script.format_markdown(rows)
+    assert table.splitlines()[0] == "| | documents of 40 | documents of 100 |"
+    assert len(table.splitlines()) == 2 + 6
+
+
+def test_the_committed_times_are_those_of_the_script() -> None:
+    rows = read_rows(summary.RESULTS / "packed.json")
+    assert {(row["tokens"], row["document"]) for row in rows} == {(script.TOKENS, size) for size in script.SIZES}
+    assert all(row["error"] < 1e-6 for row in rows if row["attention"] == "exact")
 
 
 def test_training_on_packed_texts() -> None:

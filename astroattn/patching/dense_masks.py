@@ -54,7 +54,8 @@ def _read(mask: Tensor, keys: int) -> Mask:
     compiling = torch.compiler.is_compiling()
     if mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] > 1 and not compiling:
         same = mask[:, :, :1]
-        if bool((mask == same).all()):  # for every query: a padding mask written out
+        ends_alike = bool((mask[:, :, -1:] == same).all())  # which spares most masks the comparison of all
+        if ends_alike and bool((mask == same).all()):  # for every query: a padding mask written out
             mask = same
         elif mask.shape[2] == mask.shape[3] == keys:
             seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
@@ -83,25 +84,41 @@ def read_blocks(seen: Tensor, window: int | None = None) -> Mask | None:
     Each query that is a real token (sees itself) must see the real tokens of its document, of a causal mask the earlier
     ones, and where there is a window those at most `window` tokens away. What padding sees does not matter.
     """
-    count, device = seen.shape[-1], seen.device
     real = seen.diagonal(dim1=-2, dim2=-1)
     starts = torch.ones_like(real)
     starts[:, 1:] = ~seen.diagonal(-1, dim1=-2, dim2=-1) | (real[:, 1:] != real[:, :-1])
-    documents = starts.cumsum(1)
     causal = not bool(seen.diagonal(1, dim1=-2, dim2=-1).any())
-    places = torch.arange(count, device=device)
-    for begin in range(0, count, ROWS):
-        mine = slice(begin, begin + ROWS)
-        expected = (documents[:, mine, None] == documents[:, None]) & real[:, None]
-        distance = places[mine, None] - places
-        if causal:
-            expected &= distance >= 0
-        if window is not None:
-            expected &= distance.abs() <= window
-        if bool(((expected != seen[:, mine]) & real[:, mine, None]).any()):
-            return None
+    blocks = _blocks(starts, real)
+    # As many as they must see, and all of those in the blocks: then there is nothing beside them.
+    found = int((seen if bool(real.all()) else seen & real[:, :, None]).count_nonzero())
+    if found != sum(_visible(end - begin, causal, window) for _, begin, end in blocks):
+        return None
+    for row, begin, end in blocks:
+        for first in range(begin, end, ROWS):
+            queries = torch.arange(first, min(first + ROWS, end), device=seen.device)[:, None]
+            distance = queries - torch.arange(begin, end, device=seen.device)
+            hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+            hidden = hidden if window is None else hidden | (distance.abs() > window)
+            if not bool((seen[row, first : first + len(queries), begin:end] | hidden).all()):
+                return None
     several = bool(((starts & real).sum(1) > 1).any())
-    return Mask(None if bool(real.all()) else real, causal, documents if several else None)
+    return Mask(None if bool(real.all()) else real, causal, starts.cumsum(1) if several else None)
+
+
+def _blocks(starts: Tensor, real: Tensor) -> list[tuple[int, int, int]]:
+    """Row, first token and end of each document of real tokens."""
+    count = starts.shape[1]
+    begins = starts.flatten().nonzero()[:, 0]
+    ends = torch.cat([begins[1:], begins.new_tensor([starts.numel()])]) if len(begins) else begins
+    places = torch.stack([begins, ends], 1)[real.flatten()[begins]].tolist()
+    return [(begin // count, begin % count, begin % count + end - begin) for begin, end in places]
+
+
+def _visible(size: int, causal: bool, window: int | None) -> int:
+    """How many keys the queries of a document of that size see together."""
+    reach = size - 1 if window is None else min(window, size - 1)
+    later = reach * size - reach * (reach + 1) // 2  # on one side
+    return size + later * (1 if causal else 2)
 
 
 def read_masks(
