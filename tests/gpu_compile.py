@@ -120,16 +120,26 @@ def streaming_cases() -> Iterator[tuple[str, Case]]:
             partial(streaming, 80, 32, 1, count, "bfloat16", masked=True),
         )
         yield f"streaming D=64 entries=1024 heads=71 N={count}", partial(streaming, 64, 1024, 71, count)
+        yield f"streaming D=256 entries=128 soft cap N={count}", partial(streaming, 256, 128, 2, count, soft_cap=50.0)
 
 
-def streaming(dim: int, entries: int, groups: int, count: int, dtype: str = "float32", *, masked: bool = False) -> None:
+def streaming(
+    dim: int,
+    entries: int,
+    groups: int,
+    count: int,
+    dtype: str = "float32",
+    *,
+    masked: bool = False,
+    soft_cap: float | None = None,
+) -> None:
     from astroattn.ops.kernels.streaming import open_memory, stream_in_place
     from astroattn.ops.streaming import empty_memory
 
     shapes = ((groups, count), (count,), (count,))
     tokens = [torch.zeros(1, 8, *shape, dim, dtype=getattr(torch, dtype)) for shape in shapes]
     lengths = torch.tensor([count]) if masked else None
-    stream_in_place(*tokens, open_memory(empty_memory(*tokens), entries), entries // 2, lengths)
+    stream_in_place(*tokens, open_memory(empty_memory(*tokens), entries), entries // 2, lengths, soft_cap)
 
 
 SOURCES: list[Callable[[], Iterator[tuple[str, Case]]]] = [
