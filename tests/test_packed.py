@@ -314,6 +314,18 @@ def test_the_committed_times_are_those_of_the_script() -> None:
     assert all(row["error"] < 1e-6 for row in rows if row["attention"] == "exact")
 
 
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_trace_does_not_keep_the_documents_of_its_example() -> None:
+    model, ids = build(ALL["bert"]).requires_grad_(False), text()["input_ids"]
+    masks = [blocks(sizes)[:, None] for sizes in (SIZES, [[5, 15], [8, 12]])]
+    before = [model(ids, attention_mask=mask)[0] for mask in masks]
+    patch(model, SHORT)
+    traced = torch.jit.trace(lambda mask: model(ids, attention_mask=mask)[0], masks[0], check_trace=False)
+    for mask, expected in zip(masks, before, strict=True):
+        torch.testing.assert_close(traced(mask), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_training_on_packed_texts() -> None:
     """The gradients of the packed row are those of its documents."""
     model, ids = decoder("llama", "sdpa"), text()["input_ids"][:1]

@@ -84,6 +84,8 @@ def read_blocks(seen: Tensor, window: int | None = None) -> Mask | None:
     Each query that is a real token (sees itself) must see the real tokens of its document, of a causal mask the earlier
     ones, and where there is a window those at most `window` tokens away. What padding sees does not matter.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return None  # a trace would take the documents of this mask for those of all others
     real = seen.diagonal(dim1=-2, dim2=-1)
     starts = torch.ones_like(real)
     starts[:, 1:] = ~seen.diagonal(-1, dim1=-2, dim2=-1) | (real[:, 1:] != real[:, :-1])
