@@ -77,7 +77,7 @@ def softmax_attention(call: Call, with_log_p: bool) -> tuple[Tensor, Tensor]:
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     mask = None if key_mask is None else key_mask[:, None, None]
-    if causal and (mask is not None or num_queries != num_keys):
+    if causal and (mask is not None or num_queries != num_keys or call.soft_cap is not None):
         seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril(num_keys - num_queries)
         mask = seen if mask is None else mask & seen
     if call.soft_cap is not None:
@@ -100,10 +100,8 @@ def _capped_softmax(call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax of c tanh(q.k / c); zeros where a query sees no key."""
     work = torch.promote_types(call.query.dtype, torch.float32)
     query, key, value = (x.to(work) for x in call.tokens)
-    num_queries, num_keys = query.shape[2], key.shape[2]
     if mask is None:
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device)
-        mask = mask.tril(num_keys - num_queries) if call.causal else mask
+        mask = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
     with without_autocast(query.device):
         logits = soft_capped(query @ key.mT * call.scale, call.soft_cap)
         blind = ~mask.any(-1, keepdim=True)

@@ -21,6 +21,7 @@ from astroattn.fidelity.calls import CostMeter
 from astroattn.patching import fallbacks
 from astroattn.patching.dense_masks import Mask, read_blocks, read_mask
 from astroattn.patching.packed import by_document
+from astroattn.patching.site import Call, _refusal
 from eval import packed as script
 from eval import summary
 from eval.benchmark.timing import Effort
@@ -324,6 +325,12 @@ def test_a_trace_does_not_keep_the_documents_of_its_example() -> None:
     traced = torch.jit.trace(lambda mask: model(ids, attention_mask=mask)[0], masks[0], check_trace=False)
     for mask, expected in zip(masks, before, strict=True):
         torch.testing.assert_close(traced(mask), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_documents_over_a_grid_of_patches_are_the_hosts() -> None:
+    query, key, value = (torch.randn(1, 2, 10, 8) for _ in range(3))
+    call = Call(query, key, value, grid=(2, 5), documents=number([[4, 6]]))
+    assert _refusal(AstrocyteAttention(2, 8), call) == "a mask over a grid of patches"
 
 
 def test_training_on_packed_texts() -> None:

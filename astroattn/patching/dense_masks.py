@@ -58,7 +58,7 @@ def _read(mask: Tensor, keys: int) -> Mask:
         if ends_alike and bool((mask == same).all()):  # for every query: a padding mask written out
             mask = same
         elif mask.shape[2] == mask.shape[3] == keys:
-            seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+            seen = visible(mask)
             said = read_blocks(seen)
             if said is not None and (mask.dtype == torch.bool or bool((seen | (mask[:, 0] <= HIDDEN)).all())):
                 return said
@@ -78,6 +78,11 @@ def _read(mask: Tensor, keys: int) -> Mask:
     return Mask(mask[:, 0, 0, :])
 
 
+def visible(mask: Tensor) -> Tensor:
+    """[B, Nq, Nk], True where a query sees a key, of a mask [B, 1, Nq, Nk] that is bool or 0 there."""
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+
+
 def read_blocks(seen: Tensor, window: int | None = None) -> Mask | None:
     """What a mask [B, N, N], True where a query sees a key, says; None if it is more than documents side by side.
 
@@ -92,7 +97,8 @@ def read_blocks(seen: Tensor, window: int | None = None) -> Mask | None:
     causal = not bool(seen.diagonal(1, dim1=-2, dim2=-1).any())
     blocks = _blocks(starts, real)
     # As many as they must see, and all of those in the blocks: then there is nothing beside them.
-    found = int((seen if bool(real.all()) else seen & real[:, :, None]).count_nonzero())
+    whole = bool(real.all())
+    found = int((seen if whole else seen & real[:, :, None]).count_nonzero())
     if found != sum(_visible(end - begin, causal, window) for _, begin, end in blocks):
         return None
     for row, begin, end in blocks:
@@ -104,7 +110,7 @@ def read_blocks(seen: Tensor, window: int | None = None) -> Mask | None:
             if not bool((seen[row, first : first + len(queries), begin:end] | hidden).all()):
                 return None
     several = bool(((starts & real).sum(1) > 1).any())
-    return Mask(None if bool(real.all()) else real, causal, starts.cumsum(1) if several else None)
+    return Mask(None if whole else real, causal, starts.cumsum(1) if several else None)
 
 
 def _blocks(starts: Tensor, real: Tensor) -> list[tuple[int, int, int]]:

@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_tracing
 
-from astroattn.patching.dense_masks import read_blocks
+from astroattn.patching.dense_masks import read_blocks, visible
 
 
 class KeyMask:
@@ -170,7 +170,7 @@ def _packed(mask: Any, size: int | None, dtype: torch.dtype | None) -> Tensor | 
     square = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3] > 1
     if not square or is_tracing(mask):
         return mask  # type: ignore[no-any-return]
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    seen = visible(mask)
     for window in (None,) if size is None else (None, size - 1, size):  # causal ones hold the query's own token
         said = read_blocks(seen, window)
         if said is not None:

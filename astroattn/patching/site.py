@@ -65,7 +65,7 @@ class Call:
     sliding_window: int | None = None  # as the host says it, wherever it ends
     sink: Tensor | None = None  # the logit of one more key of each head [H], whose value is zero
     soft_cap: float | None = None  # c, where c tanh(x / c) stands in the place of every logit x
-    documents: Tensor | None = None  # [1 or B, N], growing from one document of a row to the next; None: one in each
+    documents: Tensor | None = None  # [B, N], growing from one document of a row to the next; None: one in each
     refusal: str | None = None
     memory: StreamingLayer | None = None  # of the tokens before these
 
@@ -291,7 +291,7 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "no keys, or another number of them than of values"
     if call.scale is not None and not 0 < call.scale < inf:
         return "a scale that is not positive"
-    if call.grid is not None and (call.key_mask is not None or call.causal):
+    if call.grid is not None and (call.key_mask is not None or call.causal or call.documents is not None):
         return "a mask over a grid of patches"
     if call.key_mask is not None and call.key_mask.shape != (query.shape[0], key.shape[2]):
         return "a mask for another batch or for other keys"

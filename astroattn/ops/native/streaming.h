@@ -176,18 +176,15 @@ private:
         for (int64_t r = 0; r < 4; r++) rows[r] = x + std::min(4 * quad + r, p.groups - 1) * dim;
         dot_quad(rows, key, dim, dim, nullptr, count, c);
         const float* b = log_weight + quad * room;
-        if (p.soft_cap > 0)
-            for (int64_t i = 0; i < 4 * count; i += LANES)
-                store(c + i, float(p.soft_cap) * hyperbolic_tangent(load(c + i) / float(p.soft_cap)));
-        for (int64_t i = 0; i < 4 * count; i += LANES) store(c + i, load(c + i) + load(b + i));
+        for (int64_t i = 0; i < 4 * count; i += LANES) store(c + i, capped(load(c + i)) + load(b + i));
         std::fill(c + 4 * count, c + round_up(4 * count, LANES), -INFINITY);
         vec high = spread(-INFINITY);
         for (int64_t i = 0; i < 4 * count; i += LANES) high = larger(load(c + i), high);
         return largest_of_each(high);
     }
-    float capped(float x) const {
+    vec capped(vec x) const {
         const float cap = float(p.soft_cap);
-        return cap > 0 ? cap * std::tanh(x / cap) : x;
+        return cap > 0 ? cap * hyperbolic_tangent(x / cap) : x;
     }
     // to = exp(c - high); returns the sum of each row.
     static vec weigh(const float* c, vec high, int64_t count, float* to) {
@@ -404,7 +401,8 @@ private:
         for (int64_t g = 0; g < p.groups; g++) {
             vec drift = {};
             for (int64_t d = 0; d < dim; d += LANES) drift += load(joint + d) * load(centre + g * dim + d);
-            log_weight[place(0, g)] = log_sum(size, [&](int64_t i) { return drive[place(i, g)]; }) - capped(sum(drift));
+            log_weight[place(0, g)] =
+                log_sum(size, [&](int64_t i) { return drive[place(i, g)]; }) - capped(spread(sum(drift)))[0];
         }
         for (int64_t i = 1; i < size; i++) {
             attention[members[0]] += attention[members[i]];
