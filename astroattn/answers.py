@@ -20,6 +20,7 @@ from astroattn.ops.layout import plain
 from astroattn.ops.library import (
     causal_attention,
     decode,
+    in_graph,
     linear_attention,
     near_far_attention,
     near_linear_attention,
@@ -48,6 +49,7 @@ class Call:
     scale: float
     grid: tuple[int, int] | None
     soft_cap: float | None = None
+    bias: Tensor | None = None
 
     @property
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,18 +57,25 @@ class Call:
         return self.query, self.key, self.value
 
     def of(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Call:
-        """The same call of other tokens."""
+        """The same call of other tokens, without its bias."""
         return Call(query, key, value, key_mask, self.causal, self.scale, self.grid, self.soft_cap)
 
     def ordered(self, order: Tensor, key_mask: Tensor | None) -> Call:
         """The tokens in an order [B, N], whose mask is this one."""
         query, key, value = (in_order(x, order) for x in self.tokens)
-        return self.of(query, key, value, key_mask)
+        call = self.of(query, key, value, key_mask)
+        if self.bias is not None:  # of every sequence its own from now on
+            bias = in_order(self.bias.expand(len(order), -1, -1, -1).mT, order)
+            call.bias = in_order(bias.mT, order)
+        return call
 
     def of_heads(self, heads: Tensor) -> Call:
         """These heads alone."""
         query, key, value = (x.index_select(1, heads) for x in self.tokens)
-        return self.of(query, key, value, self.key_mask)
+        call = self.of(query, key, value, self.key_mask)
+        if self.bias is not None:
+            call.bias = self.bias if self.bias.shape[1] == 1 else self.bias.index_select(1, heads)
+        return call
 
 
 def softmax_attention(call: Call, with_log_p: bool) -> tuple[Tensor, Tensor]:
@@ -77,13 +86,18 @@ def softmax_attention(call: Call, with_log_p: bool) -> tuple[Tensor, Tensor]:
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     mask = None if key_mask is None else key_mask[:, None, None]
-    if causal and (mask is not None or num_queries != num_keys or call.soft_cap is not None):
+    beside = mask is not None or call.soft_cap is not None or call.bias is not None
+    if causal and (beside or num_queries != num_keys):
         seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril(num_keys - num_queries)
         mask = seen if mask is None else mask & seen
     if call.soft_cap is not None:
         return _capped_softmax(call.of(query, key, value, key_mask), mask)
+    added = mask
+    if call.bias is not None:
+        added = call.bias.to(query.dtype)
+        added = added if mask is None else added.masked_fill(~mask, torch.finfo(query.dtype).min)
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal and mask is None, scale=scale
+        query, key, value, attn_mask=added, is_causal=causal and added is None, scale=scale
     )
     if key_mask is not None:
         out = out.masked_fill(~key_mask.any(1)[:, None, None, None], 0)
@@ -93,6 +107,8 @@ def softmax_attention(call: Call, with_log_p: bool) -> tuple[Tensor, Tensor]:
     logits = query.to(work) @ key.to(work).mT * scale
     if causal and mask is None:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()
+    if call.bias is not None:  # finite, so that a query whose bias is -inf throughout has no gradient of NaN
+        logits = logits + call.bias.to(work).clamp(min=torch.finfo(work).min)
     return out, logits.logsumexp(-1) if mask is None else log_sum(logits, mask)
 
 
@@ -123,7 +139,8 @@ def bidirectional_attention(config: AstroConfig, hidden: StaticLayer | None, cal
     if key_mask is not None:
         # Real tokens first: a sequence is then the same wherever its padding was.
         order, lengths = sort_tokens(~key_mask)[0], key_mask.sum(1)
-        call = call.ordered(order, key_mask)
+        if call.bias is None or not _is_in_order(order):  # which would copy the bias
+            call = call.ordered(order, key_mask)
     budget = budget_of(config, num_keys, call.grid)
     if hidden is not None and not is_tiled(config) and hidden.activation in POSITIVE:
         out, log_p = _beside_prefix(config, hidden, call, prefix, lengths)
@@ -137,8 +154,17 @@ def bidirectional_attention(config: AstroConfig, hidden: StaticLayer | None, cal
             backend=config.backend,
         )
     else:
-        out, log_p = near_far_attention(*call.tokens, budget, scale=scale, lengths=lengths, backend=config.backend)
+        out, log_p = near_far_attention(
+            *call.tokens, budget, scale=scale, bias=call.bias, lengths=lengths, backend=config.backend
+        )
     return (out, log_p) if order is None else put_back(order, out, log_p)
+
+
+def _is_in_order(order: Tensor) -> bool:
+    """Whether tokens stand as the order has them, as far as that can be asked: not of fake ones, nor for a graph."""
+    if in_graph() or type(order) is not Tensor:
+        return False
+    return bool((order == torch.arange(order.shape[1], device=order.device)).all())
 
 
 def causal_static_attention(config: AstroConfig, hidden: StaticLayer, call: Call) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,9 @@ from astroattn.answers import (
     stream_attention,
 )
 from astroattn.checks import (
+    BIAS,
+    BIAS_BESIDE,
+    BIAS_CAUSAL,
     NEEDS_SELF_ATTENTION,
     NEEDS_SELF_ATTENTION_IN_WINDOW,
     SOFT_CAP,
@@ -28,7 +31,7 @@ from astroattn.checks import (
     check_window,
     reads_any_queries,
 )
-from astroattn.config import AstroConfig, check_heads
+from astroattn.config import MIXABLE, AstroConfig, check_heads
 from astroattn.cost import Cost, count_cost, count_window, covers
 from astroattn.hidden import STATIC, Constants
 from astroattn.ops.causal import CausalState
@@ -115,6 +118,7 @@ class AstrocyteAttention(nn.Module):
         window: int | None = None,
         sink: Tensor | None = None,
         soft_cap: float | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -134,6 +138,9 @@ class AstrocyteAttention(nn.Module):
                 more. Where the attention is softmax it then takes N x N memory.
             soft_cap: c tanh(x / c) stands in the place of every logit x = scale q.k. Of streaming memories, and of
                 what is softmax attention, then of N x N memory.
+            bias: [1 or B, 1 or H, Nq, Nk], floating-point, added to scale q.k (relative positions, for example); finite
+                for real tokens, as what is hidden belongs into key_mask. Of the Hebbian layer, which reads it where
+                keys are exact and by its mean over a tile elsewhere, and of what is softmax attention.
 
         Returns:
             [B, H, Nq, Dv], in the dtype of the query (autocast's under it). Differentiable in query, key and value.
@@ -145,7 +152,8 @@ class AstrocyteAttention(nn.Module):
             TypeError, ValueError: shapes, dtypes or values that do not fit, naming the argument; a combination that
                 `refusal` names; learned weights that are on the meta device.
         """
-        return self._attend(query, key, value, key_mask, causal, scale, grid, window, sink, soft_cap, False)[0]
+        call = (key_mask, causal, scale, grid, window, sink, soft_cap, bias)
+        return self._attend(query, key, value, *call, with_normaliser=False)[0]
 
     @property
     def shares_keys(self) -> bool:
@@ -165,12 +173,14 @@ class AstrocyteAttention(nn.Module):
         window: int | None = None,
         sink: Tensor | None = None,
         soft_cap: float | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The output, and log p [B, H, Nq], the logarithm of what divides it (the astrocyte's calcium response).
 
         Arguments and errors as in `forward`; slower, and of N x N memory where the attention is softmax.
         """
-        return self._attend(query, key, value, key_mask, causal, scale, grid, window, sink, soft_cap, True)
+        call = (key_mask, causal, scale, grid, window, sink, soft_cap, bias)
+        return self._attend(query, key, value, *call, with_normaliser=True)
 
     def decode(
         self,
@@ -233,8 +243,18 @@ class AstrocyteAttention(nn.Module):
         num_keys: int | None = None,
         window: int | None = None,
         soft_cap: float | None = None,
+        bias: bool = False,
     ) -> str | None:
         """Why this module cannot serve such attention, at every length or at that one, or None."""
+        if bias and (window is not None or soft_cap is not None):
+            return BIAS_BESIDE
+        if bias and not self.exact:
+            asked = num_keys or 0
+            far = [each for each in self.configs if not (asked and covers(each, asked, None))]
+            if far and causal:
+                return BIAS_CAUSAL
+            if any(each.hidden not in MIXABLE for each in far):
+                return BIAS
         if soft_cap is not None and window is not None:
             return SOFT_CAP_IN_WINDOW
         if soft_cap is not None and not self.exact and not self.shares_keys:
@@ -325,12 +345,14 @@ class AstrocyteAttention(nn.Module):
         window: int | None,
         sink: Tensor | None,
         soft_cap: float | None,
+        bias: Tensor | None,
+        *,
         with_normaliser: bool,
     ) -> tuple[Tensor, Tensor]:
         query, key, value = autocast(query, key, value)
-        check_call(self, query, key, value, key_mask, causal, scale, grid, window, sink, soft_cap)
+        check_call(self, query, key, value, key_mask, causal, scale, grid, window, sink, soft_cap, bias)
         scale = self.head_dim**-0.5 if scale is None else float(scale)
-        call = Call(query, key, value, key_mask, causal, scale, grid, soft_cap)
+        call = Call(query, key, value, key_mask, causal, scale, grid, soft_cap, bias)
         if sink is None:
             return self._answer(call, window, with_normaliser)
         out, log_p = self._answer(call, window, True)

@@ -23,6 +23,9 @@ NEEDS_SELF_ATTENTION = (
 NEEDS_SELF_ATTENTION_IN_WINDOW = "a window that is not causal needs as many queries as keys"
 SOFT_CAP = "soft cap on the attention logits, which no cluster of keys has"
 SOFT_CAP_IN_WINDOW = "soft cap on the attention logits within a sliding window"
+BIAS = "a bias for every query and key, which neither a static layer nor a streaming memory has"
+BIAS_CAUSAL = "a bias for every query and key in causal attention, which no astrocyte has"
+BIAS_BESIDE = "a bias for every query and key within a window or beside a soft cap"
 LOST_WEIGHTS = "the learned weights are on the meta device, which holds none; load them"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -48,6 +51,7 @@ def check_call(
     window: int | None = None,
     sink: Tensor | None = None,
     soft_cap: float | None = None,
+    bias: Tensor | None = None,
 ) -> None:
     """Raise TypeError or ValueError with the argument's name, what came and what is allowed."""
     check_traceable(query)
@@ -97,8 +101,12 @@ def check_call(
         if sink.shape != (module.num_heads,) or sink.device != query.device:
             expected_sink = f"[H] = {(module.num_heads,)} on {query.device}"
             raise ValueError(f"sink: shape {tuple(sink.shape)} on {sink.device}; expected {expected_sink}")
+    if bias is not None:
+        _check_bias(bias, query, num_keys)
     counts = {"num_queries": num_queries, "num_keys": num_keys}
-    reason = module.refusal(causal=causal, **counts, window=window, soft_cap=soft_cap)
+    reason = module.refusal(causal=causal, **counts, window=window, soft_cap=soft_cap, bias=bias is not None)
+    if reason in (BIAS, BIAS_BESIDE, BIAS_CAUSAL):
+        raise ValueError(f"bias: given with this config; {reason}")
     if reason in (SOFT_CAP, SOFT_CAP_IN_WINDOW):
         raise ValueError(f"soft_cap: {soft_cap} with this config; {reason}")
     if reason is not None and causal:
@@ -107,6 +115,18 @@ def check_call(
         raise ValueError(f"query: {num_queries} tokens and {num_keys} keys; {reason}")
     if module.hidden is not None and module.hidden.is_lost(query.device):
         raise ValueError(f"query: on {query.device}; {LOST_WEIGHTS}")
+
+
+def _check_bias(bias: object, query: Tensor, num_keys: int) -> None:
+    """TypeError or ValueError for a bias that is none for these queries and so many keys."""
+    if not isinstance(bias, Tensor) or bias.dtype not in DTYPES:
+        came = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"bias: {came}; expected a tensor of one of {', '.join(map(str, DTYPES))}")
+    batch, heads, tokens, _ = query.shape
+    fits = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+    if not fits or bias.shape[2:] != (tokens, num_keys) or bias.device != query.device:
+        expected = f"[1 or {batch}, 1 or {heads}, {tokens}, {num_keys}] on {query.device}"
+        raise ValueError(f"bias: shape {tuple(bias.shape)} on {bias.device}; expected {expected}")
 
 
 def check_memories(

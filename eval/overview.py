@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval import packed, summary
+from eval import packed, position_bias, summary
 from eval.benchmark.rows import format_markdown as format_speed
 from eval.common import fill_marks, read_rows, run_script, write_figure
 from eval.generate.page import load_results
@@ -110,6 +110,11 @@ def texts() -> dict[Path, dict[str, str]]:
     tables = {"fidelity": summary.format_markdown(summary.measure())}
     for mark, name in (("speed", "benchmark"), ("speed-avx512", "benchmark_avx512")):
         tables[mark] = format_speed(read_rows(summary.RESULTS / f"{name}.json"))
+    biased = read_rows(summary.RESULTS / "position_bias.json")
+    tables |= {
+        "position-bias": position_bias.format_errors(biased),
+        "position-bias-time": position_bias.format_times(biased),
+    }
     tables["packed"] = packed.format_markdown(read_rows(summary.RESULTS / "packed.json"))
     return {README: numbers, DOCS / "index.md": numbers, DOCS / "benchmarks.md": tables}
 

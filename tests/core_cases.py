@@ -64,25 +64,32 @@ def exact_mask(choice: Choice, where: Layout) -> Tensor:
 
 
 def near_far_oracle(
-    query: Tensor, key: Tensor, value: Tensor, where: Layout, choice: Choice | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    where: Layout,
+    choice: Choice | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The formulas of `ops.near_far` with N x N matrices in float64, given what was chosen; u and w anew."""
-    choice = choose(query, key, value, where) if choice is None else choice
+    choice = choose(query, key, value, where, bias) if choice is None else choice
     query, key, value = query.double(), key.double(), value.double()
+    bias = query.new_zeros(1, query.shape[1], query.shape[1]) if bias is None else bias.double()
     mask, prefix = exact_mask(choice, where), where.prefix
     if where.num_hidden == 0:
-        return softmax_attention(query, key, value, mask)
+        return softmax_attention(query, key, value, mask, bias)
     size, body = choice.order.shape
     tile = torch.empty(size, body, dtype=torch.long)  # of each body token
     tile.scatter_(1, choice.order.long(), (torch.arange(body) // where.tile).expand(size, -1))
     same = torch.eye(prefix + body, dtype=torch.float64).repeat(size, 1, 1)  # a prefix query is its own mean
     same[:, prefix:, prefix:] = (tile[:, :, None] == tile[:, None]).double()
-    mean = same @ query / same.sum(-1, keepdim=True)
+    same = same / same.sum(-1, keepdim=True)
+    mean, mean_bias = same @ query, same @ bias
     winners = choice.winners.long()
     owner = torch.nn.functional.one_hot(winners, where.num_hidden) * choice.mass.double()[..., None]
     weights = owner.mT @ key[:, prefix:] / owner.sum(1)[..., None].clamp(min=1e-300)
     winners = torch.nn.functional.pad(winners, (prefix, 0))  # keys of the prefix are read through no cluster
-    return cluster_attention(query, key, value, mean, winners, weights, mask)
+    return cluster_attention(query, key, value, mean, winners, weights, mask, bias, mean_bias)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

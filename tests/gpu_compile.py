@@ -107,7 +107,7 @@ def near_far(dim: int, dtype: str, *, num_hidden: int = 64, tile: int = 64) -> N
 
     budget = Budget(None, 1, tile, by_content=True, near=4, exact_keys=48, num_hidden=num_hidden, steps=1)
     q, k, v = (torch.randn(1, 2, 513, dim).to(getattr(torch, dtype)) for _ in range(3))
-    near_far_forward(q, k, v, None, budget, dim**-0.5)
+    near_far_forward(q, k, v, None, None, budget, dim**-0.5)
 
 
 def streaming_cases() -> Iterator[tuple[str, Case]]:

@@ -156,6 +156,13 @@ MIXED = {  # bidirectional and causal attention in one model
     "whisper encoder": Tiny(lambda: whisper().encoder, audio, 2),
 }
 
+
+def t5() -> nn.Module:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    model: nn.Module = t.T5Model(t.T5Config(**sizes, vocab_size=99, decoder_start_token_id=0))
+    return model
+
+
 TIMM = {
     "timm vit": Tiny(timm_model("vit_tiny_patch16_224", **TIMM_VIT), timm_image(32), 2),
     "timm deit": Tiny(timm_model("deit_tiny_distilled_patch16_224", **TIMM_VIT), timm_image(32), 2),
@@ -169,6 +176,33 @@ TIMM = {
     ),
 }
 
+BIASED = {  # a bias for every query and key: of relative positions, learned, in a table or as products
+    "t5 encoder": Tiny(lambda: t5().encoder, text, 2, padded=True),
+    "t5": Tiny(t5, lambda: text() | {"decoder_input_ids": text()["input_ids"]}, 2, 4, "attention", since="5.20"),
+    "mpnet": Tiny(of(t.MPNetModel, t.MPNetConfig, **TEXT), text, 2, padded=True),
+    "deberta-v2": Tiny(
+        of(t.DebertaV2Model, t.DebertaV2Config, **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+        text,
+        2,
+        padded=True,
+    ),
+    "layoutlmv3": Tiny(
+        of(t.LayoutLMv3Model, t.LayoutLMv3Config, **TEXT, visual_embed=False, coordinate_size=6, shape_size=4),
+        text,
+        2,
+        padded=True,
+        since="5.9",
+    ),
+    "beit": Tiny(
+        of(t.BeitModel, t.BeitConfig, **VISION, **IMAGE, use_relative_position_bias=True), pixels, 2, since="5.9"
+    ),
+    "timm beit": Tiny(timm_model("beit_base_patch16_224", **TIMM_VIT), timm_image(32), 2),
+    "timm relpos": Tiny(timm_model("vit_relpos_small_patch16_224", **TIMM_VIT), timm_image(32), 2),
+    "timm sam": Tiny(
+        timm_model("samvit_base_patch16", **TIMM_VIT, global_attn_indexes=(0, 1), neck_chans=0), timm_image(32), 2
+    ),
+}
+
 LEFT_EXACT = {  # nothing an astrocyte represents: patching raises, with the reason
     "timm swin": Tiny(
         timm_model("swin_tiny_patch4_window7_224", embed_dim=24, depths=(1, 1), num_heads=(2, 4), img_size=56),
@@ -177,7 +211,6 @@ LEFT_EXACT = {  # nothing an astrocyte represents: patching raises, with the rea
         2,
         "within small windows",
     ),
-    "timm beit": Tiny(timm_model("beit_base_patch16_224", **TIMM_VIT), timm_image(32), 0, 2, "relative position bias"),
     "timm swinv2": Tiny(
         timm_model("swinv2_tiny_window8_256", embed_dim=24, depths=(1, 1), num_heads=(2, 4), img_size=64),
         timm_image(64),
@@ -185,43 +218,18 @@ LEFT_EXACT = {  # nothing an astrocyte represents: patching raises, with the rea
         2,
         "within small windows",
     ),
-    "beit": Tiny(
-        of(t.BeitModel, t.BeitConfig, **VISION, **IMAGE, use_relative_position_bias=True),
-        pixels,
-        0,
-        2,
-        "bias",
-        since="5.9",
-    ),
-    "swin": Tiny(
-        of(
-            t.SwinModel,
-            t.SwinConfig,
-            image_size=32,
-            patch_size=4,
-            embed_dim=16,
-            depths=[1, 1],
-            num_heads=[2, 4],
-            window_size=4,
-        ),
-        pixels,
-        0,
-        2,
-        "relative position bias",
-        since="5.9",
-    ),
-    "mpnet": Tiny(of(t.MPNetModel, t.MPNetConfig, **TEXT), text, 0, 2, "bias of its own for every head"),
-    "deberta-v2": Tiny(
-        of(t.DebertaV2Model, t.DebertaV2Config, **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "t5 decoder": Tiny(lambda: t5().decoder, text, 0, 2, "in causal attention", since="5.20"),
+    "bloom": Tiny(
+        of(t.BloomModel, t.BloomConfig, hidden_size=32, n_layer=2, n_head=4, vocab_size=99),
         text,
         0,
         2,
-        "bias of its own for every head",
+        "in causal attention",
     ),
 }
 
 PATCHED = BIDIRECTIONAL | CAUSAL_MODELS | MIXED | TIMM
-ALL = PATCHED | LEFT_EXACT
+ALL = PATCHED | BIASED | LEFT_EXACT
 
 
 def need_transformers(version: str) -> None:
@@ -241,6 +249,8 @@ def build(tiny: Tiny) -> nn.Module:
                 parameter.mul_(5.0)
             elif "gamma" in name or "lambda" in name:  # layer scale
                 parameter.fill_(1.0)
+            if "rel_pos" in name or "relative_position_bias_table" in name:  # zero before they are trained
+                parameter.normal_()
     return model
 
 

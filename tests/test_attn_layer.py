@@ -99,7 +99,7 @@ def test_masks_are_honoured_or_answered_by_softmax() -> None:
     masked = built(x, attn_mask=real[:, None, None])
     torch.testing.assert_close(masked[1, :40], built(x[1:, :40])[0])
     assert not astroattn.fallbacks(built)
-    dense = torch.rand(2, 1, 65, 65)
+    dense = torch.rand(2, 1, 65, 65) > 0.2
     causal = [{"is_causal": True}] if "is_causal" in inspect.signature(Attention.forward).parameters else []
     calls = [{"attn_mask": dense}, *causal]
     for call in calls:

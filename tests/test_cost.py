@@ -95,7 +95,7 @@ def test_parts_are_the_matrix_products_of_the_code(tokens: int, prefix: int) -> 
     found = products(lambda: find_coordinates(q, k), dim)
     assert counted["coordinates"] == pytest.approx(found, rel=0.1)
     order = position_order(where, body, key.device)[None]
-    assert counted["u.k"] == products(lambda: expected_attention(read_tiles(q, k, order, where), key[:, :prefix]), dim)
+    assert counted["u.k"] == products(lambda: expected_attention(read_tiles(query, key, order, where, None)), dim)
     points, mass = draw(1, body, few, count=1)[0], torch.ones(1, body, dtype=torch.float64)
     distances = products(lambda: learn_clusters(points, mass, 6, 3), dim)
     metric_and_means = body * (3 + few) * few / dim

@@ -37,7 +37,7 @@ SAMPLE = [
     ("transformers", "dinov2", "equal", 2, 2, ""),
     ("transformers", "cohere2", "equal", 2, 2, ""),
     ("transformers", "pixtral", "equal", 2, 2, ""),
-    ("transformers", "t5", "refused", 0, 4, "relative position bias"),
+    ("transformers", "t5", "in part", 2, 4, "a bias for every query and key in causal attention"),
     ("transformers", "mamba", "no attention", 0, 0, "no attention module"),
     ("timm", "deit", "equal", 12, 12, ""),
     ("torch", "TransformerEncoder", "equal", 2, 2, ""),
@@ -261,13 +261,13 @@ def test_page_is_made_from_the_committed_result() -> None:
 def test_script_examines_what_is_asked_for_and_goes_on_where_it_was(tmp_path: Path) -> None:
     path, page = tmp_path / "rows.json", tmp_path / "page.md"
     path.write_text(json.dumps({"rows": [ROWS[0] | {"class": "kept", "difference": 0.0}]}), "utf-8")
-    words = ("--only", "bert", "--only", "mpnet", "--resume", "--json", str(path), "--page", str(page))
+    words = ("--only", "bert", "--only", "bloom", "--resume", "--json", str(path), "--page", str(page))
     done = run(main, *words)
     assert done.exit_code == 0, done.output
     rows = json.loads(path.read_text("utf-8"))["rows"]
-    assert [(row["type"], row["class"]) for row in rows] == [("bert", "kept"), ("mpnet", "MPNetModel")]
-    assert "mpnet: refused, 0 of 2" in done.output
-    assert "| MPNet | `mpnet` | refused |" in page.read_text("utf-8")
+    assert [(row["type"], row["class"]) for row in rows] == [("bert", "kept"), ("bloom", "BloomModel")]
+    assert "bloom: refused, 0 of 2" in done.output
+    assert "| Bloom | `bloom` | refused |" in page.read_text("utf-8")
 
 
 def test_script_refuses_a_pattern_that_matches_nothing() -> None:

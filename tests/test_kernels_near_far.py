@@ -22,7 +22,7 @@ def forward(name: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], l
     tokens, dim, value_dim, changes, lengths = CASES[name]
     inputs = [x.to(device, dtype) for x in draw(tokens, dim, value_dim)]
     of_batch = None if lengths is None else torch.tensor(lengths, device=device)
-    return inputs, list(near_far.near_far_forward(*inputs, of_batch, budget_of(changes), dim**-0.5))
+    return inputs, list(near_far.near_far_forward(*inputs, None, of_batch, budget_of(changes), dim**-0.5))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -37,7 +37,7 @@ def test_forward_and_backward_equal_plain_pytorch(name: str, device: str) -> Non
     d_out, d_log_p = torch.randn_like(out), torch.randn_like(log_p)
     real = expected_log_p > -torch.inf
     of_batch = None if lengths is None else torch.tensor(lengths, device=device)
-    given = (*inputs, out, log_p, *choices, of_batch, budget_of(changes), dim**-0.5)
+    given = (*inputs, None, out, log_p, *choices, of_batch, budget_of(changes), dim**-0.5)
     grads = near_far.near_far_backward(d_out, d_log_p * real, *given)
     wanted = torch.autograd.grad([expected, expected_log_p[real]], exact, [d_out.double(), d_log_p[real].double()])
     for ours, theirs in zip(grads, wanted, strict=True):
@@ -59,10 +59,10 @@ def test_large_logits_lose_no_digits(device: str) -> None:
     inputs = [x.to(device) for x in draw(150, 16, 16, batch=1)]
     inputs[0] = inputs[0] + 60.0
     changes: dict[str, object] = {"exact_keys": 8, "num_hidden": 8, "tile": 16}
-    out, log_p, *choices = near_far.near_far_forward(*inputs, None, budget_of(changes), 0.25)
+    out, log_p, *choices = near_far.near_far_forward(*inputs, None, None, budget_of(changes), 0.25)
     assert log_p.abs().max() > 100
     expected, _ = given_choices([x.double() for x in inputs], choices, None, changes)
-    theirs = plain.near_far_given(*inputs, *choices, None, budget_of(changes), 0.25)[0]
+    theirs = plain.near_far_given(*inputs, None, *choices, None, budget_of(changes), 0.25)[0]
     assert relative(out, expected) < 2 * relative(theirs, expected) + 1e-6
 
 

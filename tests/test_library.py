@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import astroattn
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.ops import backends
-from astroattn.ops.library import linear_attention
+from astroattn.ops.layout import Budget
+from astroattn.ops.library import NearFar, linear_attention
 from astroattn.ops.native import library as native
+from astroattn.ops.plain import near_far_given
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SMALL = AstroConfig(num_hidden=3, near=1, exact_keys=2, tile=4)
@@ -76,10 +78,31 @@ def given(case: str, device: str) -> tuple[list[Tensor], tuple]:
 @pytest.mark.parametrize(
     ("backend", "device"), [("native", "cpu"), ("torch", "cpu"), pytest.param("torch", "cuda", marks=pytest.mark.gpu)]
 )
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 @pytest.mark.parametrize("case", BUDGETS)
-def test_near_far_operator(case: str, backend: str, device: str) -> None:
+def test_near_far_operator(case: str, biased: bool, backend: str, device: str) -> None:
     qkv, budget = given(case, device)
-    torch.library.opcheck(torch.ops.astroattn.near_far_attention.default, (*qkv, *budget, 0.25, backend))
+    bias = torch.randn(1, 2, 33, 33, device=device, requires_grad=case != "grid") if biased else None
+    torch.library.opcheck(torch.ops.astroattn.near_far_attention.default, (*qkv, bias, *budget, 0.25, backend))
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["", "alone"])
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize("attend", [NearFar.apply, torch.ops.astroattn.near_far_attention], ids=["eager", "operator"])
+def test_a_bias_of_the_cpu_kernels_has_a_gradient(attend: Callable, shape: tuple[int, int], alone: bool) -> None:
+    """That of plain PyTorch given what the kernels chose, in the dtype of the bias; also where it alone wants one."""
+    qkv, (lengths, *budget) = given("lengths", "cpu")
+    bias = torch.randn(*shape, 33, 33, dtype=torch.bfloat16).requires_grad_()
+    out, log_p, *chosen = attend(*(x.requires_grad_(not alone) for x in qkv), bias, lengths, *budget, 0.25, "native")
+    exact = [x.detach().double().requires_grad_() for x in (*qkv, bias)]
+    expected = near_far_given(*exact, *chosen, lengths, Budget(*budget), 0.25)
+    d_out, d_log_p = torch.randn_like(out), torch.randn_like(log_p).masked_fill(log_p.isinf(), 0)
+    first = 3 * alone
+    ours = torch.autograd.grad((out, log_p), (*qkv, bias)[first:], (d_out, d_log_p))
+    theirs = torch.autograd.grad(expected, exact[first:], (d_out.double(), d_log_p.double()))
+    assert [x.dtype for x in ours] == [x.dtype for x in (*qkv, bias)[first:]]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert relative(mine, other) < (4e-3 if mine.dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

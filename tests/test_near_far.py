@@ -53,6 +53,11 @@ def case(shape: dict, size: int = 3, dim: int = 6, dtype: torch.dtype = torch.fl
     return *draw(size, shape.pop("tokens"), dim, scale=scale, dtype=dtype), layout(**shape)
 
 
+def draw_bias(tokens: int, size: int = 3) -> Tensor:
+    """Large enough to decide what is attended to: the logits of `case` have a standard deviation of 4."""
+    return draw(size, tokens, tokens, scale=2.0, count=1)[0]
+
+
 def name(shape: dict) -> str:
     return " ".join(f"{key}={value}" for key, value in shape.items()).replace(",", "")
 
@@ -61,14 +66,19 @@ def picked(*numbers: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("shape", [(SEQUENCES + GRIDS)[number] for number in numbers], ids=name)
 
 
+BIASED = pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+
+
+@BIASED
 @pytest.mark.parametrize("num_hidden", [0, 1, 7])
 @pytest.mark.parametrize("shape", SEQUENCES + GRIDS, ids=name)
-def test_equals_dense_matrices(shape: dict, num_hidden: int) -> None:
+def test_equals_dense_matrices(shape: dict, num_hidden: int, biased: bool) -> None:
     if num_hidden == 0 and not shape.get("near", 1) and not shape.get("exact_keys", 4):
         pytest.skip("no keys")
     *qkv, where = case(shape | {"num_hidden": num_hidden})
-    out, normaliser = near_far_attention(*qkv, where)
-    oracle, oracle_normaliser = near_far_oracle(*qkv, where)
+    bias = draw_bias(shape["tokens"]) if biased else None
+    out, normaliser = near_far_attention(*qkv, where, bias)
+    oracle, oracle_normaliser = near_far_oracle(*qkv, where, bias=bias)
     torch.testing.assert_close(out, oracle, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(normaliser, oracle_normaliser, rtol=1e-9, atol=1e-9)
 
@@ -86,11 +96,13 @@ def test_equals_dense_matrices_where_exact_keys_fill_a_cluster(shape: dict) -> N
 # What is chosen, in loops over the formulas of `ops.near_far`, for one sequence.
 
 
+@BIASED
 @picked(4, 6, 8, 9, 13, 15, 18, 19, 21)
-def test_choices(shape: dict) -> None:
+def test_choices(shape: dict, biased: bool) -> None:
     """Clusters in the metric of r, weighted by the expected attention; exact keys by what they bring to a sub-tile."""
     query, key, value, where = case(shape, size=1)
-    choice = choose(query, key, value, where)
+    bias = draw_bias(shape["tokens"], 1) if biased else None
+    choice = choose(query, key, value, where, bias)
     prefix, m = where.prefix, where.num_hidden
     k, q, v, every = key[0, prefix:], query[0, prefix:], value[0, prefix:], key[0]
     body = len(k)
@@ -99,13 +111,17 @@ def test_choices(shape: dict) -> None:
     found = find_coordinates(query[:, prefix:], key[:, prefix:])
     few_q = found.query[0]
     u = [q[tile].mean(0) for tile in tiles]
-    expected = [(every @ u[t]).softmax(0)[prefix:] * len(tile) / body for t, tile in enumerate(tiles)]
+    b = query.new_zeros(body, len(every)) if bias is None else bias[0, prefix:]
+    logits = [every @ u[t] + b[tile].mean(0) for t, tile in enumerate(tiles)]
+    expected = [logits[t].softmax(0)[prefix:] * len(tile) / body for t, tile in enumerate(tiles)]
     mass = sum(expected)
     few_rest = torch.cat([few_q[tile] - few_q[tile].mean(0) for tile in tiles])
     points = found.key @ factor(few_rest.mT @ few_rest / body)
     assert torch.equal(choice.winners, learn_clusters(points, mass[None], m, where.steps))
 
-    keys = keys_by_formula(q, k, v, where, tiles, u, expected, mass, choice.winners[0].tolist(), found)
+    reads = [x[prefix:] for x in logits]
+    b = b[:, prefix:]
+    keys = keys_by_formula(q, k, v, b, where, tiles, reads, expected, mass, choice.winners[0].tolist(), found)
     ours = [{i for i in keys.tolist() if i >= 0} for keys in choice.keys[0]]
     assert [len(each) for each in ours] == [int((keys >= 0).sum()) for keys in choice.keys[0]]  # none twice
     assert ours == keys
@@ -122,9 +138,10 @@ def keys_by_formula(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    b: torch.Tensor,
     where: object,
     tiles: tuple,
-    u: list,
+    logits: list,
     expected: list,
     mass: torch.Tensor,
     winners: list[int],
@@ -144,7 +161,8 @@ def keys_by_formula(
     w, offset = less_its_mean(k)
     along = less_its_mean(found.key[0])[1]
     error_of_value = [log(float(x.norm())) if x.any() else log(1e-300) for x in less_its_mean(v)[1]]
-    rest = [q[tile] - u[t] for t, tile in enumerate(tiles)]
+    rest = [q[tile] - q[tile].mean(0) for tile in tiles]
+    rest_of_bias = [b[tile] - b[tile].mean(0) for tile in tiles]
     centre = [[part.mean(0) for part in r.split(SUBTILE)] for r in rest]
     within = torch.zeros(body, dtype=torch.float64)
     between = torch.zeros(body, dtype=torch.float64)
@@ -160,39 +178,44 @@ def keys_by_formula(
             drive = [float(mean @ w[j]) for j in range(m)]
             total = sum(share[j] * exp(drive[j]) for j in range(m))
             gains.append([d - log(total) for d in drive])
+        of_bias = rest_of_bias[t].square().mean(0)
         score = [
-            float(u[t] @ k[i])
+            float(logits[t][i])
             + max(gain[winners[i]] for gain in gains)
             + error_of_value[i]
-            + log(float(within[i] + between[i]) + 1e-6) / 2
+            + log(float(within[i] + between[i] + of_bias[i]) + 1e-6) / 2
             for i in range(body)
         ]
         best = sorted(range(body), key=score.__getitem__, reverse=True)[: min(3 * where.exact_keys, body)]
-        for mean, queries in zip(centre[t], tile.split(SUBTILE), strict=True):
+        parts = zip(centre[t], rest_of_bias[t].split(SUBTILE), tile.split(SUBTILE), strict=True)
+        for mean, of_bias, queries in parts:
             near = set(near_keys(queries, where, body).flatten().tolist())
 
-            def gain(i: int, mean: torch.Tensor = mean, t: int = t) -> float:
-                d = float(mean @ found.query_basis[0] @ along[i])
-                miss = (1 - exp(-min(max(d, -8), 8))) ** 2 + float(within[i]) + 1e-6
-                return float(u[t] @ k[i] + mean @ w[winners[i]]) + d + error_of_value[i] + log(miss) / 2
+            def gain(i: int, mean: torch.Tensor = mean, of_bias: torch.Tensor = of_bias, t: int = t) -> float:
+                d = float(mean @ found.query_basis[0] @ along[i] + of_bias[:, i].mean())
+                unlike = float(within[i] + of_bias[:, i].var(correction=0)) + 1e-6
+                miss = (1 - exp(-min(max(d, -8), 8))) ** 2 + unlike
+                return float(logits[t][i] + mean @ w[winners[i]]) + d + error_of_value[i] + log(miss) / 2
 
             far = sorted((i for i in best if i not in near), key=gain, reverse=True)
             chosen.append(near | set(far[: where.exact_keys]))
     return chosen
 
 
+@BIASED
 @picked(4, 8, 13)
-def test_without_clusters_the_keys_of_most_attention_are_chosen(shape: dict) -> None:
+def test_without_clusters_the_keys_of_most_attention_are_chosen(shape: dict, biased: bool) -> None:
     """Of a tile's mean query, then of a sub-tile's in a few coordinates, which here are all."""
     query, key, value, where = case(shape | {"num_hidden": 0}, size=1)
-    choice, prefix = choose(query, key, value, where), where.prefix
-    q, k = query[0, prefix:], key[0, prefix:]
+    bias = draw_bias(shape["tokens"], 1) * biased
+    choice, prefix = choose(query, key, value, where, bias), where.prefix
+    q, k, b = query[0, prefix:], key[0, prefix:], bias[0, prefix:, prefix:]
     numbers = iter(choice.keys[0])
     for tile in choice.order[0].split(where.tile):
-        best = (k @ q[tile].mean(0)).topk(min(3 * where.exact_keys, len(k))).indices.tolist()
+        best = (k @ q[tile].mean(0) + b[tile].mean(0)).topk(min(3 * where.exact_keys, len(k))).indices.tolist()
         for queries in tile.split(SUBTILE):
             near = set(near_keys(queries, where, len(k)).flatten().tolist())
-            score = k @ q[queries].mean(0)
+            score = k @ q[queries].mean(0) + b[queries].mean(0)
             far = sorted((i for i in best if i not in near), key=lambda i, score=score: float(score[i]), reverse=True)
             keys = next(numbers)
             assert {i for i in keys.tolist() if i >= 0} == near | set(far[: where.exact_keys])
@@ -209,17 +232,20 @@ def test_content_tiles_do_not_know_the_order_of_the_queries() -> None:
 # Gradients, the normaliser's share included.
 
 
+@BIASED
 @picked(5, 8, 10, 13, 18, 20)
-def test_gradients_equal_those_of_dense_matrices(shape: dict) -> None:
+def test_gradients_equal_those_of_dense_matrices(shape: dict, biased: bool) -> None:
     *qkv, where = case(shape)
-    choice, qkv = choose(*qkv, where), [x.requires_grad_() for x in qkv]
+    bias = draw_bias(shape["tokens"]) if biased else None
+    choice = choose(*qkv, where, bias)
+    inputs = [x.requires_grad_() for x in (*qkv, bias) if x is not None]
     readers = torch.randn_like(qkv[2]), torch.randn(qkv[2].shape[:2], dtype=torch.float64)
 
     def gradients(out: torch.Tensor, normaliser: torch.Tensor) -> tuple:
-        return torch.autograd.grad((out * readers[0]).sum() + (normaliser * readers[1]).sum(), qkv)
+        return torch.autograd.grad((out * readers[0]).sum() + (normaliser * readers[1]).sum(), inputs)
 
-    oracle = gradients(*near_far_oracle(*qkv, where, choice))
-    for ours, theirs in zip(gradients(*near_far_attention(*qkv, where)), oracle, strict=True):
+    oracle = gradients(*near_far_oracle(*qkv, where, choice, bias))
+    for ours, theirs in zip(gradients(*near_far_attention(*qkv, where, bias)), oracle, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
@@ -259,12 +285,14 @@ def test_choices_of_a_kernel_serve_as_well(shape: dict) -> None:
     torch.testing.assert_close(gradients(*attend(*qkv, where, theirs)), whole, rtol=1e-9, atol=1e-9)
 
 
+@BIASED
 @picked(9, 12, 16)
-def test_tiles_in_slices_change_nothing(shape: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_in_slices_change_nothing(shape: dict, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     *qkv, where = case(shape)
-    whole = near_far_attention(*qkv, where)
+    bias = draw_bias(shape["tokens"]) if biased else None
+    whole = near_far_attention(*qkv, where, bias)
     monkeypatch.setattr(near_far, "LOGITS", 2 * 3 * where.tile * 60)  # a tile or a few at once
-    torch.testing.assert_close(near_far_attention(*qkv, where), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(near_far_attention(*qkv, where, bias), whole, rtol=1e-12, atol=1e-12)
 
 
 # What must come out exactly.
@@ -366,9 +394,9 @@ def test_low_precision_follows_the_oracle(dtype: torch.dtype, largest: float, by
     """Of queries, keys and values as they are given: the error is that of rounding the results."""
     qkv = [x[:, None] for x in with_logits(draw(2, 150, 16, scale=1.3), largest, dtype)]
     budget = Budget(None, 1, 16, by_content, 4, 8, 7, 2)
-    out, log_p, *chosen = plain.near_far_forward(*qkv, None, budget, 1.0)
+    out, log_p, *chosen = plain.near_far_forward(*qkv, None, None, budget, 1.0)
     weight = torch.randn(out.shape).to(dtype)
-    grads = plain.near_far_backward(weight, torch.ones_like(log_p), *qkv, *chosen, None, budget, 1.0)
+    grads = plain.near_far_backward(weight, torch.ones_like(log_p), *qkv, None, *chosen, None, budget, 1.0)
     exact = [x[:, 0].double().requires_grad_() for x in qkv]
     oracle, oracle_log_p = near_far_oracle(*exact, budget.at(150, 16), Choice(*(x[:, 0] for x in chosen)))
     wanted = torch.autograd.grad((oracle * weight[:, 0]).sum() + oracle_log_p.sum(), exact)
@@ -416,40 +444,47 @@ BUDGETS = {
 }
 
 
+@pytest.mark.parametrize("of_bias", [None, (6, 1), (1, 2)], ids=["", "bias of sequences", "bias of heads"])
 @pytest.mark.parametrize("name", BUDGETS)
-def test_each_row_is_as_long_as_it_is(name: str) -> None:
+def test_each_row_is_as_long_as_it_is(name: str, of_bias: tuple[int, int] | None) -> None:
     """Every row is what the oracle makes of it alone; in one pass with gradients, and in two given what was chosen."""
     budget, lengths = BUDGETS[name], torch.tensor(LENGTHS)
-    qkv = [x.requires_grad_() for x in draw(6, 2, 63, 8)]
+    qkv, bias = draw(6, 2, 63, 8), None if of_bias is None else draw(*of_bias, 63, 63, count=1)[0]
+    real = torch.arange(63) < lengths[:, None, None]
+    if of_bias == (6, 1):  # that of padding may be anything
+        bias = bias.masked_fill(~(real & real.mT)[:, None], torch.nan)
+    inputs = [x.requires_grad_() for x in (*qkv, bias) if x is not None]
     weight, log_weight = torch.randn(6, 2, 63, 8, dtype=torch.float64), torch.randn(6, 2, 63, dtype=torch.float64)
-    found = plain.near_far_attention(*qkv, lengths, budget, 0.3)
-    out, log_p, *chosen = plain.near_far_forward(*qkv, lengths, budget, 0.3)
+    found = plain.near_far_attention(*qkv, bias, lengths, budget, 0.3)
+    out, log_p, *chosen = plain.near_far_forward(*qkv, bias, lengths, budget, 0.3)
     loss = 0
     for row, length in enumerate(LENGTHS):
+        own = qkv[0].new_zeros(2, length, length)
+        if bias is not None:
+            own = bias[row % len(bias), :, :length, :length].expand_as(own)
         mine = [x[row, :, :length] for x in qkv]
         assert not out[row, :, length:].any()
         assert (log_p[row, :, length:] == -torch.inf).all()
         if length == 0:
             continue
         if length <= budget.prefix:
-            oracle = softmax_attention(mine[0] * 0.3, *mine[1:])
+            oracle = softmax_attention(mine[0] * 0.3, *mine[1:], bias=own)
         else:
-            oracle = near_far_oracle(mine[0] * 0.3, *mine[1:], budget.at(length, 8))
+            oracle = near_far_oracle(mine[0] * 0.3, *mine[1:], budget.at(length, 8), bias=own)
         for ours, theirs in zip((out, log_p), oracle, strict=True):
             torch.testing.assert_close(ours[row, :, :length], theirs, rtol=1e-9, atol=1e-9)
         loss = loss + (oracle[0] * weight[row, :, :length]).sum()
         loss = loss + (oracle[1] * log_weight[row, :, :length]).sum()
-    expected = torch.autograd.grad(loss, qkv)
+    expected = torch.autograd.grad(loss, inputs)
     for ours, theirs in zip(found, (out, log_p), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    real = torch.arange(63) < lengths[:, None, None]
     seen = found[0] * weight, (found[1] * log_weight)[real.expand_as(log_p)]
-    ours = torch.autograd.grad(seen[0].sum() + seen[1].sum(), qkv)
-    again = plain.near_far_backward(weight, log_weight * real, *qkv, *chosen, lengths, budget, 0.3)
+    ours = torch.autograd.grad(seen[0].sum() + seen[1].sum(), inputs)
+    again = plain.near_far_backward(weight, log_weight * real, *qkv, bias, *chosen, lengths, budget, 0.3)
     for mine, other, wanted in zip(ours, again, expected, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(other, wanted, rtol=1e-6, atol=1e-6)  # the masses came in float32
-        assert not mine.masked_select(~real[..., None]).any()
+        assert len(mine) == 1 or not mine.masked_select(~real[..., None]).any()
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -457,7 +492,7 @@ def test_what_was_chosen_is_laid_out_for_the_longest_row(name: str) -> None:
     """Behind a row's own tokens, sub-tiles and keys: places of which nothing may be read."""
     budget, lengths = BUDGETS[name], torch.tensor(LENGTHS)
     qkv = draw(6, 2, 63, 8, dtype=torch.float32)
-    _, _, order, winners, mass, keys = plain.near_far_forward(*qkv, lengths, budget, 0.3)
+    _, _, order, winners, mass, keys = plain.near_far_forward(*qkv, None, lengths, budget, 0.3)
     body, whole = 63 - budget.prefix, budget.at(63, 8)
     assert order.shape == winners.shape == mass.shape == (6, 2, body)
     assert keys.shape == (6, 2, -(-body // SUBTILE), whole.most_keys(body))
@@ -474,19 +509,20 @@ def test_the_gradient_leaves_out_what_the_mass_moves() -> None:
     """Against differences over steps too small to change a choice: some per cent, and no more."""
     generator = torch.Generator().manual_seed(0)
     query, key, value, weight = torch.randn(4, 1, 2, 96, 8, generator=generator, dtype=torch.float64)
-    inputs = [(2 * x).requires_grad_() for x in (query, key)]
+    bias = torch.randn(1, 2, 96, 96, generator=generator, dtype=torch.float64)
+    inputs = [(2 * x).requires_grad_() for x in (query, key, bias)]
     config = AstroConfig(num_hidden=4, near=0, exact_keys=8, tile=16, backend="torch")
     core = AstrocyteAttention(2, 8, config)
 
-    def loss(query: Tensor, key: Tensor) -> Tensor:
-        return (core(query, key, value) * weight).sum()
+    def loss(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+        return (core(query, key, value, bias=bias) * weight).sum()
 
     gradients = torch.autograd.grad(loss(*inputs), inputs)
-    for place, (gradient, most) in enumerate(zip(gradients, (0.08, 0.14), strict=True)):
+    for place, (gradient, most) in enumerate(zip(gradients, (0.08, 0.14, 0.08), strict=True)):
         errors, slopes = [], []
         for _ in range(20):
             steps = [torch.zeros_like(x) for x in inputs]
-            steps[place] = 1e-6 * torch.randn(query.shape, generator=generator, dtype=torch.float64)
+            steps[place] = 1e-6 * torch.randn(steps[place].shape, generator=generator, dtype=torch.float64)
             ahead, behind = (loss(*(x + sign * y for x, y in zip(inputs, steps, strict=True))) for sign in (1, -1))
             slopes.append((ahead - behind).detach() / 2)
             errors.append((gradient * steps[place]).sum() - slopes[-1])

@@ -130,6 +130,22 @@ def test_neighbours_stay_together_where_they_ask_for_the_same(grid: tuple | None
     assert torch.equal(kept[1], order[1])
 
 
+@pytest.mark.parametrize("grid", [None, (8, 8)])
+def test_neighbours_stay_together_for_a_bias_of_positions(grid: tuple | None) -> None:
+    """All queries ask for the same; in one head a bias lets them look around themselves, in one it is the keys' own."""
+    where, order = layout(grid=grid, tile=16), torch.stack([torch.randperm(64) for _ in range(2)])
+    query, key = torch.ones(2, 64, 8).double(), torch.randn(2, 64, 8).double()
+    place = torch.arange(64).double()
+    place = torch.stack([place // 8, place % 8], -1) if grid else place[:, None]
+    bias = torch.stack([-torch.cdist(place, place), place.sum(1).expand(64, -1)])
+    kept = keep_neighbours(query, key, order, where, bias)
+    assert torch.equal(kept[0], position_order(where, 64, CPU))
+    assert torch.equal(kept[1], order[1])
+    assert torch.equal(keep_neighbours(query, key, order, where), order)
+    moved = bias + 1000 * torch.randn(2, 64, 1)  # by the same for all keys
+    assert torch.equal(keep_neighbours(query, key, order, where, moved)[0], kept[0])
+
+
 def test_too_few_neighbours_are_not_compared() -> None:
     query, key = draw(2, 3, 8, count=2)
     order = torch.tensor([[2, 0, 1]]).expand(2, -1)

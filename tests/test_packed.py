@@ -103,9 +103,17 @@ def test_what_a_dense_mask_says(form: Callable[[Tensor], Tensor]) -> None:
     assert "dense mask" in str(read_mask(additive(blocks(SIZES)[:, None]) / 1e36, 2, 20).refusal)
 
 
-def test_a_learned_bias_is_no_mask() -> None:
-    bias = torch.zeros(1, 1, 20, 20, requires_grad=True)
-    assert read_mask(bias, 2, 20).refusal == "a learned bias on the scores"
+def test_a_bias_is_no_mask() -> None:
+    """A learned one, or one for every head, though it may be zero now; and what it hides from all queries alike."""
+    for bias in (torch.zeros(1, 1, 20, 20, requires_grad=True), torch.zeros(1, 4, 20, 20), torch.randn(1, 1, 20, 20)):
+        assert read_mask(bias, 2, 20) == Mask(bias=bias)
+    real = torch.arange(20) < torch.tensor([[20], [15]])
+    said = read_mask(torch.randn(1, 4, 20, 20).masked_fill(~real[:, None, None], -torch.inf), 2, 20)
+    assert torch.equal(said.real, real)
+    rows = said.bias.masked_fill(~real[:, None, :, None], -torch.inf)  # padding sees nothing
+    assert torch.equal(read_mask(rows, 2, 20).real, real)
+    said.bias[0, 1, 3, 4] = -torch.inf
+    assert "dense mask" in str(read_mask(said.bias, 2, 20).refusal)
 
 
 # the answer

@@ -19,7 +19,6 @@ from patching_models import (
     TIMM_VIT,
     build,
     image,
-    need_transformers,
     outputs,
     text,
 )
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.patching import fallbacks, patch, unpatch
-from astroattn.patching.dense_masks import KEY_BIAS, read_mask
+from astroattn.patching.dense_masks import read_mask
 from astroattn.patching.grid import PatchGrid
 from astroattn.patching.masks import attention_mask
 from astroattn.patching.site import drop_keys
@@ -188,12 +187,21 @@ def test_a_padding_mask_may_be_written_out_for_every_query(dtype: torch.dtype) -
         model(input_ids=batch["input_ids"], attention_mask=other)
 
 
-def test_a_bias_on_keys_is_not_a_key_mask() -> None:
+@pytest.mark.parametrize("shape", [(2, 1, 1, 20), (2, 1, 20, 20), (1, 4, 20, 20)], ids=str)
+@torch.no_grad()
+def test_a_bias_is_not_a_mask(shape: tuple[int, ...]) -> None:
     model = build(ALL["bert"])
+    inputs = {"input_ids": text()["input_ids"], "attention_mask": torch.linspace(-3, 2, 400)[: shape[-2] * 20]}
+    inputs["attention_mask"] = inputs["attention_mask"].view(shape[-2:]).expand(shape)
+    before = model(**inputs)[0]
+    patch(model, EXACT)
+    torch.testing.assert_close(model(**inputs)[0], before, atol=1e-5, rtol=1e-4)
     patch(model, SHORT)
-    bias = torch.linspace(-1, 0, 20).expand(2, 1, 1, 20)
-    with pytest.warns(UserWarning, match="a bias on keys"):
-        model(input_ids=text()["input_ids"], attention_mask=bias)
+    changed = model(**inputs)[0]
+    assert not torch.allclose(changed, before, atol=1e-2)
+    inputs["attention_mask"] = torch.zeros(shape)
+    assert not torch.allclose(model(**inputs)[0], changed, atol=1e-2)
+    assert not fallbacks(model)
 
 
 @torch.no_grad()
@@ -203,7 +211,7 @@ def test_a_bias_on_a_single_key_in_a_graph() -> None:
     inputs = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.full((1, 1, 1, 1), 0.3)}
     before = model(**inputs)[0]
     patch(model, SHORT)
-    with pytest.warns(UserWarning, match="a bias on keys"):
+    with pytest.warns(UserWarning, match="a bias on the scores in a graph"):
         after = torch.compile(model, backend="aot_eager")(**inputs)[0]
     torch.testing.assert_close(after, before)
 
@@ -220,11 +228,9 @@ def test_a_complete_key_mask_is_not_made_causal(name: str) -> None:
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
-def test_t5_position_bias_stays_exact() -> None:
-    need_transformers("5.15")
-    config = t.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99)
-    with pytest.raises(ValueError, match=r"relative position bias[\s\S]*cross attention"):
-        patch(t.T5Model(config).eval(), STATIC)
+def test_t5_has_no_static_layers() -> None:
+    with pytest.raises(ValueError, match=r"a bias for every query and key, which[\s\S]*cross attention"):
+        patch(build(ALL["t5"]), STATIC)
 
 
 @pytest.mark.skipif(
@@ -616,7 +622,8 @@ def test_a_float_mask_of_minus_ten_thousand_is_padding() -> None:
 def test_what_of_a_float_mask_hides_a_key(mask: float, dtype: torch.dtype) -> None:
     said = read_mask(torch.tensor([[[[0.0, mask]]]], dtype=dtype), 1, 2)
     if mask == -9000.0:
-        assert (said.real, said.refusal) == (None, KEY_BIAS)
+        assert said.real is said.refusal is None
+        assert said.bias is not None
     else:
         assert said.real is not None
         assert said.real.tolist() == [[True, False]]

@@ -291,25 +291,91 @@ def test_no_matrix_of_queries_and_keys_is_formed(between: Between) -> None:
     assert fallbacks(model) == {}
 
 
-# What is more than softmax attention, and what the report says of it.
+# A bias for every query and key
 
 
 def position_bias(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-    return m.softmax_of(q @ k.mT + torch.arange(81.0).view(9, 9).sin() + bias_of(real)) @ v
+    count = q.shape[2]
+    return m.softmax_of(q @ k.mT + torch.arange(float(count**2)).view(count, count).sin() + bias_of(real)) @ v
 
 
 def position_keys(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-    return m.softmax_of(q @ k.mT + torch.einsum("bhld,lrd->bhlr", q, torch.ones(9, 9, 8).cumsum(0).sin())) @ v
+    count = q.shape[2]
+    positions = torch.einsum("bhld,lrd->bhlr", q, torch.ones(count, count, 8).cumsum(0).sin())
+    return m.softmax_of(q @ k.mT + positions + bias_of(real)) @ v
 
 
 def alibi(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-    slopes = torch.linspace(0.1, 1, HEADS)[None, :, None, None] * torch.arange(9.0)
-    return m.softmax_of(q @ k.mT + slopes) @ v
+    slopes = torch.linspace(0.1, 1, HEADS)[None, :, None, None] * torch.arange(float(q.shape[2]))
+    return m.softmax_of((q @ k.mT + slopes).masked_fill(~real[:, None, None], LEAST)) @ v  # type: ignore[index]
 
 
 def zero_bias_by_head(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
     """As it is before it is trained."""
-    return m.softmax_of(q @ k.mT + torch.zeros(HEADS, 9, 9)) @ v
+    return m.softmax_of(q @ k.mT + torch.zeros(HEADS, q.shape[2], q.shape[2]) + bias_of(real)) @ v
+
+
+def joined_bias(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    """With the mask in the same numbers, and padding that sees nothing."""
+    count = q.shape[2]
+    bias = torch.arange(float(count**2)).view(count, count).cos() + bias_of(real)
+    return m.softmax_of(q @ k.mT + bias.masked_fill(~real[:, None, :, None], LEAST)) @ v  # type: ignore[index]
+
+
+def fused_bias(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    count = q.shape[2]
+    bias = torch.arange(float(HEADS * count**2)).view(HEADS, count, count).sin() + bias_of(real)
+    return F.scaled_dot_product_attention(q, k, v, bias)
+
+
+BIASED = [position_bias, position_keys, alibi, zero_bias_by_head, joined_bias, fused_bias]
+TILED = AstroConfig(near=0, exact_keys=32, num_hidden=8, tile=8)
+
+
+@pytest.mark.parametrize("between", BIASED)
+@torch.no_grad()
+def test_a_bias_is_added_to_the_logits(between: Between) -> None:
+    model, real = model_of(between), keys()
+    expected = model(tokens(), real)
+    report_of(model, AstroConfig(near=64))
+    torch.testing.assert_close(model(tokens(), real)[real], expected[real], atol=1e-5, rtol=1e-5)
+    unpatch(model)
+    assert torch.equal(model(tokens(), real), expected)
+    many, real = tokens(60), keys(60)
+    expected = model(many, real)
+    report_of(model, TILED)
+    changed = model(many, real)
+    error = (changed - expected)[real].norm() / (expected - many)[real].norm()
+    assert 1e-4 < error < 0.4
+    many[1, -3:] = 7.0  # the padding
+    torch.testing.assert_close(model(many, real)[real], changed[real], atol=1e-5, rtol=1e-4)
+    assert fallbacks(model) == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*left to the model's own attention")
+@pytest.mark.parametrize("between", BIASED)
+@torch.no_grad()
+def test_a_static_layer_has_no_bias(between: Between) -> None:
+    model, reason = model_of(between), "a bias for every query and key, which neither a static layer"
+    expected = model(tokens(), keys())
+    with pytest.raises(ValueError, match=reason):
+        patch(model, STATIC)
+    assert torch.equal(model(tokens(), keys()), expected)
+    other = model_of(scale_after)
+    report_of(other, STATIC)
+    for layer in other.layers:
+        layer.between = between
+    assert torch.equal(other(tokens(), keys()), expected)
+    assert [reason in each for count in fallbacks(other).values() for each in count] == [True, True]
+
+
+# What is more than softmax attention, and what the report says of it.
+
+
+def bias_by_key_and_mask(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    """A mask that is not the same for every query, written with a moderate number."""
+    far = (torch.arange(9)[:, None] - torch.arange(9)).abs() > 4
+    return m.softmax_of(q @ k.mT + torch.where(far, -100.0, 0.0)) @ v
 
 
 def window(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
@@ -372,12 +438,9 @@ def windows(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor |
 
 
 MORE = [
-    (position_bias, "a dense mask or bias"),
-    (position_keys, "bias of its own for every head"),
-    (alibi, "a bias on keys"),
-    (window, "a dense mask or bias"),
-    (mask_by_head, "a mask or bias of its own for every head"),
-    (zero_bias_by_head, "a mask or bias of its own for every head"),
+    (window, "a dense mask"),
+    (mask_by_head, "a dense mask"),
+    (bias_by_key_and_mask, "a dense mask"),
     (soft_cap, "soft cap"),
     (sinks, "attention sinks"),
     (talking_heads, "heads are mixed"),
@@ -434,18 +497,24 @@ def test_weights_that_are_put_out_are_none() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*left to the model's own attention")
-def test_a_bias_that_is_trained_is_left_to_the_class() -> None:
-    bias = nn.Parameter(torch.zeros(TOKENS, TOKENS))
+@pytest.mark.parametrize("config", [AstroConfig(near=64), TILED], ids=["softmax", "tiles"])
+def test_a_bias_is_trained(config: AstroConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = nn.Parameter(torch.zeros(60, 60))
 
     def biased(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
         return m.softmax_of(q @ k.mT + bias * 1) @ v
 
     model = model_of(biased)
-    report_of(model)
-    model(tokens()).pow(2).sum().backward()
+    model(tokens(60)).pow(2).sum().backward()
     assert bias.grad is not None
-    assert bias.grad.abs().sum() > 0
-    assert [list(each) for each in fallbacks(model).values()] == [["a learned bias on the scores"]] * 2
+    expected, bias.grad = bias.grad, None
+    with monkeypatch.context() as patcher:
+        patcher.setattr(probe, "make_inputs", lambda model: {"x": tokens(60), "real": keys(60)})
+        report_of(model, config)
+    model(tokens(60)).pow(2).sum().backward()
+    assert bias.grad is not None
+    assert (bias.grad - expected).norm() < (1e-4 if config.near else 0.5) * expected.norm()
+    assert fallbacks(model) == {}
 
 
 def test_gradients_are_those_of_softmax_attention() -> None:
@@ -573,17 +642,9 @@ REAL: dict[str, Callable[[], nn.Module]] = {
 }
 GROUPS = {f"{name}_groups": 1 for name in ("q", "k", "v", "post_attention", "intermediate", "output")}
 WIDE = {"hidden_size": 32, "vocab_size": 99}
-BIASED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "mpnet": (lambda: t.MPNetModel(t.MPNetConfig(**TEXT)), "a mask or bias of its own for every head"),
-    "bloom": (
-        lambda: t.BloomModel(t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99)),
-        "a bias on keys",
-    ),
-    "falcon with alibi": (lambda: t.FalconModel(t.FalconConfig(**TEXT, alibi=True)), "bias"),
-    "deberta-v2": (
-        lambda: t.DebertaV2Model(t.DebertaV2Config(**TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"])),
-        "bias",
-    ),
+CAUSAL_AND_BIASED: dict[str, Callable[[], nn.Module]] = {
+    "bloom": lambda: t.BloomModel(t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99)),
+    "falcon": lambda: t.FalconModel(t.FalconConfig(**TEXT, alibi=True)),
 }
 
 
@@ -626,12 +687,14 @@ def test_real_classes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(model(**text())[0], expected)
 
 
-@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("config", [FULL, AstroConfig()], ids=["static", "default"])
+@pytest.mark.parametrize("name", CAUSAL_AND_BIASED)
 @torch.no_grad()
-def test_real_classes_that_add_a_bias_stay_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build, reason = BIASED[name]
-    model = real_model(build, monkeypatch)
+def test_causal_classes_that_add_a_bias_stay_as_they_are(
+    name: str, config: AstroConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = real_model(CAUSAL_AND_BIASED[name], monkeypatch)
     expected = model(**text())[0]
-    with pytest.raises(ValueError, match=reason):
-        patch(model, FULL)
+    with pytest.raises(ValueError, match="a bias for every query and key in causal attention, which no astrocyte has"):
+        patch(model, config)
     assert torch.equal(model(**text())[0], expected)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from patching_models import LEFT_EXACT, PATCHED, build, outputs
+from patching_models import BIASED, LEFT_EXACT, PATCHED, build, outputs
 
 from astroattn import AstroConfig
 from astroattn.patching import NotPatched, fallbacks, patch, unpatch
 
+MODELS = PATCHED | BIASED
 EXACT = AstroConfig(near=100_000)
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
 STATIC = AstroConfig(hidden="random", near=2, exact_keys=0, tile=2, num_hidden=4)
@@ -20,9 +21,9 @@ def differences(one: list[torch.Tensor], other: list[torch.Tensor]) -> list[floa
     return [float((a - b).abs().max() / a.abs().max()) for a, b in zip(one, other, strict=True)]
 
 
-@pytest.mark.parametrize("name", PATCHED)
+@pytest.mark.parametrize("name", MODELS)
 def test_full_near_field_reproduces_the_model(name: str) -> None:
-    tiny = PATCHED[name]
+    tiny = MODELS[name]
     model, inputs = build(tiny), tiny.inputs()
     before = outputs(model, inputs)
     report = patch(model, EXACT)
@@ -33,9 +34,9 @@ def test_full_near_field_reproduces_the_model(name: str) -> None:
     assert fallbacks(model) == {}
 
 
-@pytest.mark.parametrize("name", PATCHED)
+@pytest.mark.parametrize("name", MODELS)
 def test_short_near_field_changes_the_outputs(name: str) -> None:
-    tiny = PATCHED[name]
+    tiny = MODELS[name]
     model, inputs = build(tiny), tiny.inputs()
     before = outputs(model, inputs)
     patch(model, STATIC if tiny.causal else SHORT)
@@ -43,9 +44,9 @@ def test_short_near_field_changes_the_outputs(name: str) -> None:
     assert fallbacks(model) == {}
 
 
-@pytest.mark.parametrize("name", PATCHED)
+@pytest.mark.parametrize("name", MODELS)
 def test_unpatch_restores_everything(name: str) -> None:
-    tiny = PATCHED[name]
+    tiny = MODELS[name]
     model, inputs = build(tiny), tiny.inputs()
     before, keys = outputs(model, inputs, real_only=False), list(model.state_dict())
     state = snapshot(model)

@@ -127,7 +127,6 @@ def test_values_may_be_others_than_keys() -> None:
         (lambda x: ((x, x, x), {}), "need_weights=True"),
         (lambda x: ((x, x, x), {"need_weights": False, "attn_mask": torch.rand(11, 11) > 0.8}), "a dense mask"),
         (lambda x: ((x[0],) * 3, {"need_weights": False}), "without a batch"),
-        (lambda x: ((x, x, x), {"need_weights": False, "key_padding_mask": torch.rand(3, 11)}), "a bias on keys"),
     ],
 )
 def test_calls_it_cannot_represent_are_torchs(arguments: object, reason: str) -> None:

@@ -60,7 +60,8 @@ def take(x: Tensor, queries: Tensor | None) -> Tensor:
 
 
 def _exact_logits(call: AttentionCall, queries: Tensor | None) -> Tensor:
-    return soft_capped(take(call.query, queries) @ call.key.mT * call.scale, call.options.get("soft_cap"))
+    logits, bias = take(call.query, queries) @ call.key.mT * call.scale, call.options.get("bias")
+    return soft_capped(logits if bias is None else logits + take(bias, queries), call.options.get("soft_cap"))
 
 
 def log_products(

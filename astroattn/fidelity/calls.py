@@ -22,7 +22,7 @@ class AttentionCall(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    options: dict[str, Any]  # key_mask, causal, scale, grid, window, sink, soft_cap
+    options: dict[str, Any]  # key_mask, causal, scale, grid, window, sink, soft_cap, bias
 
     @property
     def scale(self) -> float:
@@ -43,6 +43,8 @@ class AttentionCall(NamedTuple):
         """The call on one of the sequences alone."""
         mask = self.options.get("key_mask")
         masks = {} if mask is None else {"key_mask": mask.expand(len(self.query), -1)[index : index + 1]}
+        if (bias := self.options.get("bias")) is not None and len(bias) > 1:
+            masks["bias"] = bias[index : index + 1]
         query, key, value = (x[index : index + 1] for x in self[:3])
         return AttentionCall(query, key, value, self.options | masks)
 

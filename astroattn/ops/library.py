@@ -33,6 +33,7 @@ def near_far_attention(
     budget: Budget,
     *,
     scale: float,
+    bias: Tensor | None = None,
     lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,7 @@ def near_far_attention(
 
     Args:
         query, key: [B, H, N, D]. value: [B, H, N, Dv]. budget: how much of each. scale: multiplies q.k.
+        bias: [1 or B, 1 or H, N, N], added to that, finite at real tokens, or None; no Triton kernel has it.
         lengths: real tokens of each sequence [B], which come first; None: all are real. Not with a grid.
         backend: as in `AstroConfig`.
 
@@ -50,11 +52,11 @@ def near_far_attention(
     Raises:
         ValueError: the backend cannot run here; the tensors are on different devices.
     """
-    check_devices((query, key, value, lengths))
-    backend = choose_backend(backend, "near_far", query, value)
-    if backend == "torch" and not _in_graph():
-        return plain.near_far_attention(query, key, value, lengths, budget, scale)
-    out, log_p, *_ = _call(_near_far, NearFar)(query, key, value, lengths, *budget, scale, backend)
+    check_devices((query, key, value, bias, lengths))
+    backend = choose_backend(backend, "near_far" if bias is None else "near_far with a bias", query, value)
+    if backend == "torch" and not in_graph():
+        return plain.near_far_attention(query, key, value, bias, lengths, budget, scale)
+    out, log_p, *_ = _call(_near_far, NearFar)(query, key, value, bias, lengths, *budget, scale, backend)
     return out, log_p
 
 
@@ -77,7 +79,7 @@ def near_linear_attention(
     """
     check_devices((query, key, value, weight, phase, lengths))
     choose_backend(backend, "near_linear", query, value)
-    if not _in_graph():
+    if not in_graph():
         return plain.near_linear_attention(query, key, value, weight, phase, lengths, budget, activation, scale)
     out: tuple[Tensor, Tensor] = _near_linear(query, key, value, weight, phase, lengths, *budget, activation, scale)
     return out
@@ -131,7 +133,7 @@ def causal_attention(
     backend = choose_backend(backend, "causal", query, value)
     inputs = (query, key, value, weight, phase, key_mask, activation, near, scale**0.5)
     check_devices(inputs)
-    if backend == "torch" and not _in_graph():
+    if backend == "torch" and not in_graph():
         return plain.causal_attention(*inputs)[:2]
     out, log_p, *_ = _call(_causal, Causal)(*inputs, backend)
     return out, log_p
@@ -192,7 +194,7 @@ def stream(
     check_devices((query, key, value, *memory[:-1]))
     inputs = (query, key, value, memory, entries, newest, lengths, soft_cap)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *memory))
-    if backend == "torch" or differentiable or _in_graph() or _is_transformed():
+    if backend == "torch" or differentiable or in_graph() or _is_transformed():
         return streaming.stream(*inputs)
     out: tuple[Tensor, Tensor, Memory] = run_kernel(backend, "streaming", "stream", *inputs)
     return out
@@ -200,12 +202,12 @@ def stream(
 
 def _call(operator: Callable[..., Any], function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """How to call an operator: in eager mode with gradients, by a function that costs less and knows `torch.func`."""
-    graph = _in_graph() or not torch.is_grad_enabled()
+    graph = in_graph() or not torch.is_grad_enabled()
     apply: Callable[..., Any] = operator if graph else function.apply
     return apply
 
 
-def _in_graph() -> bool:
+def in_graph() -> bool:
     """Whether a graph is being made, of which an attention is one node: its steps depend on the numbers it is given."""
     return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
@@ -246,7 +248,7 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             found: tuple[Tensor | None, ...] = backward(ctx, *gradients)
-        if _in_graph() or not torch.is_grad_enabled():
+        if in_graph() or not torch.is_grad_enabled():
             return found
         tensors = [x for x in found if x is not None]
         behind = [x for x in (*gradients, *ctx.saved_tensors) if x is not None]
@@ -325,12 +327,12 @@ def _budget_of(grid: Sequence[int] | None, *numbers: Any) -> Budget:
 
 @_operator(
     "near_far_attention",
-    f"(Tensor query, Tensor key, Tensor value, {_BUDGET}, float scale, str backend) "
+    f"(Tensor query, Tensor key, Tensor value, Tensor? bias, {_BUDGET}, float scale, str backend) "
     "-> (Tensor out, Tensor log_p, Tensor order, Tensor winners, Tensor mass, Tensor keys)",
 )
-def _near_far(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    *numbers, scale, backend = rest
-    inputs = (query, key, value, lengths, _budget_of(*numbers), scale)
+def _near_far(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    bias, lengths, *numbers, scale, backend = rest
+    inputs = (query, key, value, bias, lengths, _budget_of(*numbers), scale)
     if backend == "torch":
         out, *others = plain.near_far_forward(*inputs)
         return _as_rows(out, query), *others
@@ -338,8 +340,8 @@ def _near_far(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None,
 
 
 @_fake(_near_far)
-def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    budget, tokens = _budget_of(*rest[:-2]), query.shape[2]
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    budget, tokens = _budget_of(*rest[2:-2]), query.shape[2]
     layout, body = budget.at(tokens, query.shape[3]), tokens - budget.prefix
     order = query.new_empty(*query.shape[:2], body, dtype=torch.int32)
     keys = order.new_empty(*query.shape[:2], layout.all_subtiles(body), _any_number(layout.most_keys(body)))
@@ -349,24 +351,29 @@ def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, *rest: 
 
 @_operator(
     "near_far_attention_backward",
-    "(Tensor d_out, Tensor d_log_p, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_p, "
-    f"Tensor order, Tensor winners, Tensor mass, Tensor keys, {_BUDGET}, float scale, str backend) "
-    "-> (Tensor d_query, Tensor d_key, Tensor d_value)",
+    "(Tensor d_out, Tensor d_log_p, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor out, Tensor log_p, "
+    f"Tensor order, Tensor winners, Tensor mass, Tensor keys, {_BUDGET}, float scale, bool with_bias, str backend) "
+    "-> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_bias)",
 )
 def _near_far_backward(d_out: Tensor, d_log_p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *tensors, lengths, grid, prefix, tile, by_content, near, exact_keys, num_hidden, steps, scale, backend = rest
-    budget = _budget_of(grid, prefix, tile, by_content, near, exact_keys, num_hidden, steps)
-    if backend == "torch":
-        query, key, value, _, _, order, winners, mass, keys = tensors
-        given = (query, key, value, order, winners, mass, keys, lengths, budget, scale)
+    tensors, (lengths, *numbers, scale, with_bias, backend) = rest[:10], rest[10:]
+    budget = _budget_of(*numbers)
+    if backend == "torch" or with_bias:  # no kernel has the gradient of a bias, which is N x N
+        query, key, value, bias, _, _, order, winners, mass, keys = tensors
+        given = (query, key, value, bias, order, winners, mass, keys, lengths, budget, scale)
         grads = plain.near_far_backward(d_out, d_log_p, *given)
-        return tuple(map(_as_rows, grads, tensors[:3]))
-    return tuple(run_kernel(backend, "near_far", "near_far_backward", d_out, d_log_p, *tensors, lengths, budget, scale))
+    else:
+        grads = run_kernel(backend, "near_far", "near_far_backward", d_out, d_log_p, *tensors, lengths, budget, scale)
+    d_bias = grads[3].contiguous() if with_bias else tensors[0].new_empty(0)
+    return *map(_as_rows, grads[:3], tensors[:3]), d_bias
 
 
 @_fake(_near_far_backward)
-def _(d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _gradients(query, key, value)
+def _(
+    d_out: Tensor, d_log_p: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    d_bias = query.new_empty(0) if bias is None or not rest[-2] else bias.new_empty(bias.shape)
+    return *_gradients(query, key, value), d_bias
 
 
 def _any_number(size: int) -> int:
@@ -385,15 +392,17 @@ class NearFar(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, key, value, lengths, *ctx.settings = inputs
+        query, key, value, bias, lengths, *ctx.settings = inputs
         ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(query, key, value, *output, lengths)
+        ctx.save_for_backward(query, key, value, bias, *output, lengths)
 
     @staticmethod
     @_once
     def backward(ctx: Any, d_out: Tensor, d_log_p: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grads = _near_far_backward(d_out, d_log_p, *ctx.saved_tensors, *ctx.settings)
-        return *grads, *[None] * (1 + len(ctx.settings))
+        *settings, backend = ctx.settings
+        wanted = ctx.needs_input_grad[3]
+        *grads, d_bias = _near_far_backward(d_out, d_log_p, *ctx.saved_tensors, *settings, wanted, backend)
+        return *grads, d_bias if wanted else None, *[None] * (1 + len(ctx.settings))
 
 
 # Near field, exact keys and a static layer

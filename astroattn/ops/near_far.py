@@ -18,6 +18,9 @@ levels: the tile proposes candidates, the sub-tile takes some. What no sub-tile 
 tile; what others take is added by each sub-tile that does not. Nothing is subtracted. (The CPU kernels sum all keys and
 correct the exact ones, which is the same and faster: native/reading.h.)
 
+A bias b on the logits is cut in the same way: its mean over the queries of a tile goes with u.k, so the sums have it,
+and what is left goes with r.k, where exact keys have it and others are read without.
+
 `choose` finds the order of the queries, the clusters and the exact keys; `attend` is everything else, differentiable,
 given what was chosen. All arguments are flattened over batch and heads, Z = B * H; the queries are already multiplied
 by the scale. The body is all n = N - prefix tokens behind the prefix; none of the tokens is padding.
@@ -80,7 +83,9 @@ class Reading:
         token: the query in each slot [Z, T, t]; slots behind the last query repeat it and are not real.
         real: which slots are [T, t].
         mean: u [Z, T, D]. rest: r [Z, T, t, D], 0 in slots that are not real.
-        logits: u.k [Z, T, n].
+        logits: u.k of the body [Z, T, n], with the tile's mean bias. prefix_logits: of the prefix [Z, T, prefix].
+        bias: what the bias has beside its mean [Z, T, t, n], 0 in slots that are not real; None without one.
+        prefix_bias: the same for the prefix [Z, T, t, prefix].
     """
 
     token: Tensor
@@ -88,22 +93,28 @@ class Reading:
     mean: Tensor
     rest: Tensor
     logits: Tensor
+    prefix_logits: Tensor
+    bias: Tensor | None
+    prefix_bias: Tensor | None
 
 
-def near_far_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def near_far_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of each query to its sub-tile's exact keys, and to m hidden neurons for the rest.
 
     Args:
         query, key, value: [Z, N, D], [Z, N, D], [Z, N, Dv], queries scaled; float32 or float64.
+        bias: [Z, N, N], finite, added to the logits; None: there is none.
 
     Returns:
         The output [Z, N, Dv], and the log of the normaliser [Z, N].
     """
-    return attend(query, key, value, layout, choose(query, key, value, layout))
+    return attend(query, key, value, layout, choose(query, key, value, layout, bias), bias)
 
 
 @torch.no_grad()
-def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Choice:
+def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout, bias: Tensor | None = None) -> Choice:
     """The order of the queries, the clusters of the keys and the exact keys of the sub-tiles."""
     prefix, m = layout.prefix, layout.num_hidden
     body_query, body_key, body_value = (x[:, prefix:] for x in (query, key, value))
@@ -112,11 +123,12 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Choice:
     if layout.by_content:
         moment = coordinates.key.mT @ coordinates.key / body
         order = content_order(coordinates.query @ factor(moment), layout)
-        order = keep_neighbours(body_query, body_key, order, layout)
+        of_body = None if bias is None else bias[:, prefix:, prefix:]
+        order = keep_neighbours(body_query, body_key, order, layout, of_body)
     else:
         order = position_order(layout, body, key.device).expand(size, -1)
-    reading = read_tiles(body_query, body_key, order, layout)
-    expected = expected_attention(reading, key[:, :prefix])
+    reading = read_tiles(query, key, order, layout, bias)
+    expected = expected_attention(reading)
     clusters, winners = None, order.new_zeros(size, body)
     if m:
         mass = expected.sum(1)
@@ -127,29 +139,35 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Choice:
     return Choice(order, winners, _mass_left(reading, expected, keys, winners, layout), keys)
 
 
-def read_tiles(query: Tensor, key: Tensor, order: Tensor, layout: Layout) -> Reading:
-    """Mean query of each tile and its logits with every body key: T * n products of length D."""
-    body, tile = query.shape[1], layout.tile
+def read_tiles(query: Tensor, key: Tensor, order: Tensor, layout: Layout, bias: Tensor | None) -> Reading:
+    """Mean query of each tile and its logits with every key: T * N products of length D."""
+    prefix, body, tile = layout.prefix, order.shape[1], layout.tile
     slots = torch.arange(layout.tiles(body) * tile, device=query.device).view(-1, tile)
     token, real = order[:, slots.clamp(max=body - 1)], slots < body
-    mean, rest = _mean_and_rest(query, token, real)
-    return Reading(token, real, mean, rest, mean @ key.mT)
+    mean, rest = _mean_and_rest(query[:, prefix:], token, real)
+    logits = mean @ key.mT
+    if bias is None:
+        return Reading(token, real, mean, rest, logits[..., prefix:], logits[..., :prefix], None, None)
+    mean_bias, bias = _mean_and_rest(bias[:, prefix:], token, real)
+    logits = logits + mean_bias
+    parts = logits[..., prefix:], logits[..., :prefix], bias[..., prefix:], bias[..., :prefix]
+    return Reading(token, real, mean, rest, *parts)
 
 
 def _mean_and_rest(x: Tensor, token: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over each tile [Z, T, D] of x [Z, n, D], and what is left [Z, T, t, D], 0 in slots that are not real."""
+    """The mean over each tile [Z, T, d] of x [Z, n, d], and what is left [Z, T, t, d], 0 in slots that are not real."""
     weight = real[None, ..., None].to(x.dtype)
     by_tile = take_rows(x, token)
     mean = (by_tile * weight).sum(2) / weight.sum(2)
     return mean, (by_tile - mean[:, :, None]) * weight
 
 
-def expected_attention(reading: Reading, prefix_key: Tensor) -> Tensor:
+def expected_attention(reading: Reading) -> Tensor:
     """The attention that all queries of a tile are expected to give to each body key [Z, T, n].
 
     It is the softmax of u.k over prefix and body, times the share of the queries that are in the tile.
     """
-    normaliser = torch.cat([reading.logits, reading.mean @ prefix_key.mT], -1).logsumexp(-1, keepdim=True)
+    normaliser = torch.cat([reading.logits, reading.prefix_logits], -1).logsumexp(-1, keepdim=True)
     number = reading.real.sum(-1, keepdim=True).to(normaliser.dtype)
     return (reading.logits - normaliser).exp() * (number / number.sum())
 
@@ -196,7 +214,8 @@ def choose_keys(
 
         exp((u + u_s).k) ((1 - exp(-d))^2 + E|(r - u_s).(k - w)|^2)^1/2 |v - mean v|,   d = u_s.(k - w),
 
-    d in a few coordinates. Without clusters there is nothing to read a key through, and attention alone counts.
+    d in a few coordinates. Without clusters there is nothing to read a key through, and attention alone counts. What a
+    bias has beside its mean over the tile is part of every r.(k - w).
     """
     size, tiles, body = reading.logits.shape
     count = layout.subtiles()
@@ -218,6 +237,8 @@ def choose_keys(
         between = (mean.square() * number).sum((1, 2)) / body  # both [Z, D]
         squared = clusters.offset.square()
         within, wide = (((squared @ x[..., None])[..., 0] + LEAST_SPREAD)[:, None] for x in (within, within + between))
+        if reading.bias is not None:
+            wide = wide + reading.bias.square().sum(2) / reading.real.sum(1)[:, None]
         owner = clusters.winners[:, None].expand_as(score)
         drive = mean @ clusters.weights[:, None].mT  # u_s.w [Z, T, s, m]
         share = expected.new_zeros(*score.shape[:2], drive.shape[-1]).scatter_add(2, owner, expected)
@@ -232,10 +253,17 @@ def choose_keys(
         return x.expand(size, tiles, body).gather(2, candidates)[:, :, None]
 
     inner = direction @ take_rows(offset, candidates).mT  # d [Z, T, s, E]
+    unlike: Tensor | float = 0.0
+    if reading.bias is not None:
+        index = candidates[:, :, None].expand(-1, -1, layout.tile, -1)
+        bias = _by_subtile(reading.bias.gather(3, index), count)  # [Z, T, s, 4, E]
+        of_subtile = bias.sum(3) / number.clamp(min=1)
+        unlike = ((bias - of_subtile[:, :, :, None]) * weight).square().sum(3) / number.clamp(min=1)
+        inner = inner + of_subtile
     score = of_candidates(reading.logits) + inner
     if clusters is not None:
         owner = of_candidates(clusters.winners[:, None]).expand_as(inner)
-        miss = (1 - (-inner.clamp(-MOST_MISS, MOST_MISS)).exp()).square() + of_candidates(within)
+        miss = (1 - (-inner.clamp(-MOST_MISS, MOST_MISS)).exp()).square() + of_candidates(within) + unlike
         score = score + drive.gather(3, owner) + of_candidates(clusters.log_value[:, None]) + miss.log() / 2
     candidates = candidates[:, :, None].expand(score.shape)
     behind = F.pad(near, (0, 1), value=-1)
@@ -315,18 +343,20 @@ def find_union(keys: Tensor, tiles: int, subtiles: int, body: int) -> Union:
     return Union(index.clamp(min=0), there, taken, left)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, choice: Choice) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, choice: Choice, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention given what was chosen, by `choose` or by a kernel. Arguments and results as in `near_far_attention`."""
     prefix, m = layout.prefix, layout.num_hidden
     order, winners, keys = (x.long() for x in (choice.order, choice.winners, choice.keys))
     head_key, head_value = key[:, :prefix], value[:, :prefix]
     body_key, body_value = key[:, prefix:], value[:, prefix:]
     body = body_key.shape[1]
-    reading = read_tiles(query[:, prefix:], body_key, order, layout)
+    reading = read_tiles(query, key, order, layout, bias)
     tiles = reading.token.shape[1]
 
     index, there, taken, left = find_union(keys, tiles, layout.subtiles(), body)
-    bias = reading.logits.gather(2, index).masked_fill(~there, -torch.inf)  # u.k
+    means = reading.logits.gather(2, index).masked_fill(~there, -torch.inf)  # u.k
 
     if m:
         mass = choice.mass.to(key.dtype)
@@ -335,20 +365,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, choice: Ch
 
     def read(part: slice) -> tuple[Tensor, Tensor]:
         """One softmax for each query over [prefix ; the union, exactly or through its cluster ; the neurons]."""
-        rest, mean, keys = reading.rest[:, part], reading.mean[:, part], index[:, part]
+        rest, keys = reading.rest[:, part], index[:, part]
         exact = rest @ take_rows(body_key, keys).mT  # r.k [Z, T, t, U]
         own = taken[:, part].repeat_interleave(SUBTILE, 2)
-        parts = [rest @ head_key[:, None].mT, exact.masked_fill(~own, -torch.inf)]
-        biases = [mean @ head_key.mT, bias[:, part]]
+        head = rest @ head_key[:, None].mT
+        if reading.bias is not None and reading.prefix_bias is not None:
+            exact = exact + reading.bias[:, part].gather(3, keys[:, :, None].expand_as(exact))
+            head = head + reading.prefix_bias[:, part]
+        parts = [head, exact.masked_fill(~own, -torch.inf)]
+        of_tile = [reading.prefix_logits[:, part], means[:, part]]
         values = [head_value[:, None].expand(-1, keys.shape[1], -1, -1), take_rows(body_value, keys)]
         if m:
             drive = rest @ weights[:, None].mT  # r.w [Z, T, t, m]
             owner = winners[:, None].expand(-1, keys.shape[1], -1).gather(2, keys)
             through = drive.gather(3, owner[:, :, None].expand_as(exact))
             parts[1:] = [torch.where(own, exact, through), drive]
-            biases.append(log_z[:, part])
+            of_tile.append(log_z[:, part])
             values.append(mean_value[:, part])
-        joint = torch.cat(biases, -1)[:, :, None]
+        joint = torch.cat(of_tile, -1)[:, :, None]
         top = joint.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).min)
         logits = torch.cat(parts, -1) + (joint - top)  # u.k is kept apart from r.k until the largest is subtracted
         logits = logits.clamp(min=torch.finfo(logits.dtype).min)  # a tile that may see nothing stays finite
@@ -358,25 +392,33 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, choice: Ch
     out, normaliser = (
         torch.cat(x, 1) for x in zip(*(read(slice(t, t + step)) for t in range(0, tiles, step)), strict=True)
     )
-    return assemble(out, normaliser, order, query, key, value, prefix)
+    head_bias = None if bias is None else bias[:, :prefix]
+    return assemble(out, normaliser, order, query, key, value, prefix, head_bias)
 
 
 def assemble(
-    out: Tensor, normaliser: Tensor, order: Tensor, query: Tensor, key: Tensor, value: Tensor, prefix: int
+    out: Tensor,
+    normaliser: Tensor,
+    order: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: int,
+    head_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Put rows by tile or sub-tile [Z, T, t, Dv] into the order of the tokens, behind the prefix's."""
     body, back = order.shape[1], order.argsort(1)
     out, normaliser = (x.flatten(1, 2)[:, :body] for x in (out, normaliser))
     out, normaliser = out.gather(1, back[..., None].expand_as(out)), normaliser.gather(1, back)
     if prefix:
-        head, head_normaliser = exact_rows(query[:, :prefix], key, value)
+        head, head_normaliser = exact_rows(query[:, :prefix], key, value, head_bias)
         out, normaliser = torch.cat([head, out], 1), torch.cat([head_normaliser, normaliser], 1)
     return out, normaliser
 
 
-def exact_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def exact_rows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention of a few queries to all keys: the output and the log of the normaliser."""
-    logits = query @ key.mT
+    logits = query @ key.mT if bias is None else query @ key.mT + bias
     return logits.softmax(-1) @ value, logits.logsumexp(-1)
 
 

@@ -128,7 +128,7 @@ def position_order(layout: Layout, body: int, device: torch.device) -> Tensor:
     return torch.tensor(z_curve(*layout.grid), device=device)
 
 
-def keep_neighbours(query: Tensor, key: Tensor, order: Tensor, layout: Layout) -> Tensor:
+def keep_neighbours(query: Tensor, key: Tensor, order: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """The order [Z, n], or that of the positions where neighbours ask for the same more nearly than it can tell.
 
     A few coordinates do not tell apart what looks at its own surroundings. On some sub-tiles of either order, and some
@@ -136,19 +136,28 @@ def keep_neighbours(query: Tensor, key: Tensor, order: Tensor, layout: Layout) -
     what the given order does, they are taken.
 
     Args:
-        query, key: [Z, n, D].
+        query, key: [Z, n, D]. bias: what is added to q.k [Z, n, n], or None.
     """
     body = query.shape[1]
     if body < SUBTILE:
         return order
     first = SUBTILE * _spread_out(body // SUBTILE, TRIALS, query.device)
     slots = (first[:, None] + torch.arange(SUBTILE, device=query.device)).flatten()
-    sample = _centred(key[:, _spread_out(body, TRIALS, key.device)])
+    columns = _spread_out(body, TRIALS, key.device)
+    sample = _centred(key[:, columns])
+    if bias is not None:
+        bias = bias[:, :, columns]
+        bias = bias - bias.mean(2, keepdim=True)
+
+    def of_subtiles(x: Tensor, order: Tensor) -> Tensor:
+        rows = x.gather(1, order[:, slots, None].expand(-1, -1, x.shape[2])).unflatten(1, (-1, SUBTILE))
+        rest: Tensor = rows - rows.mean(2, keepdim=True)
+        return rest.flatten(1, 2)
 
     def differences(order: Tensor) -> Tensor:
-        token = order[:, slots, None].expand(-1, -1, query.shape[2])
-        rest = query.gather(1, token).unflatten(1, (-1, SUBTILE))
-        logits: Tensor = (rest - rest.mean(2, keepdim=True)).flatten(1, 2) @ sample.mT
+        logits = of_subtiles(query, order) @ sample.mT
+        if bias is not None:
+            logits = logits + of_subtiles(bias, order)
         return logits.square().sum((1, 2))
 
     neighbours = position_order(layout, body, query.device).expand_as(order)

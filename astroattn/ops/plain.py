@@ -29,16 +29,23 @@ WORKSPACE = 2**26
 
 
 def near_far_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, budget: Budget, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    budget: Budget,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`near_far.near_far_attention`: the output [B, H, N, Dv] and log p [B, H, N]; differentiable as it stands."""
-    return _by_length(query, key, value, lengths, budget, scale, _choose_and_attend)
+    return _by_length(query, key, value, bias, lengths, budget, scale, _choose_and_attend)
 
 
 def near_far_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: Tensor | None,
     lengths: Tensor | None,
     budget: Budget,
     scale: float,
@@ -50,14 +57,14 @@ def near_far_forward(
     winners, mass = torch.zeros_like(order), torch.zeros_like(order, dtype=torch.float32)
     keys = order.new_full((len(order), whole.all_subtiles(body), whole.most_keys(body)), -1)
 
-    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        choice = near_far.choose(q, k, v, layout)
+    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+        choice = near_far.choose(q, k, v, layout, b)
         for mine, found in zip((order, winners, mass, keys), choice, strict=True):
             place: tuple[Any, ...] = (rows, *map(slice, found.shape[1:]))
             mine[place] = found.to(mine.dtype)
-        return attend(q, k, v, layout, choice)
+        return attend(q, k, v, layout, choice) if b is None else near_far.attend(q, k, v, layout, choice, b)
 
-    out, log_p = _by_length(query, key, value, lengths, budget, scale, run)
+    out, log_p = _by_length(query, key, value, bias, lengths, budget, scale, run)
     return out, log_p, *(x.unflatten(0, query.shape[:2]) for x in (order, winners, mass, keys))
 
 
@@ -65,6 +72,7 @@ def near_far_given(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: Tensor | None,
     order: Tensor,
     winners: Tensor,
     mass: Tensor,
@@ -76,13 +84,13 @@ def near_far_given(
     """The same given what was chosen, by `near_far_forward` or by a kernel: `near_far.attend`."""
     chosen = [x.flatten(0, 1) for x in (order, winners, mass, keys)]
 
-    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         body = k.shape[1] - layout.prefix
         order, winners, mass = (x[rows, :body] for x in chosen[:3])
         keys = chosen[3][rows, : layout.all_subtiles(body), : layout.most_keys(body)]
-        return near_far.attend(q, k, v, layout, Choice(order, winners, mass, keys))
+        return near_far.attend(q, k, v, layout, Choice(order, winners, mass, keys), b)
 
-    return _by_length(query, key, value, lengths, budget, scale, run)
+    return _by_length(query, key, value, bias, lengths, budget, scale, run)
 
 
 def near_far_backward(
@@ -91,6 +99,7 @@ def near_far_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: Tensor | None,
     order: Tensor,
     winners: Tensor,
     mass: Tensor,
@@ -99,10 +108,12 @@ def near_far_backward(
     budget: Budget,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, key and value, given what was chosen; it computes the attention again."""
+    """Gradients of query, key, value and a bias, given what was chosen; it computes the attention again."""
     with _recording():
-        query, key, value = inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        results = near_far_given(query, key, value, order, winners, mass, keys, lengths, budget, scale)
+        inputs = [x.detach().requires_grad_() for x in (query, key, value, bias) if x is not None]
+        query, key, value, *others = inputs
+        bias = others[0] if others else None
+        results = near_far_given(query, key, value, bias, order, winners, mass, keys, lengths, budget, scale)
         return torch.autograd.grad(results, inputs, [d_out, d_log_p])
 
 
@@ -120,11 +131,11 @@ def near_linear_attention(
     """`static.near_linear_attention`: the output [B, H, N, Dv] and log p [B, H, N]; differentiable as it stands."""
     hidden = _hidden(weight, phase, activation, query)
 
-    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         root = scale**0.5  # the query has all of the scale, and the hidden layer wants the root of it on both
         return static.near_linear_attention(q / root, k * root, v, hidden.part(rows), layout)
 
-    return _by_length(query, key, value, lengths, budget, scale, run)
+    return _by_length(query, key, value, None, lengths, budget, scale, run)
 
 
 def near_linear_backward(
@@ -261,20 +272,29 @@ def _unflat(parts: list[tuple[Tensor, Tensor]], query: Tensor) -> tuple[Tensor, 
     return out.to(query.dtype).unflatten(0, shape), log_p.unflatten(0, shape)
 
 
-Run = Callable[[Tensor, Tensor, Tensor, Tensor, Layout], tuple[Tensor, Tensor]]
+Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Layout], tuple[Tensor, Tensor]]
 
 
-def _choose_and_attend(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    return near_far.near_far_attention(q, k, v, layout)
+def _choose_and_attend(
+    rows: Tensor, q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    return near_far.near_far_attention(q, k, v, layout, b)
 
 
 def _by_length(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, budget: Budget, scale: float, run: Run
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    budget: Budget,
+    scale: float,
+    run: Run,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by `run(rows, q, k, v, layout)` of the sequences of one length at a time: none of them has padding.
+    """Attention by `run(rows, q, k, v, b, layout)` of the sequences of one length at a time: none of them has padding.
 
-    `rows` [z] are the places of the sequences in batch and heads. Queries that are padding get zeros and -inf, and
-    sequences that end within the prefix are softmax attention.
+    `rows` [z] are the places of the sequences in batch and heads, and b their bias [z, n, n]. Queries that are padding
+    get zeros and -inf, and sequences that end within the prefix are softmax attention.
     """
     with without_autocast(query.device):
         q, k, v = _flat(query) * scale, _flat(key), _flat(value)
@@ -287,20 +307,27 @@ def _by_length(
         out, log_p = q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_full(q.shape[:2], -torch.inf)
         for group, length in found:
             layout = budget.at(length, q.shape[2]) if length > budget.prefix else None
-            step = max(1, WORKSPACE // _largest(layout, length, q.shape[2]))
-            for rows in group.split(step):
+            most = max(_largest(layout, length, q.shape[2]), 0 if bias is None else length * length)
+            for rows in group.split(max(1, WORKSPACE // most)):
                 whole = len(rows) == len(q) and length == tokens
                 query_, key_, value_ = (x if whole else x[rows, :length] for x in (q, k, v))
+                bias_ = None if bias is None else _bias_of(bias, rows, query.shape[1], length).to(q.dtype)
                 if layout is None:
-                    found_out, found_log_p = near_far.exact_rows(query_, key_, value_)
+                    found_out, found_log_p = near_far.exact_rows(query_, key_, value_, bias_)
                 else:
-                    found_out, found_log_p = run(rows, query_, key_, value_, layout)
+                    found_out, found_log_p = run(rows, query_, key_, value_, bias_, layout)
                 if whole:
                     out, log_p = found_out, found_log_p
                 else:
                     out[rows, :length], log_p[rows, :length] = found_out, found_log_p
     shape = query.shape[:2]
     return out.to(query.dtype).unflatten(0, shape), log_p.unflatten(0, shape)
+
+
+def _bias_of(bias: Tensor, rows: Tensor, heads: int, length: int) -> Tensor:
+    """The bias [z, n, n] of the sequences at these places, from that of a batch [1 or B, 1 or H, N, N]."""
+    of_batch, of_heads = (x * (size > 1) for x, size in zip((rows // heads, rows % heads), bias.shape, strict=False))
+    return bias[:, :, :length, :length][of_batch, of_heads]
 
 
 def _largest(layout: Layout | None, tokens: int, dim: int) -> int:

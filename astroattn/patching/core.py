@@ -308,7 +308,8 @@ def _causal_refusal(each: Found) -> str | None:
         return None
     if core.shares_keys and (reason := _streaming_refusal(each)):
         return reason
-    refusal: str | None = core.refusal(causal=causal, soft_cap=calls[0].soft_cap if calls else None)
+    soft_cap, bias = calls[0].soft_cap if calls else None, any(seen.bias for seen in calls)
+    refusal: str | None = core.refusal(causal=causal, soft_cap=soft_cap, bias=bias)
     return refusal
 
 

@@ -1,4 +1,4 @@
-"""What masks over queries and keys say: padding, causality, documents side by side, or more than an astrocyte has."""
+"""What masks over queries and keys say: padding, causality, documents side by side, a bias, or more than these."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 HIDDEN = -9984.0  # -10,000 in bfloat16; exp of it is zero, so a score this much lower has no weight
+FAINT = -30.0  # exp of it is lost beside 1 in float32
 
-KEY_BIAS = "a bias on keys (ALiBi, for example), which is more than a padding mask"
-DENSE = "a dense mask or bias over queries and keys, which is more than a padding mask"
-PER_HEAD = "a mask or bias of its own for every head (relative positions, for example)"
-LEARNED = "a learned bias on the scores"
+DENSE = "a dense mask over queries and keys, which is more than a padding mask"
+BIAS_IN_GRAPH = "a bias on the scores in a graph, which cannot tell it from a mask"
 FACTOR = "a factor on the scores of every query and key"
 ROWS = 512  # of a mask, which are compared at once
 
@@ -26,19 +25,22 @@ class Mask:
         real: [B, Nk] bool, the keys that are real tokens; None: all are.
         causal: whether a query sees no later key.
         documents: [B, N] integers that grow from one document to the next; None: there is one in each row.
+        bias: [1 or B, 1 or H, 1 or Nq, Nk], added to the scores; of keys that are no real tokens any numbers.
         refusal: why it cannot be said in these words.
     """
 
     real: Tensor | None = None
     causal: bool = False
     documents: Tensor | None = None
+    bias: Tensor | None = None
     refusal: str | None = None
 
 
 def read_mask(mask: Tensor | None, batch: int, keys: int) -> Mask:
     """Read an attention mask, broadcastable to `[B, H, Nq, Nk]`: bool, True for what is seen, or added to scores."""
     said = Mask() if mask is None else _read(mask, keys)
-    return Mask(for_batch(said.real, batch), said.causal, for_batch(said.documents, batch), said.refusal)
+    real, documents = for_batch(said.real, batch), for_batch(said.documents, batch)
+    return Mask(real, said.causal, documents, said.bias, said.refusal)
 
 
 def for_batch(x: Tensor | None, batch: int) -> Tensor | None:
@@ -49,9 +51,9 @@ def for_batch(x: Tensor | None, batch: int) -> Tensor | None:
 def _read(mask: Tensor, keys: int) -> Mask:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return Mask(refusal="a mask of integers")
-    if mask.requires_grad:
-        return Mask(refusal=LEARNED)  # though it may hide nothing yet
     compiling = torch.compiler.is_compiling()
+    if is_bias(mask):
+        return read_bias(mask)
     if mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] > 1 and not compiling:
         same = mask[:, :, :1]
         ends_alike = bool((mask[:, :, -1:] == same).all())  # which spares most masks the comparison of all
@@ -62,20 +64,50 @@ def _read(mask: Tensor, keys: int) -> Mask:
             said = read_blocks(seen)
             if said is not None and (mask.dtype == torch.bool or bool((seen | (mask[:, 0] <= HIDDEN)).all())):
                 return said
+            if mask.dtype != torch.bool:
+                return read_bias(mask)
+        elif mask.dtype != torch.bool and mask.shape[-1] == keys:
+            return read_bias(mask)
     if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[-1] != keys:
-        kind = "a dense mask" if mask.dtype == torch.bool else "a dense mask or bias"
-        return Mask(refusal=f"{kind} over queries and keys, which is more than a padding mask")
+        return Mask(refusal=DENSE)
     if mask.dtype != torch.bool:
         real = mask == 0
         plain = (real | (mask <= HIDDEN)).all()
         if compiling and keys == 1:
-            return Mask(refusal=KEY_BIAS)  # it may be a bias on one query and key, which changes nothing
+            return Mask(refusal=BIAS_IN_GRAPH)  # it may be one on one query and key, which changes nothing
         if compiling:
             torch._assert_async(plain, "astroattn: a float mask over keys may only hold 0 and -1e4 or less")
         elif not plain:
-            return Mask(refusal=KEY_BIAS)
+            return read_bias(mask)
         mask = real
     return Mask(mask[:, 0, 0, :])
+
+
+def is_bias(mask: Tensor) -> bool:
+    """Whether a mask is a bias, though it may be zero now: a learned one, or one of its own for every head."""
+    if not mask.is_floating_point() or mask.dim() != 4:
+        return False
+    return mask.requires_grad or (mask.shape[1] > 1 and mask.shape[2] > 1)
+
+
+def read_bias(mask: Tensor) -> Mask:
+    """A bias [1 or B, 1 or H, 1 or Nq, Nk], and the keys that it hides from every query and head alike.
+
+    It may hide all keys from queries that are no real tokens: what padding sees does not matter.
+    """
+    if _in_graph():
+        return Mask(refusal=BIAS_IN_GRAPH)
+    least = mask.amin()
+    if bool(least < FAINT) and bool(_is_mask(mask)):
+        return Mask(refusal=DENSE)
+    if bool(least > HIDDEN):
+        return Mask(bias=mask)
+    seen = mask > HIDDEN
+    real = seen.any(2, keepdim=True).any(1, keepdim=True)  # [1 or B, 1, 1, Nk]
+    right = seen == real
+    if mask.shape[2] == mask.shape[3]:
+        right |= ~real.mT
+    return Mask(real[:, 0, 0], bias=mask) if bool(right.all()) else Mask(refusal=DENSE)
 
 
 def visible(mask: Tensor) -> Tensor:
@@ -129,6 +161,15 @@ def _visible(size: int, causal: bool, window: int | None) -> int:
     return size + later * (1 if causal else 2)
 
 
+def _is_mask(mask: Tensor) -> Tensor:
+    """Whether numbers hide keys by a number like Swin's -100, not the same for every query, and say nothing else.
+
+    The mean over a tile of such numbers is near to none of them.
+    """
+    zero, low = mask == 0, mask < FAINT
+    return (zero | low).all() & (low & (mask > HIDDEN)).any() & (zero != zero[:, :, :1]).any()
+
+
 def read_masks(
     masks: tuple[tuple[str, Any], ...], batch: int, heads: int, queries: int, keys: int, causal: bool
 ) -> Mask:
@@ -140,6 +181,7 @@ def read_masks(
     seen: Tensor | None = None  # [1 or batch, queries, keys]
     known = False  # to be causal
     documents: Tensor | None = None
+    bias: Tensor | None = None
     factors: list[Tensor] = []
     for kind, mask in masks:
         if not isinstance(mask, Tensor):  # a KeyMask
@@ -157,14 +199,18 @@ def read_masks(
             factors.append((mask != 0).all(1))
             continue
         visible = ~mask if kind == "hide" else mask == 0
-        if mask.requires_grad:
-            return Mask(refusal=LEARNED)
-        if kind == "add" and visible.shape[1] > 1 and visible.shape[2] > 1:
-            return Mask(refusal=PER_HEAD)  # of relative positions, though it may be zero now
-        if kind in ("add", "base") and not _holds(visible | (mask <= HIDDEN)):
-            return Mask(refusal=KEY_BIAS if mask.shape[-2] == 1 else DENSE)
+        if kind != "hide" and _in_graph():
+            if is_bias(mask) or not _holds(visible | (mask <= HIDDEN)):
+                return Mask(refusal=BIAS_IN_GRAPH)
+        elif kind != "hide" and (is_bias(mask) or not _holds(visible | (mask <= HIDDEN))):
+            if bool(_is_mask(mask)):
+                return Mask(refusal=DENSE)
+            visible = mask > HIDDEN
+            bias = mask if bias is None else bias + mask
+            if _holds(visible):
+                continue
         if visible.shape[1] > 1 and not _holds(visible == visible[:, :1]):
-            return Mask(refusal=PER_HEAD)
+            return Mask(refusal=DENSE)
         visible = visible[:, 0]
         if visible.shape[1] == 1 and visible.shape[2] == keys:
             real = visible[:, 0] if real is None else real & visible[:, 0]
@@ -194,7 +240,12 @@ def read_masks(
             _holds((dense == expected) | ~counts)
     if real is not None and not torch.compiler.is_compiling() and bool(real.all()):
         real = None
-    return Mask(for_batch(real, batch), known or (causal and queries == 1), for_batch(documents, batch))
+    return Mask(for_batch(real, batch), known or (causal and queries == 1), for_batch(documents, batch), bias)
+
+
+def _in_graph() -> bool:
+    """Whether a graph is being made, in which what is read of one mask would stand for all."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _per_head(mask: Tensor, batch: int, heads: int) -> Tensor:

@@ -363,7 +363,7 @@ class Watch(TorchFunctionMode):
         if self.site.seen is not None and refusal is None:
             self.site.causal = causal
         call = Call(query, key, value, said.real, causal, weights.scale, weights.dropout, refusal=refusal)
-        call.documents = said.documents
+        call.documents, call.bias = said.documents, said.bias
         return call
 
     def _fused(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -23,7 +23,6 @@ from astroattn.patching.dense_masks import Mask, for_batch, read_mask
 from astroattn.patching.handwritten import HandwrittenSite
 from astroattn.patching.masks import KeyMask, attention_mask, dense
 from astroattn.patching.site import (
-    BIAS,
     CORE,
     RECORD,
     Call,
@@ -46,13 +45,9 @@ CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
 # an attribute of the module that is not None, False or 0, and what it means
 REFUSED_ATTRIBUTES = {
     "is_cross_attention": "cross attention",
-    "relative_position_bias": BIAS,
-    "relative_position_bias_table": BIAS,
-    "relative_attention_bias": BIAS,
 }
 # an argument of the attention function that is not None, and what it means
 REFUSED_ARGUMENTS = {
-    "position_bias": BIAS,
     "head_mask": "head mask",
     "layer_head_mask": "head mask",
     "cache": "paged cache",
@@ -235,7 +230,9 @@ def _read(
         key, value = (_for_heads(each, query.shape[1]) for each in (key, value))
     scale, dropout = arguments.get("scaling"), arguments.get("dropout", 0.0)
     call = Call(query, key, value, real, causal, scale, dropout, window=window, refusal=refusal, memory=memory)
-    call.documents = said.documents
+    call.documents, call.bias = said.documents, said.bias
+    if (positions := arguments.get("position_bias")) is not None:
+        call.bias = positions if call.bias is None else positions + call.bias
     call.soft_cap = arguments.get("softcap") if host == "eager" else None  # SDPA has none, and knows none
     if call.soft_cap is not None and window is not None:
         call.refusal = refusal or SOFT_CAP_IN_WINDOW

@@ -107,7 +107,7 @@ class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
             return host()
         check_traceable(query)
         batch = query.shape[0 if self.batch_first else -2]
-        mask, seen = _read_masks(key_padding_mask, None if is_causal else attn_mask, batch)
+        mask, seen = _read_masks(key_padding_mask, None if is_causal else attn_mask, batch, self.num_heads)
         refusals = {
             "tensors without a batch or nested": query.dim() != 3 or query.is_nested,
             "cross attention": not _is_same(query, key),
@@ -120,7 +120,7 @@ class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
             return host()
         q, k, v = self._project(query, key, value)
         call = Call(q, k, v, mask.real, is_causal or mask.causal, dropout=self.dropout if self.training else 0.0)
-        call.documents = mask.documents
+        call.documents, call.bias = mask.documents, mask.bias
         output = attend(self, call, lambda: _softmax(call, seen))
         output = output.transpose(1, 2).flatten(2)  # [B, N, E]
         output = self.out_proj(output if self.batch_first else output.transpose(0, 1))
@@ -149,7 +149,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
         return False
 
 
-def _read_masks(padding: Tensor | None, mask: Tensor | None, batch: int) -> tuple[Mask, Tensor | None]:
+def _read_masks(padding: Tensor | None, mask: Tensor | None, batch: int, heads: int) -> tuple[Mask, Tensor | None]:
     """The masks of torch.nn (bool with True for what is hidden, or added to scores), and both as one where dense."""
     said = Mask()
     if padding is not None:
@@ -157,10 +157,17 @@ def _read_masks(padding: Tensor | None, mask: Tensor | None, batch: int) -> tupl
         said = read_mask(real[:, None, None, :], batch, padding.shape[-1])
     if mask is None or said.refusal is not None:
         return said, None
-    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or torch.compiler.is_compiling():
+    if said.bias is not None:
+        return Mask(refusal=DENSE), None
+    if torch.compiler.is_compiling() or mask.shape[-1] != mask.shape[-2]:
         return Mask(refusal=DENSE), None
     seen = ~mask if mask.dtype == torch.bool else mask == 0
-    if mask.dtype != torch.bool and not bool((seen | (mask <= HIDDEN)).all()):
+    if mask.dtype != torch.bool and (mask.requires_grad or not bool((seen | (mask <= HIDDEN)).all())):
+        bias = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, heads))
+        if said.real is not None:
+            bias = bias.masked_fill(~said.real[:, None, None], -torch.inf)
+        return read_mask(bias, batch, bias.shape[-1]), bias
+    if mask.dim() != 2:
         return Mask(refusal=DENSE), None
     seen = seen[None, None] if said.real is None else seen & said.real[:, None, None]
     return read_mask(seen, batch, seen.shape[-1]), seen
@@ -171,7 +178,10 @@ def _softmax(call: Call, seen: Tensor | None) -> Tensor:
     if seen is not None:
         return F.scaled_dot_product_attention(call.query, call.key, call.value, seen, call.dropout)
     mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
+    if call.bias is not None:
+        mask = call.bias if mask is None else call.bias.masked_fill(~mask, torch.finfo(call.bias.dtype).min)
     if call.causal:
         causal = torch.ones(call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=call.query.device).tril()
-        mask = causal if mask is None else causal & mask
+        hides = mask is None or mask.dtype == torch.bool
+        mask = (causal if mask is None else causal & mask) if hides else mask.masked_fill(~causal, -torch.inf)
     return F.scaled_dot_product_attention(call.query, call.key, call.value, mask, call.dropout)

@@ -19,7 +19,6 @@ from astroattn.checks import check_traceable
 from astroattn.ops.layout import plain
 from astroattn.patching.dense_masks import read_mask
 from astroattn.patching.site import (
-    BIAS,
     RECORD,
     STRIDED,
     WINDOW,
@@ -34,12 +33,16 @@ from astroattn.patching.site import (
 )
 from astroattn.patching.swapped import put_over, take_off
 
-# Global self-attention over all tokens without a bias, and how the module's input holds them.
+# Global self-attention over all tokens, and how the module's input holds them.
 LAYOUTS = {
     "timm.layers.attention.Attention": "tokens",
     "timm.layers.attention.AttentionRope": "tokens",
+    "timm.models.beit.Attention": "tokens",
     "timm.models.eva.EvaAttention": "tokens",
+    "timm.models.maxxvit.Attention2d": "channels, rows, columns",
     "timm.models.vision_transformer.ParallelScalingBlock": "tokens",
+    "timm.models.vision_transformer_relpos.RelPosAttention": "tokens",
+    "timm.models.vision_transformer_sam.Attention": "rows, columns, channels",
     "timm.models.metaformer.Attention": "tokens",
     "timm.models.volo.Attention": "rows, columns, channels",
     "timm.models.fastvit.Attention": "channels, rows, columns",
@@ -58,12 +61,8 @@ HAND_WRITTEN = "softmax written out by hand, where scaled_dot_product_attention 
 
 # Attention classes that stay exact, and why.
 REFUSALS = {
-    "timm.models.beit.Attention": BIAS,
-    "timm.models.vision_transformer_relpos.RelPosAttention": BIAS,
-    "timm.models.vision_transformer_sam.Attention": BIAS,
-    "timm.models.maxxvit.Attention2d": BIAS,
-    "timm.models.maxxvit.AttentionCl": BIAS,
-    "timm.models.tiny_vit.Attention": BIAS,
+    "timm.models.maxxvit.AttentionCl": WINDOW,
+    "timm.models.tiny_vit.Attention": WINDOW,
     "timm.models.swin_transformer.WindowAttention": WINDOW,
     "timm.models.swin_transformer_v2.WindowAttention": WINDOW,
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": WINDOW,
@@ -89,7 +88,6 @@ REFUSALS = {
     "timm.layers.diff_attention.DiffAttention": DIFFERENTIAL,
     "timm.models.vision_transformer.DiffParallelScalingBlock": DIFFERENTIAL,
     "timm.models.crossvit.CrossAttention": "cross attention",
-    "timm.models.levit.Attention": BIAS,
     "timm.models.cait.TalkingHeadAttn": HAND_WRITTEN,
 }
 
@@ -155,10 +153,21 @@ class Reroute(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs)
+        query = args[0] if args else kwargs["query"]
+        check_traceable(query)
+        joined = query.dim() == 3  # batch and heads in one axis
+        if joined:
+            args = tuple(map(self._with_heads, args))
+            kwargs = {name: self._with_heads(value) for name, value in kwargs.items()}
         call = _read(*args, **kwargs)
         call.grid = self.grid
         self.calls.append(call)
-        return attend(self.module, call, lambda: function(*args, **kwargs))
+        output = attend(self.module, call, lambda: function(*args, **kwargs))
+        return output.flatten(0, 1) if joined else output
+
+    def _with_heads(self, value: Any) -> Any:
+        heads = self.module.num_heads
+        return value.unflatten(0, (-1, heads)) if isinstance(value, Tensor) and value.dim() == 3 else value
 
 
 def _read(
@@ -172,14 +181,13 @@ def _read(
     enable_gqa: bool = False,
 ) -> Call:
     """A call of `F.scaled_dot_product_attention`, in our words."""
-    check_traceable(query)
     mask = read_mask(attn_mask, query.shape[0], key.shape[-2])
     refusal = mask.refusal or unequal(query.shape[-2], key.shape[-2])
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     call = Call(query, key, value, mask.real, is_causal or mask.causal, scale, dropout_p, refusal=refusal)
-    call.documents = mask.documents
+    call.documents, call.bias = mask.documents, mask.bias
     return call
 
 

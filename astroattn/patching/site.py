@@ -34,7 +34,6 @@ CORE = "astrocyte"  # the attribute that holds its AstrocyteAttention
 NOT_HANDED_OVER = "its forward ended without an attention call that could be handed over"
 REPLACED = "its forward was replaced on the instance (accelerate's hooks do so); patch the model before that"
 # Why modules stay exact, where several front-ends say it.
-BIAS = "relative position bias (a number for every query and key, which no cluster of keys has)"
 WINDOW = "attention within small windows, which softmax serves best"
 STRIDED = "keys of another length than the queries (pooled or strided), few of them"
 UNEQUAL = "keys of another length than the queries (cross attention or a static cache)"
@@ -66,6 +65,7 @@ class Call:
     sink: Tensor | None = None  # the logit of one more key of each head [H], whose value is zero
     soft_cap: float | None = None  # c, where c tanh(x / c) stands in the place of every logit x
     documents: Tensor | None = None  # [B, N], growing from one document of a row to the next; None: one in each
+    bias: Tensor | None = None  # [1 or B, 1 or H, 1 or Nq, Nk], added to the logits
     refusal: str | None = None
     memory: StreamingLayer | None = None  # of the tokens before these
 
@@ -82,6 +82,7 @@ class Seen:
     sliding_window: int | None = None
     window_ended: bool = False
     soft_cap: float | None = None
+    bias: bool = False
     difference: float = 0.0
 
 
@@ -253,6 +254,8 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
 def _answer(core: AstrocyteAttention, call: Call, **options: Any) -> Tensor:
     """What an astrocyte makes of a call."""
     options |= {name: getattr(call, name) for name in ("causal", "scale", "window", "sink", "soft_cap")}
+    if call.bias is not None:
+        options["bias"] = call.bias.expand(-1, -1, call.query.shape[2], -1)
 
     def of(query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
         answer: Tensor = core(query, key, value, key_mask=real, **options)
@@ -299,6 +302,10 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "a mask for another batch or for other tokens"
     if call.documents is not None and call.memory is not None:
         return "packed documents in a cache"
+    if call.bias is not None and call.documents is not None:
+        return "a bias for every query and key of packed documents"
+    if call.bias is not None and not _fits(call.bias, query, key):
+        return "a bias for another batch, for other heads or for other tokens"
     if call.sink is not None and (call.sink.shape != query.shape[1:2] or call.sink.device != query.device):
         return "attention sinks that are not one logit for each head"
     if core.hidden is not None and core.hidden.is_lost(query.device):
@@ -307,7 +314,15 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
     if call.causal and counts[0] > counts[1]:
         return "more queries than keys in causal attention"
     options = {name: getattr(call, name) for name in ("causal", "window", "soft_cap")}
-    return core.refusal(num_queries=counts[0], num_keys=counts[1], **options)
+    return core.refusal(num_queries=counts[0], num_keys=counts[1], bias=call.bias is not None, **options)
+
+
+def _fits(bias: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether a bias is one of these queries and keys."""
+    sizes = (*query.shape[:3], key.shape[2])
+    if bias.dim() != 4 or bias.shape[3] != sizes[3] or bias.device != query.device or bias.dtype not in DTYPES:
+        return False
+    return all(mine in (1, size) for mine, size in zip(bias.shape[:3], sizes, strict=False))
 
 
 class _Running(threading.local):
@@ -352,7 +367,7 @@ def _observe(site: Site, core: AstrocyteAttention, call: Call, host: Callable[[]
         query = call.query
         shape = (query.shape[1], query.shape[-1])
         more = call.sliding_window, call.window is not None, call.soft_cap
-        seen = Seen(None, shape, query.dtype, query.shape[2], call.causal, *more)
+        seen = Seen(None, shape, query.dtype, query.shape[2], call.causal, *more, call.bias is not None)
         if (core.num_heads, core.head_dim) != seen.shape:
             core = AstrocyteAttention(*seen.shape).to(query.device)  # exact, whatever its config is
         core.exact = True

@@ -142,7 +142,7 @@ def _given_choices(config: AstroConfig, kernel: str, query: Tensor, key: Tensor,
 def _choose(config: AstroConfig, kernel: str, query: Tensor, key: Tensor, value: Tensor) -> Choice:
     budget = budget_of(config, key.shape[2], None)
     scale = query.shape[-1] ** -0.5
-    _, _, *chosen = torch.ops.astroattn.near_far_attention(query, key, value, None, *budget, scale, kernel)
+    _, _, *chosen = torch.ops.astroattn.near_far_attention(query, key, value, None, None, *budget, scale, kernel)
     return Choice(*(x.flatten(0, 1) for x in chosen))
 
 

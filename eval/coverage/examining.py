@@ -6,6 +6,8 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from astroattn import AstroConfig
 from astroattn.attention import AstrocyteAttention
+from astroattn.checks import BIAS, BIAS_CAUSAL
 from astroattn.cost import covers
 from astroattn.patching import NotPatched, PatchReport, fallbacks, patch, probe, unpatch
 from astroattn.patching.survey import survey
@@ -25,6 +28,7 @@ from eval.coverage.subjects import CannotRun, Subject, describe, subjects
 Row = dict[str, Any]
 
 FULL = AstroConfig(hidden="random", near=4096, exact_keys=0)  # softmax attention, by construction
+FULL_TILED = AstroConfig(hidden="none", near=4096, exact_keys=0)  # where there is a bias, which no static layer has
 STATIC = AstroConfig(hidden="random", near=0, exact_keys=0, num_hidden=8)
 DEFAULT = AstroConfig()
 
@@ -103,7 +107,7 @@ def examine_model(model: nn.Module, inputs: Inputs) -> Row:
     step = "full near field"
     try:
         try:
-            report = _patch(model, FULL, before.inputs)
+            report = _patch_full(model, before.inputs)
         except NotPatched as error:
             before.require_same(model)
             reasons = [row.reason for row in error.report.rows]
@@ -125,20 +129,37 @@ def examine_model(model: nn.Module, inputs: Inputs) -> Row:
     return row | {"status": Status.IN_PART if row["reasons"] else Status.EQUAL}
 
 
-def _patch(model: nn.Module, config: AstroConfig, inputs: Inputs) -> PatchReport:
+def _patch_full(model: nn.Module, inputs: Inputs) -> PatchReport:
+    """Patch so that every astrocyte is softmax attention."""
+    try:
+        report, error = _patch(model, FULL, inputs), None
+    except NotPatched as refused:
+        report, error = refused.report, refused
+    biased = {row.name for row in report.exact if row.reason in (BIAS, BIAS_CAUSAL)}
+    if biased:
+        with suppress(NotPatched):
+            both = _patch(model, FULL_TILED, inputs, lambda name, _: name in biased)
+            rows = (new if new.name in biased else old for new, old in zip(both.rows, report.rows, strict=True))
+            return replace(both, rows=tuple(rows))
+    if error is not None:
+        raise error
+    return report
+
+
+def _patch(model: nn.Module, config: AstroConfig, inputs: Inputs, where: Any = None) -> PatchReport:
     """Patch as a user would: with inputs of one's own where the report, or the error, asks for them.
 
     Else `patch` has seen none of the inputs that the examination is of.
     """
     try:
-        report = patch(model, config)
+        report = patch(model, config, where)
         reasons = {row.reason for row in report.exact}
     except NotPatched as error:
         report, reasons = None, {row.reason for row in error.report.exact}
         if not any(ASKS in reason for reason in reasons):
             raise
     if report is None or any(ASKS in reason for reason in reasons):
-        return patch(model, config, inputs=inputs.arguments)
+        return patch(model, config, where, inputs=inputs.arguments)
     return report
 
 
@@ -178,7 +199,12 @@ class _Answers:
             return output[real]
         if 0 < (more := output.shape[1] - real.shape[1]) <= OWN_TOKENS:
             return output[F.pad(real, (0, more), value=True) & F.pad(real, (more, 0), value=True)]
-        return output[:, : math.ceil(share * output.shape[1])] if output.dim() > 2 else output
+        if output.dim() == 2:
+            return output
+        if share == 1 and more < 0:  # each frame is of a stretch of the input, and real where the end of it is
+            ends = (torch.arange(1, output.shape[1] + 1) * real.shape[1] // output.shape[1] - 1).to(real.device)
+            return output[real[:, ends]]
+        return output[:, : math.ceil(share * output.shape[1])]
 
     def require_same(self, model: nn.Module) -> None:
         """Raise Different unless the model, without astrocytes, is bit for bit what it was."""

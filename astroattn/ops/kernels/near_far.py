@@ -50,10 +50,11 @@ TILES = 64  # whose sums one program of `write` makes, at most
 
 
 def near_far_forward(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, budget: Budget, scale: float
+    query: Tensor, key: Tensor, value: Tensor, bias: None, lengths: Tensor | None, budget: Budget, scale: float
 ) -> tuple[Tensor, ...]:
-    """As `plain.near_far_forward`, on tensors [B, H, N, D] of one dtype: float32, bfloat16, float16."""
-    return plain.near_far_forward(query, key, value, lengths, budget, scale, attend=partial(attend, dtype=query.dtype))
+    """As `plain.near_far_forward`, on tensors [B, H, N, D] of one dtype: float32, bfloat16, float16; without a bias."""
+    attend_ = partial(attend, dtype=query.dtype)
+    return plain.near_far_forward(query, key, value, bias, lengths, budget, scale, attend=attend_)
 
 
 def near_far_backward(
@@ -62,12 +63,13 @@ def near_far_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: None,
     out: Tensor,
     log_p: Tensor,
     *chosen: Any,
 ) -> tuple[Tensor, ...]:
     """As `plain.near_far_backward`, with the arguments of `native.near_far.near_far_backward`."""
-    return plain.near_far_backward(d_out, d_log_p, query, key, value, *chosen)
+    return plain.near_far_backward(d_out, d_log_p, query, key, value, bias, *chosen)
 
 
 def attend(
@@ -80,9 +82,9 @@ def attend(
     """
     prefix, m = layout.prefix, layout.num_hidden
     order, winners, keys = (x.long() for x in (choice.order, choice.winners, choice.keys))
-    body_query, body_key = query[:, prefix:], key[:, prefix:]
+    body_key = key[:, prefix:]
     (size, tokens, dim), dv, body = key.shape, value.shape[-1], body_key.shape[1]
-    reading = near_far.read_tiles(body_query, body_key, order, layout)
+    reading = near_far.read_tiles(query, key, order, layout, None)
     tiles, subtiles = reading.token.shape[1], layout.subtiles()
     union = near_far.find_union(keys, tiles, subtiles, body)
 
@@ -92,7 +94,7 @@ def attend(
     entries = index.shape[-1]
     taken = torch.cat([union.taken.new_ones(size, tiles, subtiles, prefix), union.taken], -1)
     bias = reading.logits.gather(2, union.keys).masked_fill(~union.there, -torch.inf)
-    bias = torch.cat([reading.mean @ key[:, :prefix].mT, bias], -1)
+    bias = torch.cat([reading.prefix_logits, bias], -1)
     rows = key.to(dtype).contiguous(), value.to(dtype).contiguous()
     dims = {"D": dim, "DP": power_of_2(dim), "DV": dv, "DVP": power_of_2(dv)}
     like = LIKE[dtype]

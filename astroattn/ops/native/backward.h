@@ -96,6 +96,10 @@ struct Backward : Reading {
         for (int64_t i = 0; i < panel_blocks(); i++) pack_keys(i, far_k, far_k_stride);
         for (int64_t tile = 0; tile < tiles; tile++) average_queries(tile);
         for (int64_t i = 0; i < tile_blocks(); i++) attend_means(i);
+        for (int64_t tile = 0; t.bias && tile < tiles; tile++) {
+            measure_bias(tile, dots, nullptr);
+            for (int64_t i = 0; i < length; i++) logits[tile * padded + i] += dots[sorted[i]];
+        }
     }
 
     static float dot_rows(const float* a, const float* b, int64_t count) {
@@ -247,6 +251,8 @@ struct Backward : Reading {
                 so_far[r] = grads[r] = real ? dq + (from + r) * dim : room.out + r * dim;
             }
             dot_quad(queries, far_k, far_k_stride, dim, nullptr, length, shares);
+            for (int64_t r = 0; t.bias && from + r < rows && r < SUBTILE; r++)
+                for (int64_t i = 0; i < length; i++) shares[SUBTILE * i + r] += bias_of(from + r)[sorted[i]];
             dot_quad(go, far_v, far_v_stride, value_dim, nullptr, length, dots);
             for (int64_t c = 0; c < SUBTILE * length; c += LANES) {
                 vec share = exponential(load(shares + c) - repeat(log_p));

@@ -9,7 +9,8 @@ struct Choose : Clusters {
     using Clusters::Clusters;
 
     struct Bench : Order::Bench {
-        float *within, *base, *drive_of, *offset, *directions, *sub_mean, *expected, *log_share, *gain;
+        float *within, *base, *drive_of, *offset, *directions, *sub_mean, *expected, *log_share, *gain, *bias,
+            *mean_bias;
         int32_t *found, *candidate, *token, *begin, *near_size, *column, *taken;
 
         Bench(const Choose& head, Arena& arena) : Order::Bench(head, arena) {
@@ -21,6 +22,8 @@ struct Choose : Clusters {
             arena.take(sub_mean, subtiles * head.dim);
             for (auto list : {&found, &column, &taken}) arena.take(*list, head.padded + LANES);
             for (auto list : {&candidate, &token}) arena.take(*list, few);
+            arena.take(bias, head.t.bias ? head.most_tile * few : 0);
+            arena.take(mean_bias, few);
             arena.take(begin, head.most_hidden + 1);
             for (auto list : {&log_share, &gain}) arena.take(*list, round_up(head.most_hidden, PANEL));
             arena.take(near_size, subtiles);
@@ -49,6 +52,11 @@ struct Choose : Clusters {
         float *row = logits + tile * padded, *expected = room.expected;
         for (int64_t i = p.prefix; i < length; i++) room.scratch[i] = row[sorted[i]];
         std::copy(room.scratch + p.prefix, room.scratch + length, row + p.prefix);
+        if (t.bias && layout.exact_keys) {
+            float* variance = unlike + tile * padded;
+            for (int64_t i = p.prefix; i < length; i++) room.scratch[i] = variance[sorted[i]];
+            std::copy(room.scratch + p.prefix, room.scratch + length, variance + p.prefix);
+        }
         for (int64_t i = p.prefix; i < length; i += LANES)
             store(expected + i, exponential(load(row + i) - log_sum[tile]) * share[tile]);
     }
@@ -138,9 +146,14 @@ struct Choose : Clusters {
         average_subtiles(tile, room);
         if (hidden) {
             measure_gains(tile, room);
+            const float* variance = unlike + tile * padded;
+            auto of_key = [&](int64_t i) {  // the error of reading it through its cluster, in logarithms
+                if (!t.bias) return load(bonus + i);
+                return load(log_value + i) + 0.5f * logarithm(load(apart + i) + load(variance + i));
+            };
             for (int64_t j = 0; j < hidden; j++)
                 for (int64_t i = start[j]; i < start[j + 1]; i += LANES)  // runs into the next cluster, which follows
-                    store(ranks + i - p.prefix, rank_of(load(u_k + i) + load(bonus + i) + room.gain[j]));
+                    store(ranks + i - p.prefix, rank_of(load(u_k + i) + of_key(i) + room.gain[j]));
         } else {
             for (int64_t i = p.prefix; i < length; i += LANES) store(ranks + i - p.prefix, rank_of(load(u_k + i)));
         }
@@ -162,8 +175,9 @@ struct Choose : Clusters {
             while (at < few && room.candidate[at] < start[j + 1]) at++;
         }
         room.begin[hidden] = int32_t(few);
+        if (t.bias) gather_bias(tile, few, room);
         for (int64_t s = 0; s < subtiles_of(tile); s++) {
-            rank_candidates(s, few, room);
+            rank_candidates(tile, s, few, room);
             int32_t *keys = keys_of(tile, s), size = room.near_size[s];
             for (int32_t i = 0; i < size; i++) {
                 const int32_t there = room.column[place[keys[i] + p.prefix]];
@@ -183,9 +197,23 @@ struct Choose : Clusters {
             for (int64_t i = 0; i < few; i++) leave_rest(room.candidate[i], queries_of(tile), room);
     }
 
+    // The bias of a tile's queries on its candidates, less the mean over the tile.
+    void gather_bias(int64_t tile, int64_t few, Bench& room) const {
+        const int64_t columns = round_up(few, LANES), number = queries_of(tile);
+        std::fill(room.mean_bias, room.mean_bias + columns, 0.0f);
+        for (int64_t i = 0; i < number; i++) {
+            const float* bias = bias_of(tokens_of(tile)[i]);
+            float* to = room.bias + i * columns;
+            for (int64_t c = 0; c < few; c++) to[c] = bias[room.token[c]];
+            std::fill(to + few, to + columns, 0.0f);
+            add(room.mean_bias, to, 1 / float(number), columns);
+        }
+        for (int64_t i = 0; i < number; i++) add(room.bias + i * columns, room.mean_bias, -1, columns);
+    }
+
     // Attention expected of the sub-tile's mean query times the error of reading the key through its cluster, which
     // takes exp(r.w) for exp(r.k).
-    void rank_candidates(int64_t subtile, int64_t few, Bench& room) {
+    void rank_candidates(int64_t tile, int64_t subtile, int64_t few, Bench& room) {
         const float *direction = room.directions + subtile * AXES,
                     *drive = room.drive + subtile * round_up(hidden, PANEL);
         const int64_t columns = round_up(few, LANES);
@@ -195,11 +223,25 @@ struct Choose : Clusters {
         for (int64_t i = 0; i < few; i += LANES) {
             vec inner = {};
             for (int64_t a = 0; a < AXES; a++) inner += direction[a] * load(room.offset + a * columns + i);
+            vec apart_by = {};
+            if (t.bias) {
+                const int64_t first = subtile * SUBTILE, rows = std::min(SUBTILE, queries_of(tile) - first);
+                vec all = {}, squares = {};
+                for (int64_t r = 0; r < rows; r++) {
+                    const vec x = load(room.bias + (first + r) * columns + i);
+                    all += x;
+                    squares += x * x;
+                }
+                all /= float(rows);
+                inner += all;
+                apart_by = larger(squares / float(rows) - all * all, vec{});
+            }
             vec score = load(room.base + i) + inner;
             if (hidden) {
                 inner = larger(inner, spread(-MOST_MISS));
                 vec miss = 1 - exponential(larger(-inner, spread(-MOST_MISS)));
-                score += load(room.drive_of + i) + 0.5f * rough_logarithm(miss * miss + load(room.within + i));
+                score +=
+                    load(room.drive_of + i) + 0.5f * rough_logarithm(miss * miss + load(room.within + i) + apart_by);
             }
             store(room.ranks + i, rank_of(score));
         }

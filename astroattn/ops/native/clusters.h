@@ -7,7 +7,7 @@ constexpr float LEAST_SPREAD = 1e-6f, LEAST_MASS = 1e-12f;  // as in near_far.py
 
 struct Clusters : Order {
     float *point_panels, *centres, *centre_norm, *tile_sums, *log_sum, *weight_panels, *key_mass, *masses, *narrow,
-        *wide, *along, *log_value, *within, *bonus, *values;
+        *wide, *along, *log_value, *within, *bonus, *values, *apart, *unlike;
 
     Clusters(const Problem& problem, const Tensors& tensors, Arena& arena) : Order(problem, tensors, arena) {
         const int64_t m = most_hidden, blocks = (most_tiles + TALL - 1) / TALL, some = m ? padded : 0;
@@ -21,6 +21,8 @@ struct Clusters : Order {
         for (auto list : {&narrow, &wide}) arena.take(*list, dim);
         for (auto list : {&key_mass, &log_value, &within, &bonus}) arena.take(*list, some);
         arena.take(values, m * value_dim);
+        arena.take(apart, t.bias ? some : 0);
+        arena.take(unlike, t.bias && m && most_exact ? most_tiles * padded : 0);  // the variance of a tile's bias
     }
 
     int64_t tile_partial() const { return 2 * dim + AXES * AXES; }
@@ -51,6 +53,10 @@ struct Clusters : Order {
         }
         moment.give(both + dim);
         attend_means(block);
+        for (int64_t tile = block * TALL; t.bias && tile < block * TALL + tiles_of(block); tile++) {
+            measure_bias(tile, room.scratch, hidden && layout.exact_keys ? unlike + tile * padded : nullptr);
+            add(logits + tile * padded, room.scratch, 1, padded);
+        }
         if (hidden) expect(block, room);
     }
 
@@ -195,6 +201,7 @@ struct Clusters : Order {
             within[i] = sum(inside) + LEAST_SPREAD;
             log_value[i] = std::max(sum(off), FLT_MIN);
             bonus[i] = sum(both) + LEAST_SPREAD;
+            if (t.bias) apart[i] = bonus[i];
             for (int64_t a = 0; a < AXES; a++) along[i * AXES + a] = key_axes[sorted[i] * AXES + a] - centre[a];
         }
         for (float* row : {log_value, bonus}) {

@@ -65,6 +65,7 @@ struct Forward : Choose {
         }
         for (int r = 0; r < rows; r++) {
             float* row = room.scores + r * padded;
+            for (int64_t n = 0; t.bias && n < length; n++) row[n] += bias_of(r)[n];
             const float high = top_of(row, 0, length);
             vec all = {};
             std::fill(row + length, row + padded, -INFINITY);

@@ -25,8 +25,9 @@ struct Layout {
 struct Problem {
     int64_t batch, heads, tokens, dim, value_dim;
     int64_t type;
-    int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];  // of batch, head and token, in elements
-    int64_t prefix, rows, columns;                                           // rows: 0 without a grid
+    // Of batch, head and token, in elements; of a bias its query is the token.
+    int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3], bias_stride[3];
+    int64_t prefix, rows, columns;  // rows: 0 without a grid
     int64_t by_content, steps, most_keys, threads;
     double scale;
 
@@ -39,6 +40,7 @@ struct Problem {
 
 struct Tensors {
     const void *query, *key, *value;
+    const float* bias;         // [batch, heads, tokens, tokens], added to the logits, or null
     const int64_t* lengths;    // [batch] or null
     const Layout* layouts;     // [batch]
     const int32_t* curve;      // the patches of a grid in the order of their positions, or null
@@ -177,6 +179,43 @@ struct Head {
         for (int64_t i = 0; i < number; i++) add(u, q + tokens_of(tile)[i] * dim, 1, dim);
         for (int64_t d = 0; d < dim; d += LANES) store(u + d, load(u + d) / float(number));
         share[tile] = float(number) / float(body);
+    }
+
+    // The bias of a query on every token.
+    const float* bias_of(int64_t n) const { return t.bias + p.at(p.bias_stride, z, n); }
+
+    // The mean of a tile's bias, by token, and where there is room for it the variance.
+    void measure_bias(int64_t tile, float* average, float* variance) const {
+        const float number = float(queries_of(tile));
+        std::fill(average + length, average + padded, 0.0f);
+        if (variance) std::fill(variance + length, variance + padded, 0.0f);
+        int64_t n = 0;  // a row of the caller's ends with its last token
+        for (; n + WIDE * LANES <= length; n += WIDE * LANES) {
+            vec all[WIDE] = {}, squares[WIDE] = {};
+            for (int64_t i = 0; i < queries_of(tile); i++) {
+                const float* row = bias_of(tokens_of(tile)[i]) + n;
+                for (int w = 0; w < WIDE; w++) {
+                    const vec x = load(row + w * LANES);
+                    all[w] += x;
+                    squares[w] += x * x;
+                }
+            }
+            for (int w = 0; w < WIDE; w++) {
+                const vec centre = all[w] / number;
+                store(average + n + w * LANES, centre);
+                if (variance) store(variance + n + w * LANES, larger(squares[w] / number - centre * centre, vec{}));
+            }
+        }
+        for (; n < length; n++) {
+            float all = 0, squares = 0;
+            for (int64_t i = 0; i < queries_of(tile); i++) {
+                const float x = bias_of(tokens_of(tile)[i])[n];
+                all += x;
+                squares += x * x;
+            }
+            average[n] = all / number;
+            if (variance) variance[n] = std::max(squares / number - average[n] * average[n], 0.0f);
+        }
     }
 
     static void add(float* to, const float* from, float factor, int64_t count) {

@@ -18,7 +18,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, INTEGER) for name in ("batch", "heads", "tokens", "dim", "value_dim", "type")),
-        *((name, Strides) for name in ("query_stride", "key_stride", "value_stride", "out_stride")),
+        *((name, Strides) for name in ("query_stride", "key_stride", "value_stride", "out_stride", "bias_stride")),
         *((name, INTEGER) for name in ("prefix", "rows", "columns", "by_content", "steps", "most_keys", "threads")),
         ("scale", ctypes.c_double),
     )
@@ -30,7 +30,7 @@ class _Tensors(ctypes.Structure):
     _fields_ = tuple(
         (name, POINTER)
         for name in (
-            *("query", "key", "value", "lengths", "layouts", "curve", "out", "log_p"),
+            *("query", "key", "value", "bias", "lengths", "layouts", "curve", "out", "log_p"),
             *("order", "winners", "mass", "keys"),
         )
     )
@@ -46,11 +46,18 @@ class _Gradients(ctypes.Structure):
 
 
 def near_far_forward(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, budget: Budget, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    budget: Budget,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `near_far.choose` and `near_far.attend`, on [B, H, N, D] tensors of any strides.
 
     Args:
+        bias: [1 or B, 1 or H, N, N], which is copied unless it is float32 with keys side by side; None: there is none.
         lengths: real tokens of each sequence, prefix included [B], int64; None: all of them.
 
     Returns:
@@ -72,9 +79,10 @@ def near_far_forward(
     most = layout.near_keys(body) + layout.exact_keys
     keys = torch.empty(batch, heads, -(-body // SUBTILE), most, dtype=torch.int32)
     layouts = _layouts(budget, lengths, batch, tokens, query.shape[-1])
-    problem = _describe(query, key, value, out, budget, most, scale)
+    bias = _dense_bias(bias, query)
+    problem = _describe(query, key, value, out, bias, budget, most, scale)
     curve = None if budget.grid is None else _curve(*budget.grid)
-    tensors = query, key, value, lengths, layouts, curve, out, log_p, order, winners, mass, keys
+    tensors = query, key, value, bias, lengths, layouts, curve, out, log_p, order, winners, mass, keys
     run("near_far", problem, _Tensors(*pointers(*tensors)))
     return out, log_p, order, winners, mass, keys
 
@@ -85,6 +93,7 @@ def near_far_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: Tensor | None,
     out: Tensor,
     log_p: Tensor,
     order: Tensor,
@@ -95,7 +104,7 @@ def near_far_backward(
     budget: Budget,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; the choices are constant. A thread works on whole heads.
+    """Gradients of query, key and value; choices and bias are constant. A thread works on whole heads.
 
     Raises:
         RuntimeError: as in `near_far_forward`.
@@ -104,11 +113,22 @@ def near_far_backward(
     log_p, d_log_p, order, winners, mass, keys = (x.contiguous() for x in (log_p, d_log_p, order, winners, mass, keys))
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     layouts = _layouts(budget, lengths, len(query), *query.shape[2:])
-    problem = _describe(query, key, value, out, budget, keys.shape[-1], scale)
-    tensors = _Tensors(*pointers(query, key, value, lengths, layouts, None, out, log_p, order, winners, mass, keys))
+    bias = _dense_bias(bias, query)
+    problem = _describe(query, key, value, out, bias, budget, keys.shape[-1], scale)
+    given = query, key, value, bias, lengths, layouts, None, out, log_p, order, winners, mass, keys
+    tensors = _Tensors(*pointers(*given))
     gradients = _Gradients(*pointers(d_out, d_log_p, *grads), *strides(d_out, *grads))
     run("near_far_backward", problem, tensors, gradients)
     return grads
+
+
+def _dense_bias(bias: Tensor | None, query: Tensor) -> Tensor | None:
+    """The bias of all heads and sequences [B, H, N, N] in float32, a broadcast one in its own memory."""
+    if bias is None:
+        return None
+    bias = bias.float()
+    bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+    return bias.expand(*query.shape[:2], -1, -1)
 
 
 @lru_cache(maxsize=64)
@@ -131,12 +151,19 @@ def _layouts(budget: Budget, lengths: Tensor | None, batch: int, tokens: int, di
 
 
 def _describe(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, budget: Budget, most_keys: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    budget: Budget,
+    most_keys: int,
+    scale: float,
 ) -> _Problem:
     batch, heads, tokens, dim = query.shape
     return _Problem(
         *(batch, heads, tokens, dim, value.shape[-1], TYPES[query.dtype]),
-        *strides(query, key, value, out),
+        *strides(query, key, value, out, query if bias is None else bias),
         *(budget.prefix, *(budget.grid or (0, 0)), budget.by_content, budget.steps, most_keys),
         *(torch.get_num_threads(), scale),
     )

@@ -164,7 +164,8 @@ struct Order : Reading {
         if (!(position < NEIGHBOURS * content)) std::copy(by_content, by_content + body, order);
     }
 
-    // How much the queries of a sub-tile differ in what they make of a few keys.
+    // How much the queries of a sub-tile differ in what they make of a few keys, less what is the same for all of
+    // these.
     float differences(const int32_t* tokens, float* rest) const {
         const int64_t number = std::min<int64_t>(TRIALS, body);
         const float* rows[SUBTILE];
@@ -176,9 +177,22 @@ struct Order : Reading {
             for (int64_t r = 0; r < SUBTILE; r++) store(rest + r * dim + d, row[r] - average / float(SUBTILE));
         }
         dot_quad(rows, samples, dim, dim, nullptr, number, dots);
+        if (t.bias) add_differences(tokens, number, dots);
         float all = 0;
         for (int64_t i = 0; i < SUBTILE * number; i++) all += dots[i] * dots[i];
         return all;
+    }
+
+    void add_differences(const int32_t* tokens, int64_t number, float* dots) const {
+        quad bias[TRIALS], all = {};
+        for (int64_t i = 0; i < number; i++) {
+            for (int64_t r = 0; r < SUBTILE; r++)
+                bias[i][r] = bias_of(tokens[r])[p.prefix + (2 * i + 1) * body / (2 * number)];
+            bias[i] -= (bias[i][0] + bias[i][1] + (bias[i][2] + bias[i][3])) / float(SUBTILE);
+            all += bias[i];
+        }
+        for (int64_t i = 0; i < number; i++)
+            store_quad(dots + SUBTILE * i, load_quad(dots + SUBTILE * i) + bias[i] - all / float(number));
     }
 
     // Cuts a node of the tree across its principal direction: the lower part goes to the left.

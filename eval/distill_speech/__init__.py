@@ -1,0 +1,1 @@
+"""What training brings back to a speech encoder with few neurons."""
