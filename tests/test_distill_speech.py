@@ -181,24 +181,28 @@ def test_a_rate_takes_the_place_of_the_attention_s_own(small: Speech, tmp_path: 
 
 
 def row(attention: str, training: str, seed: int, speech: list[float], errors: list[int]) -> dict[str, Any]:
-    measures = {"speech": speech, "all": speech, "errors": errors, "words": [10, 30]}
+    measures = {"speech": speech, "all": speech, "errors": errors, "words": [10, 30] * 3}
     return {"attention": attention, "training": training, "seed": seed, "clips": 9, "seconds": 2.0} | measures
 
 
 def test_tables_by_hand() -> None:
-    rows = [row(ORIGINAL, UNTRAINED, 0, [0, 0], [0, 0])]
-    rows += [row(NEAR_LEARNED, WHOLE, seed, [0.1, 0.3], [0, 2 * seed]) for seed in range(2)]
-    rows += [row(NEAR, WHOLE, seed, [0.4, 0.6], [0, 2]) for seed in range(2)]
+    rows = [row(ORIGINAL, UNTRAINED, 0, [0] * 6, [0] * 6), row(DEFAULT, UNTRAINED, 0, [0] * 6, [0, 1, 0, 0, 0, 0])]
+    rows += [row(NEAR_LEARNED, WHOLE, seed, [0.1, 0.3] * 3, [0, 2 * seed] * 3) for seed in range(2)]
+    rows += [row(NEAR, WHOLE, seed, [0.4, 0.6] * 3, [0, 2] * 3) for seed in range(2)]
+    rows += [row(NOTHING, WHOLE, 0, [1] * 6, [10, 30] * 3)]
     lines = page.format_results(rows).splitlines()
     assert lines[2] == f"| {ORIGINAL} | {UNTRAINED} | 1 | 9 | 2 | 0.000 | 0.000 | 0.0 |"
-    assert lines[3] == f"| {NEAR_LEARNED} | {WHOLE} | 2 | 9 | 2 | 0.200 ± 0.000 | 0.200 ± 0.000 | 2.5 ± 31.8 |"
-    (difference,) = page.format_differences(rows).splitlines()[2:]
+    assert lines[4] == f"| {NEAR_LEARNED} | {WHOLE} | 2 | 9 | 2 | 0.200 ± 0.000 | 0.200 ± 0.000 | 2.5 ± 31.8 |"
+    difference = page.format_differences(rows).splitlines()[2]
     assert difference.startswith(
-        f"| {NEAR_LEARNED}, {WHOLE} | {NEAR}, {WHOLE} | -0.300 [-0.300, -0.300] | 0.5 | -2.5 ["
+        f"| {NEAR_LEARNED}, {WHOLE} | {NEAR}, {WHOLE} | -0.300 [-0.300, -0.300] | 0.031 | -2.5 ["
     )
-    answer = page.format_answer(rows)
-    assert "0.200 against 0.500, **less**" in answer
-    assert "2.5 % against 5.0 %, no difference shown" in answer
+    stated, best, lost = page.format_answer(rows).splitlines()  # of the other pairs one side is missing
+    assert "0.200 against 0.500, **less**" in stated
+    assert "2.5 % against 5.0 %, no difference shown" in stated
+    assert f"with *{NEAR_LEARNED}*: 2.5 %" in best
+    assert "not trained, it is 0.8 %" in best
+    assert lost.endswith(f": *{NOTHING}*.")
 
 
 def test_intervals_and_p_values_find_a_difference_and_none() -> None:

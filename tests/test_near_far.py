@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import exp, log
+from math import exp, inf, log
 
 import pytest
 import torch
@@ -161,6 +161,14 @@ def keys_by_formula(
     w, offset = less_its_mean(k)
     along = less_its_mean(found.key[0])[1]
     error_of_value = [log(float(x.norm())) if x.any() else log(1e-300) for x in less_its_mean(v)[1]]
+
+    def root(log_value: float, miss: float, of_bias: float) -> float:
+        """log (|v|^2 miss + of_bias)^1/2, also where |v|^2 is too small for a number."""
+        squares = torch.tensor([2 * log_value + log(miss), log(of_bias) if of_bias else -inf], dtype=torch.float64)
+        return float(squares.logsumexp(0)) / 2
+
+    centre_of_values = (mass[:, None] * v).sum(0) / mass.sum()
+    distance = [float((row - centre_of_values).square().sum()) for row in v]
     rest = [q[tile] - q[tile].mean(0) for tile in tiles]
     rest_of_bias = [b[tile] - b[tile].mean(0) for tile in tiles]
     centre = [[part.mean(0) for part in r.split(SUBTILE)] for r in rest]
@@ -182,8 +190,7 @@ def keys_by_formula(
         score = [
             float(logits[t][i])
             + max(gain[winners[i]] for gain in gains)
-            + error_of_value[i]
-            + log(float(within[i] + between[i] + of_bias[i]) + 1e-6) / 2
+            + root(error_of_value[i], float(within[i] + between[i]) + 1e-6, distance[i] * float(of_bias[i]))
             for i in range(body)
         ]
         best = sorted(range(body), key=score.__getitem__, reverse=True)[: min(3 * where.exact_keys, body)]
@@ -192,10 +199,12 @@ def keys_by_formula(
             near = set(near_keys(queries, where, body).flatten().tolist())
 
             def gain(i: int, mean: torch.Tensor = mean, of_bias: torch.Tensor = of_bias, t: int = t) -> float:
-                d = float(mean @ found.query_basis[0] @ along[i] + of_bias[:, i].mean())
-                unlike = float(within[i] + of_bias[:, i].var(correction=0)) + 1e-6
-                miss = (1 - exp(-min(max(d, -8), 8))) ** 2 + unlike
-                return float(logits[t][i] + mean @ w[winners[i]]) + d + error_of_value[i] + log(miss) / 2
+                d = float(mean @ found.query_basis[0] @ along[i])
+                miss = (1 - exp(-min(max(d, -8), 8))) ** 2 + float(within[i]) + 1e-6
+                d_b = float(of_bias[:, i].mean())
+                miss_b = (1 - exp(-min(max(d_b, -8), 8))) ** 2 + float(of_bias[:, i].var(correction=0))
+                error = root(error_of_value[i], miss, distance[i] * miss_b)
+                return float(logits[t][i] + mean @ w[winners[i]]) + d + d_b + error
 
             far = sorted((i for i in best if i not in near), key=gain, reverse=True)
             chosen.append(near | set(far[: where.exact_keys]))

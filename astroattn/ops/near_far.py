@@ -177,7 +177,8 @@ class Clusters(NamedTuple):
 
     Attributes:
         weights: w [Z, m, D]. winners: the cluster of each key [Z, n].
-        offset: k - w [Z, n, D]. along: the same in a few coordinates [Z, n, c]. log_value: log |v - mean v| [Z, n].
+        offset: k - w [Z, n, D]. along: the same in a few coordinates [Z, n, c].
+        log_value: log |v - mean v| [Z, n], of the cluster's v; log_distance: the same of all v.
     """
 
     weights: Tensor
@@ -185,6 +186,7 @@ class Clusters(NamedTuple):
     offset: Tensor
     along: Tensor
     log_value: Tensor
+    log_distance: Tensor
 
 
 def measure_clusters(
@@ -197,8 +199,13 @@ def measure_clusters(
         return mean, x - mean.gather(1, winners[..., None].expand_as(x))
 
     weights, from_weights = offset(key)
-    log_value = offset(value)[1].norm(dim=-1).clamp(min=torch.finfo(value.dtype).tiny).log()
-    return Clusters(weights, winners, from_weights, offset(coordinates.key)[1], log_value)
+
+    def log_norm(x: Tensor) -> Tensor:
+        return x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny).log()
+
+    centre = (mass[..., None] * value).sum(1, keepdim=True) / mass.sum(1)[:, None, None]
+    log_value, log_distance = log_norm(offset(value)[1]), log_norm(value - centre)
+    return Clusters(weights, winners, from_weights, offset(coordinates.key)[1], log_value, log_distance)
 
 
 def choose_keys(
@@ -214,8 +221,11 @@ def choose_keys(
 
         exp((u + u_s).k) ((1 - exp(-d))^2 + E|(r - u_s).(k - w)|^2)^1/2 |v - mean v|,   d = u_s.(k - w),
 
-    d in a few coordinates. Without clusters there is nothing to read a key through, and attention alone counts. What a
-    bias has beside its mean over the tile is part of every r.(k - w).
+    d in a few coordinates. Without clusters there is nothing to read a key through, and attention alone counts.
+
+    What a bias has beside its mean over the tile, b, is missing where a key is read through its cluster, whatever its
+    value shares with the others of it: E b^2 |v - mean of all v|^2 is added to the square of the first error, and
+    ((1 - exp(-b_s))^2 + E(b - b_s)^2) |v - mean of all v|^2 to that of the second, b_s its mean over the sub-tile.
     """
     size, tiles, body = reading.logits.shape
     count = layout.subtiles()
@@ -237,15 +247,17 @@ def choose_keys(
         between = (mean.square() * number).sum((1, 2)) / body  # both [Z, D]
         squared = clusters.offset.square()
         within, wide = (((squared @ x[..., None])[..., 0] + LEAST_SPREAD)[:, None] for x in (within, within + between))
-        if reading.bias is not None:
-            wide = wide + reading.bias.square().sum(2) / reading.real.sum(1)[:, None]
         owner = clusters.winners[:, None].expand_as(score)
         drive = mean @ clusters.weights[:, None].mT  # u_s.w [Z, T, s, m]
         share = expected.new_zeros(*score.shape[:2], drive.shape[-1]).scatter_add(2, owner, expected)
         log_share = share.clamp(min=torch.finfo(share.dtype).tiny).log()[:, :, None]
         gain = drive - (drive + log_share).logsumexp(-1, keepdim=True)
         gain = gain.masked_fill(number == 0, -torch.inf).amax(2)
-        score = score + gain.gather(2, owner) + clusters.log_value[:, None] + wide.log() / 2
+        error = clusters.log_value[:, None] + wide.log() / 2
+        if reading.bias is not None:
+            square = reading.bias.square().sum(2) / reading.real.sum(1)[:, None]
+            error = _log_root(error, clusters.log_distance[:, None] + square.log() / 2)
+        score = score + gain.gather(2, owner) + error
     candidates = score.topk(layout.candidates(body), dim=-1).indices  # [Z, T, E]
 
     def of_candidates(x: Tensor) -> Tensor:
@@ -253,24 +265,33 @@ def choose_keys(
         return x.expand(size, tiles, body).gather(2, candidates)[:, :, None]
 
     inner = direction @ take_rows(offset, candidates).mT  # d [Z, T, s, E]
-    unlike: Tensor | float = 0.0
+    score = of_candidates(reading.logits) + inner
+    if clusters is not None:
+        owner = of_candidates(clusters.winners[:, None]).expand_as(inner)
+        miss = (1 - (-inner.clamp(-MOST_MISS, MOST_MISS)).exp()).square() + of_candidates(within)
+        error = of_candidates(clusters.log_value[:, None]) + miss.log() / 2
     if reading.bias is not None:
         index = candidates[:, :, None].expand(-1, -1, layout.tile, -1)
         bias = _by_subtile(reading.bias.gather(3, index), count)  # [Z, T, s, 4, E]
         of_subtile = bias.sum(3) / number.clamp(min=1)
-        unlike = ((bias - of_subtile[:, :, :, None]) * weight).square().sum(3) / number.clamp(min=1)
-        inner = inner + of_subtile
-    score = of_candidates(reading.logits) + inner
+        score = score + of_subtile
+        if clusters is not None:
+            miss = (1 - (-of_subtile.clamp(-MOST_MISS, MOST_MISS)).exp()).square()
+            miss = miss + ((bias - of_subtile[:, :, :, None]) * weight).square().sum(3) / number.clamp(min=1)
+            error = _log_root(error, of_candidates(clusters.log_distance[:, None]) + miss.log() / 2)
     if clusters is not None:
-        owner = of_candidates(clusters.winners[:, None]).expand_as(inner)
-        miss = (1 - (-inner.clamp(-MOST_MISS, MOST_MISS)).exp()).square() + of_candidates(within) + unlike
-        score = score + drive.gather(3, owner) + of_candidates(clusters.log_value[:, None]) + miss.log() / 2
+        score = score + drive.gather(3, owner) + error
     candidates = candidates[:, :, None].expand(score.shape)
     behind = F.pad(near, (0, 1), value=-1)
     is_near = behind.gather(3, torch.searchsorted(-behind, -candidates)) == candidates
     best, place = score.masked_fill(is_near, -torch.inf).topk(min(layout.exact_keys, score.shape[-1]), dim=-1)
     chosen = candidates.gather(3, place).masked_fill(best == -torch.inf, -1)
     return _of_body(torch.cat([near, chosen], -1), body)
+
+
+def _log_root(one: Tensor, other: Tensor) -> Tensor:
+    """log (exp(2 one) + exp(2 other))^1/2: errors that have nothing to do with each other, in logarithms."""
+    return torch.logaddexp(2 * one, 2 * other) / 2
 
 
 def _by_subtile(x: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ struct Choose : Clusters {
 
     struct Bench : Order::Bench {
         float *within, *base, *drive_of, *offset, *directions, *sub_mean, *expected, *log_share, *gain, *bias,
-            *mean_bias;
+            *mean_bias, *value, *distance;
         int32_t *found, *candidate, *token, *begin, *near_size, *column, *taken;
 
         Bench(const Choose& head, Arena& arena) : Order::Bench(head, arena) {
@@ -23,7 +23,7 @@ struct Choose : Clusters {
             for (auto list : {&found, &column, &taken}) arena.take(*list, head.padded + LANES);
             for (auto list : {&candidate, &token}) arena.take(*list, few);
             arena.take(bias, head.t.bias ? head.most_tile * few : 0);
-            arena.take(mean_bias, few);
+            for (auto list : {&mean_bias, &value, &distance}) arena.take(*list, few + LANES);
             arena.take(begin, head.most_hidden + 1);
             for (auto list : {&log_share, &gain}) arena.take(*list, round_up(head.most_hidden, PANEL));
             arena.take(near_size, subtiles);
@@ -149,7 +149,8 @@ struct Choose : Clusters {
             const float* variance = unlike + tile * padded;
             auto of_key = [&](int64_t i) {  // the error of reading it through its cluster, in logarithms
                 if (!t.bias) return load(bonus + i);
-                return load(log_value + i) + 0.5f * logarithm(load(apart + i) + load(variance + i));
+                const vec of_bias = larger(load(variance + i), spread(FLT_MIN));
+                return log_root(load(bonus + i), load(log_distance + i) + 0.5f * logarithm(of_bias));
             };
             for (int64_t j = 0; j < hidden; j++)
                 for (int64_t i = start[j]; i < start[j + 1]; i += LANES)  // runs into the next cluster, which follows
@@ -164,7 +165,9 @@ struct Choose : Clusters {
             const int64_t at = room.candidate[i] = room.found[i] + int32_t(p.prefix);
             const float* offset = (hidden ? along : key_axes) + at * AXES;
             for (int64_t a = 0; a < AXES; a++) room.offset[a * columns + i] = offset[a];
-            room.base[i] = u_k[at] + (hidden ? log_value[at] : 0);
+            room.base[i] = u_k[at];
+            room.value[i] = hidden ? log_value[at] : 0;
+            if (t.bias) room.distance[i] = hidden ? log_distance[at] : 0;
             room.within[i] = hidden ? within[at] : 0;
             room.token[i] = sorted[at];
             room.column[at] = int32_t(i + 1);
@@ -197,6 +200,12 @@ struct Choose : Clusters {
             for (int64_t i = 0; i < few; i++) leave_rest(room.candidate[i], queries_of(tile), room);
     }
 
+    // log (exp(2 x) + exp(2 y))^1/2: errors that have nothing to do with each other, in logarithms.
+    static vec log_root(vec x, vec y) {
+        const vec high = larger(x, y), low = x + y - high;
+        return high + 0.5f * rough_logarithm(1 + exponential(2 * (low - high)));
+    }
+
     // The bias of a tile's queries on its candidates, less the mean over the tile.
     void gather_bias(int64_t tile, int64_t few, Bench& room) const {
         const int64_t columns = round_up(few, LANES), number = queries_of(tile);
@@ -223,7 +232,13 @@ struct Choose : Clusters {
         for (int64_t i = 0; i < few; i += LANES) {
             vec inner = {};
             for (int64_t a = 0; a < AXES; a++) inner += direction[a] * load(room.offset + a * columns + i);
-            vec apart_by = {};
+            vec score = load(room.base + i) + inner, error = {};
+            if (hidden) {
+                inner = larger(inner, spread(-MOST_MISS));
+                const vec miss = 1 - exponential(larger(-inner, spread(-MOST_MISS)));
+                error = load(room.value + i) + 0.5f * rough_logarithm(miss * miss + load(room.within + i));
+                score += load(room.drive_of + i);
+            }
             if (t.bias) {
                 const int64_t first = subtile * SUBTILE, rows = std::min(SUBTILE, queries_of(tile) - first);
                 vec all = {}, squares = {};
@@ -233,16 +248,13 @@ struct Choose : Clusters {
                     squares += x * x;
                 }
                 all /= float(rows);
-                inner += all;
-                apart_by = larger(squares / float(rows) - all * all, vec{});
+                score += all;
+                const vec apart = larger(squares / float(rows) - all * all, spread(FLT_MIN));
+                const vec miss = 1 - exponential(smaller(larger(-all, spread(-MOST_MISS)), spread(MOST_MISS)));
+                if (hidden)
+                    error = log_root(error, load(room.distance + i) + 0.5f * rough_logarithm(miss * miss + apart));
             }
-            vec score = load(room.base + i) + inner;
-            if (hidden) {
-                inner = larger(inner, spread(-MOST_MISS));
-                vec miss = 1 - exponential(larger(-inner, spread(-MOST_MISS)));
-                score +=
-                    load(room.drive_of + i) + 0.5f * rough_logarithm(miss * miss + load(room.within + i) + apart_by);
-            }
+            score += error;
             store(room.ranks + i, rank_of(score));
         }
         fill_ranks(room.ranks, few);

@@ -7,7 +7,7 @@ constexpr float LEAST_SPREAD = 1e-6f, LEAST_MASS = 1e-12f;  // as in near_far.py
 
 struct Clusters : Order {
     float *point_panels, *centres, *centre_norm, *tile_sums, *log_sum, *weight_panels, *key_mass, *masses, *narrow,
-        *wide, *along, *log_value, *within, *bonus, *values, *apart, *unlike;
+        *wide, *along, *log_value, *within, *bonus, *values, *log_distance, *middle, *unlike;
 
     Clusters(const Problem& problem, const Tensors& tensors, Arena& arena) : Order(problem, tensors, arena) {
         const int64_t m = most_hidden, blocks = (most_tiles + TALL - 1) / TALL, some = m ? padded : 0;
@@ -21,7 +21,8 @@ struct Clusters : Order {
         for (auto list : {&narrow, &wide}) arena.take(*list, dim);
         for (auto list : {&key_mass, &log_value, &within, &bonus}) arena.take(*list, some);
         arena.take(values, m * value_dim);
-        arena.take(apart, t.bias ? some : 0);
+        arena.take(log_distance, t.bias ? some : 0);
+        arena.take(middle, t.bias ? value_dim : 0);
         arena.take(unlike, t.bias && m && most_exact ? most_tiles * padded : 0);  // the variance of a tile's bias
     }
 
@@ -201,15 +202,35 @@ struct Clusters : Order {
             within[i] = sum(inside) + LEAST_SPREAD;
             log_value[i] = std::max(sum(off), FLT_MIN);
             bonus[i] = sum(both) + LEAST_SPREAD;
-            if (t.bias) apart[i] = bonus[i];
+            if (t.bias) log_distance[i] = std::max(distance_to_middle(i), FLT_MIN);
             for (int64_t a = 0; a < AXES; a++) along[i * AXES + a] = key_axes[sorted[i] * AXES + a] - centre[a];
         }
-        for (float* row : {log_value, bonus}) {
+        for (float* row : {log_value, bonus, log_distance}) {
+            if (row == log_distance && !t.bias) continue;
             int64_t i = first;
             for (; i + LANES <= last; i += LANES) store(row + i, 0.5f * logarithm(load(row + i)));
             for (; i < last; i++) row[i] = 0.5f * std::log(row[i]);
         }
         for (int64_t i = first; i < last; i++) bonus[i] += log_value[i];
+    }
+
+    // The mean of all values, by the attention that is expected.
+    void average_values() {
+        float all = 0;
+        std::fill(middle, middle + value_dim, 0.0f);
+        for (int64_t n = p.prefix; n < length; n++) {
+            all += key_mass[n];
+            add(middle, v + n * v_stride, key_mass[n], value_dim);
+        }
+        for (int64_t d = 0; d < value_dim; d++) middle[d] /= all;
+    }
+    float distance_to_middle(int64_t i) const {
+        vec off = {};
+        for (int64_t d = 0; d < value_dim; d += LANES) {
+            const vec x = load(far_v + i * far_v_stride + d) - load(middle + d);
+            off += x * x;
+        }
+        return sum(off);
     }
 
     void pack_weights() {

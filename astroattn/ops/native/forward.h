@@ -139,7 +139,10 @@ void stages(Forward& head, Run run) {
             once([&] { head.learn(); });
         }
         tokens([&](int64_t i) { head.assign(i); });
-        once([&] { head.sort_keys(); });
+        once([&] {
+            head.sort_keys();
+            if (head.t.bias) head.average_values();
+        });
         clusters([&](int64_t j) { head.measure_cluster(j); });
         once([&] { head.pack_weights(); });
     }
