@@ -201,7 +201,8 @@ def measure_clusters(
     weights, from_weights = offset(key)
 
     def log_norm(x: Tensor) -> Tensor:
-        return x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny).log()
+        length: Tensor = x.norm(dim=-1)
+        return length.clamp(min=torch.finfo(x.dtype).tiny).log()
 
     centre = (mass[..., None] * value).sum(1, keepdim=True) / mass.sum(1)[:, None, None]
     log_value, log_distance = log_norm(offset(value)[1]), log_norm(value - centre)

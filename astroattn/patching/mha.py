@@ -182,6 +182,8 @@ def _softmax(call: Call, seen: Tensor | None) -> Tensor:
         mask = call.bias if mask is None else call.bias.masked_fill(~mask, torch.finfo(call.bias.dtype).min)
     if call.causal:
         causal = torch.ones(call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=call.query.device).tril()
-        hides = mask is None or mask.dtype == torch.bool
-        mask = (causal if mask is None else causal & mask) if hides else mask.masked_fill(~causal, -torch.inf)
+        if mask is None or mask.dtype == torch.bool:
+            mask = causal if mask is None else causal & mask
+        else:
+            mask = mask.masked_fill(~causal, -torch.inf)
     return F.scaled_dot_product_attention(call.query, call.key, call.value, mask, call.dropout)
