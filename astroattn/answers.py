@@ -65,7 +65,7 @@ class Call:
         query, key, value = (in_order(x, order) for x in self.tokens)
         call = self.of(query, key, value, key_mask)
         if self.bias is not None:  # of every sequence its own from now on
-            bias = in_order(self.bias.expand(len(order), -1, -1, -1).mT, order)
+            bias = in_order(self.bias.expand(order.shape[0], -1, -1, -1).mT, order)
             call.bias = in_order(bias.mT, order)
         return call
 

@@ -31,17 +31,25 @@ def vit() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **SMALL, img_size=192).eval()  # 145 tokens, beyond softmax
 
 
+def biased(model: nn.Module) -> nn.Module:
+    """With tables of relative positions that are not zero any more."""
+    for name, parameter in model.named_parameters():
+        if "relative" in name:
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
 def encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
 
 
 def inputs(name: str, rows: int, tokens: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(rows * tokens)
-    if name == "vit":
+    if name in ("vit", "beit"):
         return {"x": torch.randn(rows, 3, 192, 192, generator=generator)}
     real = torch.ones(rows, tokens, dtype=torch.long)
     real[-1, tokens - 50 :] = 0
-    if name == "bert":
+    if name in ("bert", *BIASED):
         return {"input_ids": torch.randint(5, 90, (rows, tokens), generator=generator), "attention_mask": real}
     return {"src": torch.randn(rows, tokens, 32, generator=generator), "src_key_padding_mask": real == 0}
 
@@ -56,8 +64,19 @@ def real(output: Any, given: dict[str, Tensor]) -> Tensor:
 MODELS: dict[str, Callable[[], nn.Module]] = {"bert": bert, "vit": vit, "torch": encoder}
 
 
+BIASED: dict[str, Callable[[], nn.Module]] = {
+    "beit": lambda: biased(timm.create_model("beit_base_patch16_224", **SMALL, img_size=192)),
+    "t5": lambda: biased(
+        t.T5EncoderModel(t.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99))
+    ),
+    "mpnet": lambda: biased(t.MPNetModel(t.MPNetConfig(**TEXT))),
+}
+ALL = [(name, config) for name in MODELS for config in CONFIGS]
+ALL += [(name, config) for name in BIASED for config in ("default", "heads")]
+
+
 def patched_model(name: str, config: str) -> nn.Module:
-    model = MODELS[name]()
+    model = (MODELS | BIASED)[name]()
     if config == "heads":
         model_name = type(model).__name__
         names = [row.name for row in patch(model).patched]
@@ -67,8 +86,7 @@ def patched_model(name: str, config: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "config"), ALL)
 def test_one_graph_for_all_sizes(name: str, config: str) -> None:
     model, graphs = patched_model(name, config), []
 
@@ -87,10 +105,9 @@ def test_one_graph_for_all_sizes(name: str, config: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", ["rows", "both"])
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "config"), ALL)
 def test_one_exported_program_for_all_sizes(name: str, config: str, sizes: str) -> None:
-    if name == "vit" and sizes != "rows":
+    if name in ("vit", "beit") and sizes != "rows":
         pytest.skip("the number of patches is the model's")
     model, given = patched_model(name, config), inputs(name, 5, 200)
     dims = {0: torch.export.Dim("rows", min=2, max=64), 1: torch.export.Dim("tokens", min=150, max=500)}
@@ -110,6 +127,19 @@ def test_autocast_in_a_graph(name: str) -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(real(compiled(**given), given), real(model(**given), given))
+
+
+@torch.no_grad()
+def test_a_graph_takes_a_mask_for_the_bias_that_patch_has_seen() -> None:
+    """It cannot look at its numbers, and asserts that they hide no key but what they may."""
+    model, given = patched_model("beit", "default"), inputs("beit", 1, 0)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**given), model(**given))
+    assert fallbacks(model) == {}
+    model.blocks[0].attn.relative_position_bias_table[5] = -torch.inf
+    with pytest.raises(RuntimeError, match="hides other keys than the bias that patch has seen"):
+        compiled(**given)
 
 
 def test_a_scale_may_be_a_number_of_the_graph() -> None:

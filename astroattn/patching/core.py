@@ -13,6 +13,7 @@ from astroattn.attention import AstrocyteAttention
 from astroattn.config import AstroConfig, Preset, as_config
 from astroattn.hidden import LearnedHidden
 from astroattn.patching.checking import Configs, check, check_heads, make_core, run_original, shape_of, site_at
+from astroattn.patching.dense_masks import Expected
 from astroattn.patching.grid import PatchGrid, place_grids
 from astroattn.patching.report import NotPatched, PatchReport, Row, make_notes
 from astroattn.patching.site import CORE, NO_GRID, Site, install, remove, site_of
@@ -255,7 +256,10 @@ def _patch(
                 remove(each.module)
             else:
                 _remark(each)
-                site_at(each).seen = None
+                site = site_at(each)
+                biased = [seen for seen in site.seen or [] if seen.bias]
+                site.expected = Expected(bool(biased), any(seen.padding for seen in biased))
+                site.seen = None
                 _keep_learned(getattr(each.module, CORE), before[each.name])
         _settle(model)
     if all(site_of(each.module) is None for each in selected):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ FAINT = -30.0  # exp of it is lost beside 1 in float32
 
 DENSE = "a dense mask over queries and keys, which is more than a padding mask"
 BIAS_IN_GRAPH = "a bias on the scores in a graph, which cannot tell it from a mask"
+NOT_THE_BIAS = "astroattn: what is added to the scores hides other keys than the bias that patch has seen"
 FACTOR = "a factor on the scores of every query and key"
 ROWS = 512  # of a mask, which are compared at once
 
@@ -36,9 +37,23 @@ class Mask:
     refusal: str | None = None
 
 
-def read_mask(mask: Tensor | None, batch: int, keys: int) -> Mask:
+class Expected(NamedTuple):
+    """What a graph, which cannot look at its numbers, takes a float mask over queries and keys for.
+
+    Attributes:
+        bias: a bias. padding: which may hide keys from all queries; the graph asserts that there is no more to it.
+    """
+
+    bias: bool = False
+    padding: bool = False
+
+
+NOTHING = Expected()
+
+
+def read_mask(mask: Tensor | None, batch: int, keys: int, expected: Expected = NOTHING) -> Mask:
     """Read an attention mask, broadcastable to `[B, H, Nq, Nk]`: bool, True for what is seen, or added to scores."""
-    said = Mask() if mask is None else _read(mask, keys)
+    said = Mask() if mask is None else _read(mask, keys, expected)
     real, documents = for_batch(said.real, batch), for_batch(said.documents, batch)
     return Mask(real, said.causal, documents, said.bias, said.refusal)
 
@@ -48,12 +63,12 @@ def for_batch(x: Tensor | None, batch: int) -> Tensor | None:
     return x.expand(batch, -1) if x is not None and x.shape[0] == 1 else x
 
 
-def _read(mask: Tensor, keys: int) -> Mask:
+def _read(mask: Tensor, keys: int, expected: Expected) -> Mask:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return Mask(refusal="a mask of integers")
     compiling = torch.compiler.is_compiling()
-    if is_bias(mask):
-        return read_bias(mask)
+    if is_bias(mask) or (compiling and _may_be_bias(mask, expected)):
+        return read_bias(mask, expected)
     if mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] > 1 and not compiling:
         same = mask[:, :, :1]
         ends_alike = bool((mask[:, :, -1:] == same).all())  # which spares most masks the comparison of all
@@ -65,9 +80,9 @@ def _read(mask: Tensor, keys: int) -> Mask:
             if said is not None and (mask.dtype == torch.bool or bool((seen | (mask[:, 0] <= HIDDEN)).all())):
                 return said
             if mask.dtype != torch.bool:
-                return read_bias(mask)
+                return read_bias(mask, expected)
         elif mask.dtype != torch.bool and mask.shape[-1] == keys:
-            return read_bias(mask)
+            return read_bias(mask, expected)
     if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[-1] != keys:
         return Mask(refusal=DENSE)
     if mask.dtype != torch.bool:
@@ -78,7 +93,7 @@ def _read(mask: Tensor, keys: int) -> Mask:
         if compiling:
             torch._assert_async(plain, "astroattn: a float mask over keys may only hold 0 and -1e4 or less")
         elif not plain:
-            return read_bias(mask)
+            return read_bias(mask, expected)
         mask = real
     return Mask(mask[:, 0, 0, :])
 
@@ -90,24 +105,38 @@ def is_bias(mask: Tensor) -> bool:
     return mask.requires_grad or (mask.shape[1] > 1 and mask.shape[2] > 1)
 
 
-def read_bias(mask: Tensor) -> Mask:
+def _may_be_bias(mask: Tensor, expected: Expected) -> bool:
+    """Whether a graph takes a mask for a bias."""
+    return expected.bias and mask.is_floating_point() and mask.dim() == 4 and mask.shape[2] > 1
+
+
+def read_bias(mask: Tensor, expected: Expected) -> Mask:
     """A bias [1 or B, 1 or H, 1 or Nq, Nk], and the keys that it hides from every query and head alike.
 
     It may hide all keys from queries that are no real tokens: what padding sees does not matter.
     """
-    if _in_graph():
+    compiling = torch.compiler.is_compiling()
+    if _in_graph() and not (compiling and _may_be_bias(mask, expected)):
         return Mask(refusal=BIAS_IN_GRAPH)
-    least = mask.amin()
-    if bool(least < FAINT) and bool(_is_mask(mask)):
-        return Mask(refusal=DENSE)
-    if bool(least > HIDDEN):
-        return Mask(bias=mask)
     seen = mask > HIDDEN
+    if compiling and not expected.padding:
+        torch._assert_async(seen.all(), NOT_THE_BIAS)
+        return Mask(bias=mask)
+    if not compiling:
+        least = mask.amin()
+        if bool(least < FAINT) and bool(_is_mask(mask)):
+            return Mask(refusal=DENSE)
+        if bool(least > HIDDEN):
+            return Mask(bias=mask)
     real = seen.any(2, keepdim=True).any(1, keepdim=True)  # [1 or B, 1, 1, Nk]
     right = seen == real
     if mask.shape[2] == mask.shape[3]:
-        right |= ~real.mT
-    return Mask(real[:, 0, 0], bias=mask) if bool(right.all()) else Mask(refusal=DENSE)
+        right = right | ~real.mT
+    if compiling:
+        torch._assert_async(right.all(), NOT_THE_BIAS)
+    elif not bool(right.all()):
+        return Mask(refusal=DENSE)
+    return Mask(real[:, 0, 0], bias=mask)
 
 
 def visible(mask: Tensor) -> Tensor:
@@ -171,11 +200,18 @@ def _is_mask(mask: Tensor) -> Tensor:
 
 
 def read_masks(
-    masks: tuple[tuple[str, Any], ...], batch: int, heads: int, queries: int, keys: int, causal: bool
+    masks: tuple[tuple[str, Any], ...],
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    causal: bool,
+    expected: Expected,
 ) -> Mask:
     """What masks that were put on scores one after the other say together.
 
-    `causal` is what they are taken for where that cannot be told: with one query, and in a graph, which asserts it.
+    `causal` is what they are taken for where that cannot be told: with one query, and in a graph, which asserts it;
+    `expected` is that of a bias.
     """
     real: Tensor | None = None  # [1 or batch, keys]
     seen: Tensor | None = None  # [1 or batch, queries, keys]
@@ -199,8 +235,16 @@ def read_masks(
             factors.append((mask != 0).all(1))
             continue
         visible = ~mask if kind == "hide" else mask == 0
+        if kind != "hide" and _in_graph() and (is_bias(mask) or _may_be_bias(mask, expected)):
+            found = read_bias(mask, expected)
+            if found.bias is None:
+                return found
+            bias = found.bias if bias is None else bias + found.bias
+            if found.real is not None:
+                real = found.real if real is None else real & found.real
+            continue
         if kind != "hide" and _in_graph():
-            if is_bias(mask) or not _holds(visible | (mask <= HIDDEN)):
+            if not _holds(visible | (mask <= HIDDEN)):
                 return Mask(refusal=BIAS_IN_GRAPH)
         elif kind != "hide" and (is_bias(mask) or not _holds(visible | (mask <= HIDDEN))):
             if bool(_is_mask(mask)):
@@ -236,8 +280,8 @@ def read_masks(
                 documents, real, known = said.documents, said.real, said.causal
         else:
             known = causal
-            expected = real[:, None, :] & order if causal else real[:, None, :]
-            _holds((dense == expected) | ~counts)
+            wanted = real[:, None, :] & order if causal else real[:, None, :]
+            _holds((dense == wanted) | ~counts)
     if real is not None and not torch.compiler.is_compiling() and bool(real.all()):
         real = None
     return Mask(for_batch(real, batch), known or (causal and queries == 1), for_batch(documents, batch), bias)

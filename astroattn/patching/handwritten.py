@@ -356,7 +356,7 @@ class Watch(TorchFunctionMode):
             for each, size in ((query, lead), (key, lead), (value, weights.lead))
         )
         count, keys = plain(query.shape[2]), plain(key.shape[2])
-        said = read_masks(weights.masks, *parts, count, keys, self.site.causal)
+        said = read_masks(weights.masks, *parts, count, keys, self.site.causal, self.site.expected)
         causal, refusal = causal or said.causal, said.refusal
         if not causal:
             refusal = refusal or unequal(count, keys)

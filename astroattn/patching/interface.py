@@ -217,7 +217,7 @@ def _read(
         window = mask.window
         aligned = aligned or mask.causal
     else:
-        said = read_mask(mask, query.shape[0], key.shape[2])
+        said = read_mask(mask, query.shape[0], key.shape[2], getattr(module, RECORD).expected)
         refusal = refusal or said.refusal
     real, causal = said.real, causal or said.causal
     if not aligned:

@@ -159,7 +159,7 @@ class Reroute(TorchFunctionMode):
         if joined:
             args = tuple(map(self._with_heads, args))
             kwargs = {name: self._with_heads(value) for name, value in kwargs.items()}
-        call = _read(*args, **kwargs)
+        call = _read(getattr(self.module, RECORD), *args, **kwargs)
         call.grid = self.grid
         self.calls.append(call)
         output = attend(self.module, call, lambda: function(*args, **kwargs))
@@ -171,6 +171,7 @@ class Reroute(TorchFunctionMode):
 
 
 def _read(
+    site: Site,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -181,7 +182,7 @@ def _read(
     enable_gqa: bool = False,
 ) -> Call:
     """A call of `F.scaled_dot_product_attention`, in our words."""
-    mask = read_mask(attn_mask, query.shape[0], key.shape[-2])
+    mask = read_mask(attn_mask, query.shape[0], key.shape[-2], site.expected)
     refusal = mask.refusal or unequal(query.shape[-2], key.shape[-2])
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]

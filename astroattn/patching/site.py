@@ -22,6 +22,7 @@ from astroattn.checks import DTYPES, LOST_WEIGHTS
 from astroattn.cost import covers
 from astroattn.ops.layout import plain
 from astroattn.ops.precision import autocast
+from astroattn.patching.dense_masks import Expected
 from astroattn.patching.packed import by_document
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Seen:
     window_ended: bool = False
     soft_cap: float | None = None
     bias: bool = False
+    padding: bool = False
     difference: float = 0.0
 
 
@@ -98,6 +100,7 @@ class Site:
     grid: PatchGrid | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls the host answered, by reason
     seen: list[Seen] | None = None  # a list during the probe forward
+    expected: Expected = field(default_factory=Expected)  # what the probe has seen of masks
     finds_cache: ClassVar[bool] = False  # whether it can have a streaming memory in the cache of a call
     remark: str = ""  # what the report says of it
     handles: list[Any] = field(default_factory=list)  # of its hooks on the module, each from the moment it is there
@@ -368,6 +371,7 @@ def _observe(site: Site, core: AstrocyteAttention, call: Call, host: Callable[[]
         shape = (query.shape[1], query.shape[-1])
         more = call.sliding_window, call.window is not None, call.soft_cap
         seen = Seen(None, shape, query.dtype, query.shape[2], call.causal, *more, call.bias is not None)
+        seen.padding = call.key_mask is not None
         if (core.num_heads, core.head_dim) != seen.shape:
             core = AstrocyteAttention(*seen.shape).to(query.device)  # exact, whatever its config is
         core.exact = True
