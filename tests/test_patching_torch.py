@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -118,6 +119,31 @@ def test_values_may_be_others_than_keys() -> None:
     patch(model, EXACT)
     torch.testing.assert_close(model(x, x, x + 1, need_weights=False)[0], before)
     assert fallbacks(model) == {}
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {"attn_mask": torch.randn(11, 11)},
+        {"attn_mask": torch.randn(12, 11, 11)},
+        {"attn_mask": torch.randn(12, 11, 11), "key_padding_mask": PADDING},
+        {"attn_mask": torch.zeros(11, 11, requires_grad=True)},
+        {"key_padding_mask": torch.randn(3, 11)},
+    ],
+    ids=["pairs", "heads", "heads and padding", "learned", "keys"],
+)
+def test_numbers_that_are_added_to_the_scores_are_a_bias(masks: dict[str, Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.MultiheadAttention(16, 4, batch_first=True).eval(), tokens()
+    real = ~masks.get("key_padding_mask", torch.zeros(3, 11)).bool() | ("attn_mask" not in masks)
+    before = model(x, x, x, need_weights=False, **masks)[0]
+    for config in (EXACT, AstroConfig(hidden="random", near=4)):  # which has none: torch answers
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patch(model, config)
+            after = model(x, x, x, need_weights=False, **masks)[0]
+        torch.testing.assert_close(after[real], before[real])
+        assert bool(fallbacks(model)) == (config is not EXACT)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ def for_batch(x: Tensor | None, batch: int) -> Tensor | None:
 def _read(mask: Tensor, keys: int, expected: Expected) -> Mask:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return Mask(refusal="a mask of integers")
+    if mask.dim() in (2, 3):  # of all sequences, and heads
+        mask = mask[(None,) * (4 - mask.dim())]
     compiling = torch.compiler.is_compiling()
     if is_bias(mask) or (compiling and _may_be_bias(mask, expected)):
         return read_bias(mask, expected)
@@ -118,9 +120,8 @@ def read_bias(mask: Tensor, expected: Expected) -> Mask:
     compiling = torch.compiler.is_compiling()
     if _in_graph() and not (compiling and _may_be_bias(mask, expected)):
         return Mask(refusal=BIAS_IN_GRAPH)
-    seen = mask > HIDDEN
     if compiling and not expected.padding:
-        torch._assert_async(seen.all(), NOT_THE_BIAS)
+        torch._assert_async((mask > HIDDEN).all(), NOT_THE_BIAS)
         return Mask(bias=mask)
     if not compiling:
         least = mask.amin()
@@ -128,6 +129,7 @@ def read_bias(mask: Tensor, expected: Expected) -> Mask:
             return Mask(refusal=DENSE)
         if bool(least > HIDDEN):
             return Mask(bias=mask)
+    seen = mask > HIDDEN
     real = seen.any(2, keepdim=True).any(1, keepdim=True)  # [1 or B, 1, 1, Nk]
     right = seen == real
     if mask.shape[2] == mask.shape[3]:
@@ -235,7 +237,9 @@ def read_masks(
             factors.append((mask != 0).all(1))
             continue
         visible = ~mask if kind == "hide" else mask == 0
-        if kind != "hide" and _in_graph() and (is_bias(mask) or _may_be_bias(mask, expected)):
+        added = kind == "add" and (is_bias(mask) or (_in_graph() and _may_be_bias(mask, expected)))
+        added = added or mask.requires_grad  # what a product is added to ("base") may be nothing but room for it
+        if added and _in_graph():
             found = read_bias(mask, expected)
             if found.bias is None:
                 return found
@@ -246,7 +250,7 @@ def read_masks(
         if kind != "hide" and _in_graph():
             if not _holds(visible | (mask <= HIDDEN)):
                 return Mask(refusal=BIAS_IN_GRAPH)
-        elif kind != "hide" and (is_bias(mask) or not _holds(visible | (mask <= HIDDEN))):
+        elif kind != "hide" and (added or not _holds(visible | (mask <= HIDDEN))):
             if bool(_is_mask(mask)):
                 return Mask(refusal=DENSE)
             visible = mask > HIDDEN

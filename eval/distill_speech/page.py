@@ -217,7 +217,15 @@ def _uses(rows: Sequence[Row]) -> list[str]:
     if lost:
         names = ", ".join(f"*{name}*" for name in lost)
         lines.append(f"- Of no use after this training, with {LOST:.0%} of the words wrong or more: {names}.")
+    found = {name: differences(rows, ((name, WHOLE), (NOTHING, WHOLE)), "speech") for name in shares if name != NOTHING}
+    if no_better := [name for name, each in found.items() if each and not (_is_shown(each) and each[0] < 0)]:
+        names = ", ".join(f"*{name}*" for name in no_better)
+        lines.append(f"- Not shown to be less wrong than *{NOTHING}*, trained end to end too, on speech: {names}.")
     return lines
+
+
+def _is_shown(found: tuple[float, float, float, float]) -> bool:
+    return not found[1] <= 0 <= found[2] and found[3] < LEVEL
 
 
 def _verdict(rows: Sequence[Row], pair: tuple[Key, Key]) -> str:
@@ -232,8 +240,7 @@ def _verdict(rows: Sequence[Row], pair: tuple[Key, Key]) -> str:
         means = [figures(rows, key, what) for key in pair]
         unit = " %" if what == "errors" else ""
         ours, theirs = (show(each.mean(), what) for each in means if each is not None)
-        is_shown = not found[1] <= 0 <= found[2] and found[3] < LEVEL
-        shown = "no difference shown" if not is_shown else "**less**" if found[0] < 0 else "**more**"
+        shown = "no difference shown" if not _is_shown(found) else "**less**" if found[0] < 0 else "**more**"
         parts.append(f"{words}: {ours}{unit} against {theirs}{unit}, {shown}")
     return f"{first} against {second}. {parts[0][0].upper()}{parts[0][1:]}; {parts[1]}."
 

@@ -90,7 +90,7 @@ def _real(mask: str, batch: int, tokens: int) -> Tensor:
         last[:, : third // 2] = last[:, tokens - third :] = False
     elif mask == "holes":
         last[:, 1::3] = False
-    elif mask in ("right", "bool", "float", "bool_keys", "float_keys"):
+    elif mask in ("right", "bool", "float", "bool_keys", "float_keys", "bias_padded"):
         last[:, tokens - third :] = False
     return real
 
@@ -110,6 +110,7 @@ def _mask(situation: Situation, real: Tensor) -> Tensor:
         "packed_bool": _packed(tokens)[None, None],
         "packed_float": _additive(_packed(tokens)[None, None], situation.dtype),
         "bias": _cast(bias, situation.dtype),
+        "bias_padded": _cast(bias, situation.dtype) + _additive(real[:, None, None], situation.dtype),
     }
     return forms.get(mask, real.long())
 

@@ -29,6 +29,7 @@ MASKS = (
     "packed_bool",  # two documents side by side
     "packed_float",
     "bias",
+    "bias_padded",
 )
 DTYPES = ("float32", "float64", "bfloat16", "float16", "autocast")
 WRAPPERS = (

@@ -36,6 +36,8 @@ TYPES = (
     "whisper",
     "bart",
     "t5",
+    "mpnet",
+    "deberta-v2",
 )
 CAUSAL = ("gpt2", "llama", "qwen3", "mistral", "gpt_neox", "opt")
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -70,6 +72,7 @@ def _attention() -> tuple[nn.Module, Arguments]:
 MODELS: dict[str, Callable[[], tuple[nn.Module, Arguments]]] = {
     **{kind: partial(_of_transformers, kind) for kind in TYPES},
     "timm_vit": partial(_of_timm, "vit_tiny_patch16_224", 52, 4),
+    "timm_beit": partial(_of_timm, "beit_base_patch16_224", 52, 4),
     "timm_eva02": partial(_of_timm, "eva02_tiny_patch14_224", 52, 4),
     "torch_encoder": partial(_of_torch, True),
     "torch_encoder_sequence_first": partial(_of_torch, False),
