@@ -263,9 +263,9 @@ def test_layout_of_the_module_is_that_of_the_configuration(name: str, monkeypatc
     """Whatever was set reaches the operations; what was left to the length is found for each row's own."""
     config, seen = dataclasses.replace(BIDIRECTIONAL[name], backend="torch"), []
 
-    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: object) -> object:
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: object, bias: None = None) -> object:
         seen.append((key.shape[1], layout))
-        return choose(query, key, value, layout)
+        return choose(query, key, value, layout, bias)
 
     monkeypatch.setattr("astroattn.ops.near_far.choose", spy)
     monkeypatch.setattr("astroattn.ops.static.choose", spy)
@@ -285,9 +285,9 @@ def test_layout_of_the_module_is_that_of_the_configuration(name: str, monkeypatc
 def test_a_grid_reaches_the_operations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, seen = dataclasses.replace(BIDIRECTIONAL[name], backend="torch"), []
 
-    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: object) -> object:
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: object, bias: None = None) -> object:
         seen.append((layout.grid, layout.prefix))
-        return choose(query, key, value, layout)
+        return choose(query, key, value, layout, bias)
 
     monkeypatch.setattr("astroattn.ops.near_far.choose", spy)
     monkeypatch.setattr("astroattn.ops.static.choose", spy)

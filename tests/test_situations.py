@@ -209,3 +209,9 @@ def test_script(tmp_path: Path) -> None:
     done = run(main, "--case", "mask=right")
     assert done.exit_code == 2
     assert "needs model=NAME" in done.output
+
+
+def test_the_page_says_how_much_there_is_to_draw_from() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "coverage.md").read_text("utf-8")
+    assert f"{len(CHOICES['model'])} tiny models, six configs, {len(CHOICES['mask'])} masks" in page
+    assert len(CHOICES["config"]) == 6

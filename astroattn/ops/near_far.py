@@ -204,7 +204,8 @@ def measure_clusters(
         length: Tensor = x.norm(dim=-1)
         return length.clamp(min=torch.finfo(x.dtype).tiny).log()
 
-    centre = (mass[..., None] * value).sum(1, keepdim=True) / mass.sum(1)[:, None, None]
+    whole = mass.sum(1).clamp(min=torch.finfo(mass.dtype).tiny)
+    centre = (mass[..., None] * value).sum(1, keepdim=True) / whole[:, None, None]
     log_value, log_distance = log_norm(offset(value)[1]), log_norm(value - centre)
     return Clusters(weights, winners, from_weights, offset(coordinates.key)[1], log_value, log_distance)
 

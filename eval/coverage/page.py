@@ -106,7 +106,7 @@ Cross attention and pooling by one query are no self-attention of a sequence, an
 modules of its type, not the config of every checkpoint: a checkpoint may turn on what its type can do without.
 
 How a model is called, and what is around it, is another question. `python -m eval.situations --count 500 --seed 0`
-draws 500 situations: 26 tiny models, six configs, 16 masks, five dtypes (autocast among them), 19 wrappers (compiled,
+draws 500 situations: 29 tiny models, six configs, 17 masks, five dtypes (autocast among them), 19 wrappers (compiled,
 exported, copied, pickled, saved, sharded, offloaded, parametrized, with LoRA, checkpointed, in two threads, ...), put
 around before or after patching, in training and evaluation, and patched under other modes of the caller. It prints
 each in which the model is not what its report says as a line that repeats it; a sample is among the tests.

@@ -222,7 +222,7 @@ struct Clusters : Order {
             all += key_mass[n];
             add(middle, v + n * v_stride, key_mass[n], value_dim);
         }
-        for (int64_t d = 0; d < value_dim; d++) middle[d] /= all;
+        for (int64_t d = 0; d < value_dim; d++) middle[d] /= std::max(all, FLT_MIN);
     }
     float distance_to_middle(int64_t i) const {
         vec off = {};
