@@ -9,8 +9,9 @@ import pytest
 import timm
 import torch
 import transformers as t
-from patching_models import SMALL, TEXT
+from patching_models import SMALL, TEXT, need_transformers
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from astroattn import AstroConfig, AstrocyteAttention, Plan, fallbacks, patch
 
@@ -76,6 +77,10 @@ ALL += [(name, config) for name in BIASED for config in ("default", "heads")]
 
 
 def patched_model(name: str, config: str) -> nn.Module:
+    if name == "t5":  # before that its scores are written by hand, and changed in place
+        need_transformers("5.15")
+    if name == "mpnet" and TorchVersion(torch.__version__) < "2.9":
+        pytest.skip("before PyTorch 2.9 scores that are written by hand run as they stand")
     model = (MODELS | BIASED)[name]()
     if config == "heads":
         model_name = type(model).__name__

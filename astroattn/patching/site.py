@@ -322,10 +322,11 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
 
 def _fits(bias: Tensor, query: Tensor, key: Tensor) -> bool:
     """Whether a bias is one of these queries and keys."""
-    sizes = (*query.shape[:3], key.shape[2])
-    if bias.dim() != 4 or bias.shape[3] != sizes[3] or bias.device != query.device or bias.dtype not in DTYPES:
+    if bias.dim() != 4 or bias.device != query.device or bias.dtype not in DTYPES:
         return False
-    return all(mine in (1, size) for mine, size in zip(bias.shape[:3], sizes, strict=False))
+    rows, heads, queries, keys = bias.shape
+    batch, count, tokens, _ = query.shape
+    return rows in (1, batch) and heads in (1, count) and queries in (1, tokens) and bool(keys == key.shape[2])
 
 
 class _Running(threading.local):
