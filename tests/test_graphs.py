@@ -134,6 +134,19 @@ def test_autocast_in_a_graph(name: str) -> None:
         torch.testing.assert_close(real(compiled(**given), given), real(model(**given), given))
 
 
+@pytest.mark.parametrize("name", ["vit", "beit"])
+@torch.no_grad()
+def test_what_is_compiled_before_is_checked_as_it_stands(name: str) -> None:
+    model, given = (MODELS | BIASED)[name](), inputs(name, 1, 0)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    before = compiled(**given)
+    assert patch(compiled).probe == "every astrocyte was checked against softmax on made-up input"
+    torch.testing.assert_close(compiled(**given), model(**given))
+    assert not torch.equal(compiled(**given), before)
+    assert fallbacks(model) == {}
+
+
 @torch.no_grad()
 def test_a_graph_takes_a_mask_for_the_bias_that_patch_has_seen() -> None:
     """It cannot look at its numbers, and asserts that they hide no key but what they may."""

@@ -55,6 +55,7 @@ def run_original(model: nn.Module, fresh: list[Found], given: Any = None) -> tup
     missing = ""
 
     def run(name: str, part: nn.Module, inputs: Any = None) -> None:
+        part = getattr(part, "_orig_mod", part)  # of torch.compile, which takes anything and would make graphs of this
         known = set(called)
         try:
             found = probe.make_run(part) if inputs is None else (inputs, probe.run(part, inputs))
