@@ -385,6 +385,14 @@ def bias_by_key_and_mask(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, r
     return m.softmax_of(q @ k.mT + torch.where(far, -100.0, 0.0)) @ v
 
 
+def mask_by_window(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    """As in Swin, whose scores have one axis more while the mask of a shift is put on them."""
+    scores = q @ k.mT + torch.randn(HEADS, 9, 9, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(BATCH, 9, 9).masked_fill(~causal(9), -100.0)
+    scores = scores.view(1, BATCH, HEADS, 9, 9) + mask[None, :, None]
+    return m.softmax_of(scores.view(BATCH, HEADS, 9, 9)) @ v
+
+
 def window(m: WrittenAttention, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
     near = causal(9) & ~causal(9).tril(-3)
     return m.softmax_of((q @ k.mT).masked_fill(~near, LEAST)) @ v
@@ -448,6 +456,7 @@ MORE = [
     (window, "a dense mask"),
     (mask_by_head, "a dense mask"),
     (bias_by_key_and_mask, "a dense mask"),
+    (mask_by_window, "a dense mask"),
     (soft_cap, "soft cap"),
     (sinks, "attention sinks"),
     (talking_heads, "heads are mixed"),

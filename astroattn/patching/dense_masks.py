@@ -230,6 +230,8 @@ def read_masks(
                 return Mask(refusal=DENSE)
             given = mask.dense()
             kind, mask = ("hide", ~given) if given.dtype == torch.bool else ("add", given)
+        if not _fits(mask, batch, heads):
+            return Mask(refusal=DENSE)
         mask = _per_head(mask, batch, heads)
         if kind == "keep":
             if not _holds((mask == 0) | (mask == 1)):
@@ -294,6 +296,13 @@ def read_masks(
 def _in_graph() -> bool:
     """Whether a graph is being made, in which what is read of one mask would stand for all."""
     return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _fits(mask: Tensor, batch: int, heads: int) -> bool:
+    """Whether a mask is one of these sequences and heads: scores may have had other axes when it was put on them."""
+    if mask.dim() == 3:
+        return mask.shape[0] in (1, batch * heads)
+    return mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
 
 
 def _per_head(mask: Tensor, batch: int, heads: int) -> Tensor:
