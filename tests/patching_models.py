@@ -250,7 +250,7 @@ def build(tiny: Tiny) -> nn.Module:
             elif "gamma" in name or "lambda" in name:  # layer scale
                 parameter.fill_(1.0)
             if "rel_pos" in name or "relative_position_bias_table" in name:  # zero before they are trained
-                parameter.normal_()
+                parameter.normal_(std=0.3)
     return model
 
 

@@ -100,7 +100,6 @@ def test_what_a_dense_mask_says(form: Callable[[Tensor], Tensor]) -> None:
     assert [len(row[mine].unique()) for row, mine in zip(said.documents, said.real, strict=True)] == [3, 1]
     assert read_mask(form(blocks([[20]], causal=True)[:, None]), 2, 20) == Mask(causal=True)
     assert "dense mask" in str(read_mask(form(blocks([[20]], causal=True, window=3)[:, None]), 2, 20).refusal)
-    assert "dense mask" in str(read_mask(additive(blocks(SIZES)[:, None]) / 1e36, 2, 20).refusal)
 
 
 def test_a_bias_is_no_mask() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 HIDDEN = -9984.0  # -10,000 in bfloat16; exp of it is zero, so a score this much lower has no weight
-FAINT = -30.0  # exp of it is lost beside 1 in float32
+FAINT = 30.0  # exp of so much less is lost beside 1 in float32
 
 DENSE = "a dense mask over queries and keys, which is more than a padding mask"
 BIAS_IN_GRAPH = "a bias on the scores in a graph, which cannot tell it from a mask"
@@ -123,12 +123,8 @@ def read_bias(mask: Tensor, expected: Expected) -> Mask:
     if compiling and not expected.padding:
         torch._assert_async((mask > HIDDEN).all(), NOT_THE_BIAS)
         return Mask(bias=mask)
-    if not compiling:
-        least = mask.amin()
-        if bool(least < FAINT) and bool(_is_mask(mask)):
-            return Mask(refusal=DENSE)
-        if bool(least > HIDDEN):
-            return Mask(bias=mask)
+    if not compiling and bool(mask.amin() > HIDDEN):
+        return Mask(bias=mask)
     seen = mask > HIDDEN
     real = seen.any(2, keepdim=True).any(1, keepdim=True)  # [1 or B, 1, 1, Nk]
     right = seen == real
@@ -139,6 +135,19 @@ def read_bias(mask: Tensor, expected: Expected) -> Mask:
     elif not bool(right.all()):
         return Mask(refusal=DENSE)
     return Mask(real[:, 0, 0], bias=mask)
+
+
+def is_torn(bias: Tensor) -> bool:
+    """Whether what a bias shows to one query it hides from the next, as Swin's -100 do: a mask in moderate numbers.
+
+    The mean over a tile of such numbers is near to none of them. In a graph it is asserted that it does not.
+    """
+    one, other = bias[:, :, :-1], bias[:, :, 1:]
+    torn = ((one - other).abs() > FAINT) & (one > HIDDEN) & (other > HIDDEN)
+    if torch.compiler.is_compiling():
+        torch._assert_async(~torn.any(), NOT_THE_BIAS)
+        return False
+    return bool(torn.any())
 
 
 def visible(mask: Tensor) -> Tensor:
@@ -190,15 +199,6 @@ def _visible(size: int, causal: bool, window: int | None) -> int:
     reach = size - 1 if window is None else min(window, size - 1)
     later = reach * size - reach * (reach + 1) // 2  # on one side
     return size + later * (1 if causal else 2)
-
-
-def _is_mask(mask: Tensor) -> Tensor:
-    """Whether numbers hide keys by a number like Swin's -100, not the same for every query, and say nothing else.
-
-    The mean over a tile of such numbers is near to none of them.
-    """
-    zero, low = mask == 0, mask < FAINT
-    return (zero | low).all() & (low & (mask > HIDDEN)).any() & (zero != zero[:, :, :1]).any()
 
 
 def read_masks(
@@ -253,8 +253,6 @@ def read_masks(
             if not _holds(visible | (mask <= HIDDEN)):
                 return Mask(refusal=BIAS_IN_GRAPH)
         elif kind != "hide" and (added or not _holds(visible | (mask <= HIDDEN))):
-            if bool(_is_mask(mask)):
-                return Mask(refusal=DENSE)
             visible = mask > HIDDEN
             bias = mask if bias is None else bias + mask
             if _holds(visible):

@@ -22,7 +22,7 @@ from astroattn.checks import DTYPES, LOST_WEIGHTS
 from astroattn.cost import covers
 from astroattn.ops.layout import plain
 from astroattn.ops.precision import autocast
-from astroattn.patching.dense_masks import Expected
+from astroattn.patching.dense_masks import DENSE, Expected, is_torn
 from astroattn.patching.packed import by_document
 
 if TYPE_CHECKING:
@@ -313,6 +313,9 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "attention sinks that are not one logit for each head"
     if core.hidden is not None and core.hidden.is_lost(query.device):
         return LOST_WEIGHTS
+    exact = core.exact or all(covers(each, plain(key.shape[2]), call.grid) for each in core.configs)
+    if call.bias is not None and not exact and is_torn(call.bias):
+        return DENSE
     counts = query.shape[2], key.shape[2]
     if call.causal and counts[0] > counts[1]:
         return "more queries than keys in causal attention"
