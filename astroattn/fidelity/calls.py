@@ -42,11 +42,11 @@ class AttentionCall(NamedTuple):
     def sequence(self, index: int) -> AttentionCall:
         """The call on one of the sequences alone."""
         mask = self.options.get("key_mask")
-        masks = {} if mask is None else {"key_mask": mask.expand(len(self.query), -1)[index : index + 1]}
+        own = {} if mask is None else {"key_mask": mask.expand(len(self.query), -1)[index : index + 1]}
         if (bias := self.options.get("bias")) is not None and len(bias) > 1:
-            masks["bias"] = bias[index : index + 1]
+            own["bias"] = bias[index : index + 1]
         query, key, value = (x[index : index + 1] for x in self[:3])
-        return AttentionCall(query, key, value, self.options | masks)
+        return AttentionCall(query, key, value, self.options | own)
 
 
 _FORWARD = inspect.signature(AstrocyteAttention.forward)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from astroattn.ops.library import in_graph
+
 HIDDEN = -9984.0  # -10,000 in bfloat16; exp of it is zero, so a score this much lower has no weight
 FAINT = 30.0  # exp of so much less is lost beside 1 in float32
 
@@ -118,7 +120,7 @@ def read_bias(mask: Tensor, expected: Expected) -> Mask:
     It may hide all keys from queries that are no real tokens: what padding sees does not matter.
     """
     compiling = torch.compiler.is_compiling()
-    if _in_graph() and not (compiling and _may_be_bias(mask, expected)):
+    if in_graph() and not (compiling and _may_be_bias(mask, expected)):
         return Mask(refusal=BIAS_IN_GRAPH)
     if compiling and not expected.padding:
         torch._assert_async((mask > HIDDEN).all(), NOT_THE_BIAS)
@@ -243,9 +245,9 @@ def read_masks(
             factors.append((mask != 0).all(1))
             continue
         visible = ~mask if kind == "hide" else mask == 0
-        added = kind == "add" and (is_bias(mask) or (_in_graph() and _may_be_bias(mask, expected)))
+        added = kind == "add" and (is_bias(mask) or (in_graph() and _may_be_bias(mask, expected)))
         added = added or mask.requires_grad  # what a product is added to ("base") may be nothing but room for it
-        if added and _in_graph():
+        if added and in_graph():
             found = read_bias(mask, expected)
             if found.bias is None:
                 return found
@@ -253,7 +255,7 @@ def read_masks(
             if found.real is not None:
                 real = found.real if real is None else real & found.real
             continue
-        if kind != "hide" and _in_graph():
+        if kind != "hide" and in_graph():
             if not _holds(visible | (mask <= HIDDEN)):
                 return Mask(refusal=BIAS_IN_GRAPH)
         elif kind != "hide" and (added or not _holds(visible | (mask <= HIDDEN))):
@@ -293,11 +295,6 @@ def read_masks(
     if real is not None and not torch.compiler.is_compiling() and bool(real.all()):
         real = None
     return Mask(for_batch(real, batch), known or (causal and queries == 1), for_batch(documents, batch), bias)
-
-
-def _in_graph() -> bool:
-    """Whether a graph is being made, in which what is read of one mask would stand for all."""
-    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _fits(mask: Tensor, batch: int, heads: int) -> bool:

@@ -83,7 +83,7 @@ MEASURES = {
     "all": "relative error, all frames",
     "errors": "word error",
 }
-ASKED = {"speech": "error of the hidden states where there is speech", "errors": "words that differ"}
+ASKED = {"speech": "the error of the hidden states where there is speech", "errors": "words that differ"}
 
 
 def figures(rows: Sequence[Row], key: Key, what: str) -> Figures | None:
@@ -230,10 +230,7 @@ def _is_shown(found: tuple[float, float, float, float]) -> bool:
 
 def _verdict(rows: Sequence[Row], pair: tuple[Key, Key]) -> str:
     (first, second), parts = (_name(key) for key in pair), []
-    for what, words in (
-        ("speech", "the error of the hidden states where there is speech"),
-        ("errors", "words that differ"),
-    ):
+    for what, words in ASKED.items():
         found = differences(rows, pair, what)
         if found is None:
             return ""
