@@ -270,7 +270,7 @@ def choose_keys(
     score = of_candidates(reading.logits) + inner
     if clusters is not None:
         owner = of_candidates(clusters.winners[:, None]).expand_as(inner)
-        miss = (1 - (-inner.clamp(-MOST_MISS, MOST_MISS)).exp()).square() + of_candidates(within)
+        miss = _missed(inner) + of_candidates(within)
         error = of_candidates(clusters.log_value[:, None]) + miss.log() / 2
     if reading.bias is not None:
         index = candidates[:, :, None].expand(-1, -1, layout.tile, -1)
@@ -278,8 +278,9 @@ def choose_keys(
         of_subtile = bias.sum(3) / number.clamp(min=1)
         score = score + of_subtile
         if clusters is not None:
-            miss = (1 - (-of_subtile.clamp(-MOST_MISS, MOST_MISS)).exp()).square()
-            miss = miss + ((bias - of_subtile[:, :, :, None]) * weight).square().sum(3) / number.clamp(min=1)
+            miss = _missed(of_subtile) + ((bias - of_subtile[:, :, :, None]) * weight).square().sum(3) / number.clamp(
+                min=1
+            )
             error = _log_root(error, of_candidates(clusters.log_distance[:, None]) + miss.log() / 2)
     if clusters is not None:
         score = score + drive.gather(3, owner) + error
@@ -289,6 +290,11 @@ def choose_keys(
     best, place = score.masked_fill(is_near, -torch.inf).topk(min(layout.exact_keys, score.shape[-1]), dim=-1)
     chosen = candidates.gather(3, place).masked_fill(best == -torch.inf, -1)
     return _of_body(torch.cat([near, chosen], -1), body)
+
+
+def _missed(d: Tensor) -> Tensor:
+    """(1 - exp(-d))^2, the square of what a key that weighs exp(d) more than its cluster loses by it."""
+    return (1 - (-d.clamp(-MOST_MISS, MOST_MISS)).exp()).square()
 
 
 def _log_root(one: Tensor, other: Tensor) -> Tensor:

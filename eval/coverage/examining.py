@@ -232,17 +232,19 @@ def _check_full(model: nn.Module, before: _Answers) -> float:
 
 def _difference_in_double(model: nn.Module, before: _Answers) -> float:
     """The same of both models in float64: one that compares its numbers with a limit makes much of their rounding."""
-    model, arguments = copy.deepcopy(model).double(), _in_double(before.inputs)
-    outputs = probe.run(model, arguments)
-    unpatch(model)
-    return before.between(outputs, probe.run(model, arguments))
+    return before.between(*_run_in_double(copy.deepcopy(model), before.inputs))
 
 
-def _in_double(inputs: Inputs) -> dict[str, Any]:
-    return {
+def _run_in_double(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+    """What a patched model puts out in float64, and then the original; the model is used up."""
+    model = model.double()
+    arguments = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.arguments.items()
     }
+    outputs = probe.run(model, arguments)
+    unpatch(model)
+    return outputs, probe.run(model, arguments)
 
 
 def _check_changed(model: nn.Module, before: _Answers, config: AstroConfig) -> None:
@@ -288,10 +290,7 @@ def _changes_when_enlarged(model: nn.Module, inputs: Inputs) -> bool:
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data.mul_(5.0)
-    arguments = _in_double(inputs)
-    outputs = probe.run(model, arguments)
-    unpatch(model)
-    return not _same(outputs, probe.run(model, arguments))
+    return not _same(*_run_in_double(model, inputs))
 
 
 def _summarise(report: PatchReport) -> Row:

@@ -252,7 +252,7 @@ struct Backward : Reading {
             }
             dot_quad(queries, far_k, far_k_stride, dim, nullptr, length, shares);
             for (int64_t r = 0; t.bias && from + r < rows && r < SUBTILE; r++)
-                for (int64_t i = 0; i < length; i++) shares[SUBTILE * i + r] += bias_of(from + r)[sorted[i]];
+                add_bias(from + r, nullptr, length, shares + r);
             dot_quad(go, far_v, far_v_stride, value_dim, nullptr, length, dots);
             for (int64_t c = 0; c < SUBTILE * length; c += LANES) {
                 vec share = exponential(load(shares + c) - repeat(log_p));

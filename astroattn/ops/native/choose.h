@@ -200,6 +200,9 @@ struct Choose : Clusters {
             for (int64_t i = 0; i < few; i++) leave_rest(room.candidate[i], queries_of(tile), room);
     }
 
+    // 1 - exp(-d), d within bounds.
+    static vec missed(vec d) { return 1 - exponential(larger(-larger(d, spread(-MOST_MISS)), spread(-MOST_MISS))); }
+
     // log (exp(2 x) + exp(2 y))^1/2: errors that have nothing to do with each other, in logarithms.
     static vec log_root(vec x, vec y) {
         const vec high = larger(x, y), low = x + y - high;
@@ -234,8 +237,7 @@ struct Choose : Clusters {
             for (int64_t a = 0; a < AXES; a++) inner += direction[a] * load(room.offset + a * columns + i);
             vec score = load(room.base + i) + inner, error = {};
             if (hidden) {
-                inner = larger(inner, spread(-MOST_MISS));
-                const vec miss = 1 - exponential(larger(-inner, spread(-MOST_MISS)));
+                const vec miss = missed(inner);
                 error = load(room.value + i) + 0.5f * rough_logarithm(miss * miss + load(room.within + i));
                 score += load(room.drive_of + i);
             }
@@ -250,7 +252,7 @@ struct Choose : Clusters {
                 all /= float(rows);
                 score += all;
                 const vec apart = larger(squares / float(rows) - all * all, spread(FLT_MIN));
-                const vec miss = 1 - exponential(smaller(larger(-all, spread(-MOST_MISS)), spread(MOST_MISS)));
+                const vec miss = missed(all);
                 if (hidden)
                     error = log_root(error, load(room.distance + i) + 0.5f * rough_logarithm(miss * miss + apart));
             }

@@ -189,20 +189,16 @@ struct Clusters : Order {
         for (int64_t i = first; i < last; i++)
             for (int64_t a = 0; a < AXES; a++) centre[a] += mass[i] / total[j] * key_axes[sorted[i] * AXES + a];
         for (int64_t i = first; i < last; i++) {
-            vec off = {}, inside = {}, both = {};
-            for (int64_t d = 0; d < value_dim; d += LANES) {
-                vec x = load(far_v + i * far_v_stride + d) - load(value + d);
-                off += x * x;
-            }
+            vec inside = {}, both = {};
             for (int64_t d = 0; d < dim; d += LANES) {
                 vec x = load(far_k + i * far_k_stride + d) - load(weights + j * dim + d);
                 inside += x * x * load(narrow + d);
                 both += x * x * load(wide + d);
             }
             within[i] = sum(inside) + LEAST_SPREAD;
-            log_value[i] = std::max(sum(off), FLT_MIN);
+            log_value[i] = std::max(value_distance(i, value), FLT_MIN);
             bonus[i] = sum(both) + LEAST_SPREAD;
-            if (t.bias) log_distance[i] = std::max(distance_to_middle(i), FLT_MIN);
+            if (t.bias) log_distance[i] = std::max(value_distance(i, middle), FLT_MIN);
             for (int64_t a = 0; a < AXES; a++) along[i * AXES + a] = key_axes[sorted[i] * AXES + a] - centre[a];
         }
         for (float* row : {log_value, bonus, log_distance}) {
@@ -224,10 +220,11 @@ struct Clusters : Order {
         }
         for (int64_t d = 0; d < value_dim; d++) middle[d] /= std::max(all, FLT_MIN);
     }
-    float distance_to_middle(int64_t i) const {
+    // |v - from|^2 of the value at a place.
+    float value_distance(int64_t i, const float* from) const {
         vec off = {};
         for (int64_t d = 0; d < value_dim; d += LANES) {
-            const vec x = load(far_v + i * far_v_stride + d) - load(middle + d);
+            const vec x = load(far_v + i * far_v_stride + d) - load(from + d);
             off += x * x;
         }
         return sum(off);

@@ -184,6 +184,12 @@ struct Head {
     // The bias of a query on every token.
     const float* bias_of(int64_t n) const { return t.bias + p.at(p.bias_stride, z, n); }
 
+    // Adds the bias of a query on keys at these places, of all of them without a list, to every fourth number.
+    void add_bias(int64_t token, const int32_t* places, int64_t count, float* scores) const {
+        const float* bias = bias_of(token);
+        for (int64_t i = 0; i < count; i++) scores[SUBTILE * i] += bias[sorted[places ? places[i] : i]];
+    }
+
     // The mean of a tile's bias, by token, and where there is room for it the variance.
     void measure_bias(int64_t tile, float* average, float* variance) const {
         const float number = float(queries_of(tile));

@@ -203,10 +203,8 @@ struct Reading : Head {
         for (int64_t r = 0; r < SUBTILE; r++)
             a[r] = first + r < queries_of(tile) ? q + tokens_of(tile)[first + r] * dim : room.zeros;
         dot_quad(a, far_k, far_k_stride, dim, room.list, size, room.scores);
-        for (int64_t r = 0; t.bias && first + r < queries_of(tile) && r < SUBTILE; r++) {
-            const float* bias = bias_of(tokens_of(tile)[first + r]);
-            for (int64_t i = 0; i < size; i++) room.scores[SUBTILE * i + r] += bias[sorted[room.list[i]]];
-        }
+        for (int64_t r = 0; t.bias && first + r < queries_of(tile) && r < SUBTILE; r++)
+            add_bias(tokens_of(tile)[first + r], room.list, size, room.scores + r);
         std::fill(room.scores + SUBTILE * size, room.scores + SUBTILE * wide, -INFINITY);
         for (int64_t j = 0; j < hidden; j++)
             store_quad(room.scores + SUBTILE * (wide + j), load_quad(room.drive + j * drives + first) + x.top[j]);
