@@ -21,16 +21,13 @@ from eval.distill_photos.training import (
     LEARNED,
     NEAR,
     NEAR_LEARNED,
-    ORIGINAL,
-    UNTRAINED,
-    WHOLE,
-    Condition,
     Measure,
     Photos,
     Views,
     load_photos,
     read,
 )
+from eval.trained import ORIGINAL, UNTRAINED, WHOLE, Condition, Figures, interval, p_value
 
 PAGE = page.DOCS / "experiments" / "photos.md"
 
@@ -168,15 +165,16 @@ def test_the_figure_has_a_line_per_attention(small: Photos, tmp_path: Path) -> N
 
 def test_intervals_and_p_values_find_a_difference_and_none() -> None:
     draw = np.random.default_rng(1)
-    some = (draw.random((3, 200)) < 0.8).astype(float)
-    worse = some * (draw.random((3, 200)) < 0.8)
-    low, high = page.interval(some, worse)
-    assert 0.08 < low < (some - worse).mean() < high < 0.28
-    assert page.p_value(some, worse) <= 0.001
-    alike = np.roll(some, 1, 0)
-    low, high = page.interval(some, alike)
+    ones = np.ones((3, 200))
+    values = (draw.random((3, 200)) < 0.8).astype(float)
+    some, worse = Figures(values, ones), Figures(values * (draw.random((3, 200)) < 0.8), ones)
+    low, high = interval(some, worse)
+    assert 0.08 < low < some.mean() - worse.mean() < high < 0.28
+    assert p_value(some, worse) <= 0.001
+    alike = Figures(np.roll(values, 1, 0), ones)
+    low, high = interval(some, alike)
     assert low < 0 < high
-    assert page.p_value(some, alike) > 0.5
+    assert p_value(some, alike) > 0.5
 
 
 def test_tables_by_hand() -> None:
@@ -215,13 +213,13 @@ def test_the_page_says_what_was_measured() -> None:
     rows, flat = read_rows(page.RESULTS), " ".join(PAGE.read_text("utf-8").split())
 
     def top1(attention: str) -> float:
-        mine = [row["right"] for row in rows if (row["attention"], row["training"]) == (attention, training.WHOLE)]
+        mine = [row["right"] for row in rows if (row["attention"], row["training"]) == (attention, WHOLE)]
         return sum(right.count("1") for right in mine) / len(mine) / 250
 
     def told(claim: str) -> None:
         assert claim.replace("%", "") in flat.replace(" %", "").replace("%", ""), claim
 
-    (original,) = (row["right"].count("1") / 250 for row in rows if row["attention"] == training.ORIGINAL)
+    (original,) = (row["right"].count("1") / 250 for row in rows if row["attention"] == ORIGINAL)
     both, near, linear, longer = map(top1, (NEAR_LEARNED, NEAR, LEARNED, training.LONGER))
     wide, wide_longer, by_layers = map(top1, (training.WIDE, training.WIDE_LONGER, training.BY_LAYERS))
     assert linear < longer < page.GOAL * original <= by_layers

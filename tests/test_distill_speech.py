@@ -16,7 +16,6 @@ from astroattn.models import LoadedModel
 from eval.common import fill_marks, read_rows
 from eval.distill_speech import __main__ as script
 from eval.distill_speech import page, training
-from eval.distill_speech.page import Figures
 from eval.distill_speech.training import (
     CONDITIONS,
     DEFAULT,
@@ -24,16 +23,14 @@ from eval.distill_speech.training import (
     NEAR,
     NEAR_LEARNED,
     NOTHING,
-    ORIGINAL,
-    UNTRAINED,
-    WHOLE,
-    Condition,
     Measure,
     Speech,
+    SpeechCondition,
     Views,
     load_speech,
     silence,
 )
+from eval.trained import ORIGINAL, UNTRAINED, WHOLE, Figures, interval, p_value
 
 FRAMES, MELS = 96, 8
 
@@ -84,7 +81,7 @@ def small(monkeypatch: pytest.MonkeyPatch, speech: Speech) -> Iterator[Speech]:
         if name in (DEFAULT, NEAR, LEARNED, NOTHING):
             settings = dict(condition.settings) | ({"near": 16} if name == NEAR else {})
             stages = {stage: options | {"steps": 2} for stage, options in condition.stages.items()}
-            CONDITIONS[name] = Condition(settings, stages, condition.untrained, condition.drawn, condition.silent)
+            CONDITIONS[name] = SpeechCondition(settings, stages, condition.untrained, condition.drawn, condition.silent)
     monkeypatch.setattr(script, "load_speech", lambda *_, **__: speech)
     monkeypatch.setattr(script, "data_folder", lambda: Path())
     yield speech
@@ -210,10 +207,10 @@ def test_intervals_and_p_values_find_a_difference_and_none() -> None:
     some = draw.random((5, 7))
     ones = np.ones_like(some)
     more = Figures(some + 0.5 + 0.1 * draw.random((5, 7)), ones)
-    low, high = page.interval(more, Figures(some, ones))
+    low, high = interval(more, Figures(some, ones))
     assert 0.2 < low < 0.55 < high < 0.9
-    assert page.p_value(more, Figures(some, ones)) == pytest.approx(2 / 2**7)
-    low, high = page.interval(Figures(some, ones), Figures(np.roll(some, 1, 0), ones))
+    assert p_value(more, Figures(some, ones)) == pytest.approx(2 / 2**7)
+    low, high = interval(Figures(some, ones), Figures(np.roll(some, 1, 0), ones))
     assert low < 0 < high
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import t as student
 
 from eval.common import fill_marks, read_rows, run_script, show, write_figure
 from eval.distill_decoders.training import LEARNED, NEAR, RANDOM, START, TRANSFER, TUNED
 from eval.generate.page import format_table
+from eval.trained import half_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,15 +28,11 @@ LOSS, CURVE, RECALL = "loss", "curve", "recall"
 STAGES = {START: "-", TRANSFER: "layer by layer", TUNED: "and adapters"}
 ORDER = (NEAR, RANDOM, LEARNED, "streaming memory")
 COLOURS = {LEARNED: "#0072B2", RANDOM: "#D55E00", NEAR: "#999999"}
-CONFIDENCE = 0.95
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean, and half the width of its interval by Student's t; None of a single value."""
-    if len(values) < 2:
-        return values[0], None
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+    return statistics.mean(values), half_width(values)
 
 
 def of_texts(rows: Sequence[Row]) -> list[float]:

@@ -8,43 +8,36 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import permutation_test
 
 from eval.common import fill_marks, read_rows, run_script, show, spread, write_figure
 from eval.distill_photos.training import (
     BY_LAYERS,
     CONDITIONS,
-    LAYERS,
     LEARNED,
     LEAST_NEAR,
     LONGER,
     NEAR,
     NEAR_LEARNED,
     NEAR_LONGER,
-    ORIGINAL,
     RANDOM,
     UNIFORM,
-    UNTRAINED,
-    WHOLE,
     WIDE,
     WIDE_LONGER,
 )
+from eval.trained import LAYERS, ORIGINAL, UNTRAINED, WHOLE, Figures, Row, interval, p_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, Any]
 Key = tuple[str, str]  # attention and training
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 RESULTS, FIGURE = DOCS / "results" / "distill_photos.json", DOCS / "figures" / "photos.png"
 COLOURS = {NEAR_LEARNED: "#0072B2", NEAR: "#999999", WIDE: "#009E73", LEARNED: "#CC79A7", RANDOM: "#D55E00"}
 GOAL = 0.7  # of the original's top-1, for pure linear attention
-RESAMPLES = 1999
 PAIRS: list[tuple[Key, Key]] = [
     ((NEAR_LEARNED, WHOLE), (ORIGINAL, UNTRAINED)),
     ((NEAR_LEARNED, LAYERS), (NEAR, UNTRAINED)),
@@ -68,34 +61,11 @@ PAIRS: list[tuple[Key, Key]] = [
 ]
 
 
-def flags(rows: Sequence[Row], key: Key, what: str) -> NDArray[Any] | None:
+def flags(rows: Sequence[Row], key: Key, what: str) -> Figures | None:
     """Of each seed and photo whether the choice is "right" or the "same" as the original's [S, P]; None: no rows."""
     mine = [row for row in rows if (row["attention"], row["training"]) == key]
-    return np.array([list(map(int, row[what])) for row in mine], float) if mine else None
-
-
-def interval(some: NDArray[Any], others: NDArray[Any]) -> tuple[float, float]:
-    """95 % of the difference of the means, by a bootstrap over photos, which are paired, and over the seeds of each."""
-    draw, means = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        photos = draw.integers(some.shape[1], size=some.shape[1])
-        one, other = (x[draw.integers(len(x), size=len(x))][:, photos].mean() for x in (some, others))
-        means.append(one - other)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def p_value(some: NDArray[Any], others: NDArray[Any]) -> float:
-    """Of a paired permutation test over photos, each with the mean of its seeds, two-sided."""
-    found = permutation_test(
-        (some.mean(0), others.mean(0)),
-        lambda x, y, axis: (x - y).mean(axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        rng=0,
-    )
-    return float(found.pvalue)
+    values = np.array([list(map(int, row[what])) for row in mine], float)
+    return Figures(values, np.ones_like(values)) if mine else None
 
 
 def format_results(rows: Sequence[Row]) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,10 @@ from astroattn import AstroConfig, Distiller, patch
 from astroattn.data import load_data
 from astroattn.models import load_model
 from eval.common import rounded
-
-Options = dict[str, Any]  # of a Distiller, with "steps" and "photos", the number of them in a step
+from eval.trained import LAYERS, PLACED, WHOLE, Condition, Options, run_stages
 
 SIDE, LEAST = 224, 0.9  # pixels of a photo; the least side of a crop, as a share
 BATCH = 25  # photos that are measured at once
-ORIGINAL, UNTRAINED, LAYERS, WHOLE = "original", "none", "layer by layer", "and end to end"
-PLACED = {"exact_keys": 0, "tiles": "position"}  # a near field of patches around each
 
 
 # Every weight, towards the original's last hidden states and logits. Of 4e-5 and 0.02, 1e-4 and 0.005, and 4e-4 and
@@ -40,15 +36,6 @@ FASTER: Options = END_TO_END | {"host_learning_rate": 2e-4}
 def transfer(steps: int) -> Options:
     """Each layer by itself."""
     return {"steps": steps, "photos": 4, "loss": "rows"}
-
-
-@dataclass(frozen=True)
-class Condition:
-    """An attention and how it is trained: the options of each stage, after which it is measured."""
-
-    settings: Mapping[str, Any]  # of AstroConfig
-    stages: Mapping[str, Options] = field(default_factory=dict)
-    untrained: bool = False  # whether it is measured before, too, with the first seed
 
 
 def linear(hidden: str, num_hidden: int, **others: Any) -> dict[str, Any]:
@@ -160,18 +147,16 @@ def train_and_measure(
 ) -> list[dict[str, Any]]:
     """One row per stage: steps, photos and CPU seconds so far, and what `Measure` says.
 
-    A rate takes the place of that of the weights outside the hidden layers, and stands in the rows.
+    A rate stands in the rows too.
     """
     condition = CONDITIONS[name]
     own = {} if rate is None else {"rate": rate}
-    model, (steps, shown, seconds), rows = copy.deepcopy(photos.model), (0, 0, 0.0), []
+    model, (steps, shown), rows = copy.deepcopy(photos.model), (0, 0), []
     patch(model, AstroConfig(**condition.settings, seed=seed))
-    stages: dict[str, Options | None] = {UNTRAINED: None} if condition.untrained and seed == 0 else {}
-    for stage, options in (stages | dict(condition.stages)).items():
+    before = condition.untrained and seed == 0
+    stages = run_stages(condition, before, rate, lambda options: train(model, photos.training, options, seed))
+    for stage, options, seconds in stages:
         if options is not None:
-            start = time.process_time()
-            train(model, photos.training, options if rate is None else options | {"host_learning_rate": rate}, seed)
-            seconds += time.process_time() - start
             steps, shown = steps + options["steps"], shown + options["steps"] * options["photos"]
         row = {"attention": name, "training": stage, "seed": seed, **own, "steps": steps, "photos": shown}
         rows.append(rounded(row | {"seconds": seconds} | measure(model)))

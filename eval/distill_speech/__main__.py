@@ -18,23 +18,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
-from tqdm import tqdm
 
-from eval.common import JsonOption, LimitOption, SeedsOption, data_folder, read_rows, run_script, write_json
+from eval.common import JsonOption, LimitOption, SeedsOption, data_folder, run_script
 from eval.distill_speech.page import format_differences, format_results
 from eval.distill_speech.training import (
     CONDITIONS,
-    ORIGINAL,
-    UNTRAINED,
     Measure,
     Speech,
     load_speech,
     train_and_measure,
 )
+from eval.trained import ORIGINAL, UNTRAINED, RateOption, Row, add_rows, start_rows
 
 Name = StrEnum("Name", {name: name for name in CONDITIONS})
 ConditionsOption = Annotated[
@@ -43,27 +42,19 @@ ConditionsOption = Annotated[
 HeldOutOption = Annotated[
     bool, typer.Option("--held-out", help="Measure on two clips of the even half, to choose settings on.")
 ]
-RateOption = Annotated[
-    float | None,
-    typer.Option("--rate", help="Of all weights outside the hidden layers, in the place of each attention's own."),
-]
 
 
 def measure(
-    speech: Speech, names: Sequence[str], seeds: int, rows: list[dict[str, Any]], keep: Any, rate: float | None = None
+    speech: Speech, names: Sequence[str], seeds: int, rows: list[Row], json: Path | None, rate: float | None = None
 ) -> None:
-    """Add to `rows` what is not there yet, seed after seed, and `keep` them whenever there are more."""
+    """Add to `rows` what is not there yet, seed after seed, and write all whenever there is more."""
     measure_model = Measure(speech)
     if not rows:
         start = {"attention": ORIGINAL, "training": UNTRAINED, "seed": 0, "options": None, "clips": 0, "seconds": 0.0}
         rows.append(start | measure_model(speech.encoder))
-    there = {(row["seed"], row["attention"]) for row in rows}
     several = [name for name in names if CONDITIONS[name].stages or CONDITIONS[name].drawn]
     wanted = [(seed, name) for seed in range(seeds) for name in (several if seed else names)]
-    for seed, name in (bar := tqdm([each for each in wanted if each not in there], unit="model")):
-        bar.set_description(f"{name}, seed {seed}")
-        rows += train_and_measure(speech, measure_model, name, seed, rate)
-        keep(rows)
+    add_rows(rows, wanted, lambda name, seed: train_and_measure(speech, measure_model, name, seed, rate), json)
 
 
 def main(
@@ -79,15 +70,8 @@ def main(
     if folder is None:
         raise typer.BadParameter("ASTROATTN_DATA is not set; it names the folder that has speech and whisper_tiny_en")
     torch.set_flush_denormal(True)  # the exponentials of hidden layers make many, which slow a CPU down
-    rows = read_rows(json) if json else []
-    if any(row.get("rate") != rate for row in rows if row["attention"] != ORIGINAL):
-        raise typer.BadParameter(f"--rate: {json} has rows of another rate, or of each attention's own")
-
-    def keep(rows: list[dict[str, Any]]) -> None:  # at once, so that a run that breaks off is not lost
-        if json:
-            write_json(json, rows, seed=0)
-
-    measure(load_speech(folder, limit, held_out=held_out), conditions or list(CONDITIONS), seeds, rows, keep, rate)
+    rows = start_rows(json, rate)
+    measure(load_speech(folder, limit, held_out=held_out), conditions or list(CONDITIONS), seeds, rows, json, rate)
     print(f"{format_results(rows)}\n\n{format_differences(rows)}")
 
 

@@ -8,40 +8,32 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import permutation_test
-from scipy.stats import t as student
 
 from eval.common import fill_marks, read_rows, run_script, write_figure
 from eval.distill_speech.training import (
     CONDITIONS,
     DEFAULT,
-    LAYERS,
     LEARNED,
     NEAR,
     NEAR_LEARNED,
     NOTHING,
-    ORIGINAL,
     RANDOM,
     UNIFORM,
-    UNTRAINED,
-    WHOLE,
 )
+from eval.trained import LAYERS, ORIGINAL, UNTRAINED, WHOLE, Figures, Row, half_width, interval, p_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, Any]
 Key = tuple[str, str]  # attention and training
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE, RESULTS = DOCS / "experiments" / "speech.md", DOCS / "results" / "distill_speech.json"
 FIGURE = DOCS / "figures" / "distill_speech.png"
 COLOURS = {UNTRAINED: "#999999", LAYERS: "#009E73", WHOLE: "#0072B2"}
-RESAMPLES, CONFIDENCE = 1999, 0.95
 LEVEL = 0.05  # of p, above which no difference is said to be shown
 LOST = 0.9  # of the words, from which on a transcript is of no use
 STATED: list[tuple[Key, Key]] = [  # before anything was measured
@@ -63,21 +55,6 @@ PAIRS: list[tuple[Key, Key]] = [
 ]
 
 
-class Figures(NamedTuple):
-    """Of one attention and stage, each [seeds, clips]: a measure and what it is a share of."""
-
-    values: NDArray[Any]
-    weights: NDArray[Any]
-
-    def mean(self) -> float:
-        """Over clips and seeds: of relative errors the mean, of word errors their share of all words."""
-        return float(self.values.sum() / self.weights.sum())
-
-    def seeds(self) -> list[float]:
-        """The same of each seed."""
-        return [float(each) for each in self.values.sum(1) / self.weights.sum(1)]
-
-
 MEASURES = {
     "speech": "relative error, speech",
     "all": "relative error, all frames",
@@ -94,40 +71,6 @@ def figures(rows: Sequence[Row], key: Key, what: str) -> Figures | None:
     values = np.array([row[what] for row in mine], float)
     words = np.array([row["words"] for row in mine], float)
     return Figures(values, words if what == "errors" else np.ones_like(values))
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Of the 95 % interval of a mean by Student's t; None of a single value."""
-    if len(values) < 2:
-        return None
-    return float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-
-
-def interval(some: Figures, others: Figures) -> tuple[float, float]:
-    """95 % of the difference of the means, by a bootstrap over clips, which are paired, and over the seeds of each."""
-    draw, found = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        clips = draw.integers(some.values.shape[1], size=some.values.shape[1])
-        means = []
-        for each in (some, others):
-            seeds = draw.integers(len(each.values), size=len(each.values))
-            means.append(Figures(*(x[seeds][:, clips] for x in each)).mean())
-        found.append(means[0] - means[1])
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def p_value(some: Figures, others: Figures) -> float:
-    """Of a paired permutation test over clips, each with the mean of its seeds, two-sided."""
-    found = permutation_test(
-        (some.values.mean(0), others.values.mean(0)),
-        lambda x, y, axis: (x - y).mean(axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        rng=0,
-    )
-    return float(found.pvalue)
 
 
 def show(value: float, what: str, *, sign: bool = False) -> str:

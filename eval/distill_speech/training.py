@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,11 @@ from astroattn.fidelity.passes import frame_mask
 from astroattn.fidelity.speech import count_word_errors, transcribe
 from astroattn.models import FRAME_MASK, LoadedModel, load_model
 from eval.common import rounded
+from eval.trained import LAYERS, PLACED, WHOLE, Condition, Options, run_stages
 
-Options = dict[str, Any]  # of a Distiller, with "steps"; a step is one clip
 Sound = tuple[NDArray[Any], int]  # samples, and how many there are in a second
 
 CHOSEN_ON = (2, 5)  # of the even half, in the order of names
-ORIGINAL, UNTRAINED, LAYERS, WHOLE = "original", "none", "layer by layer", "and end to end"
-PLACED = {"exact_keys": 0, "tiles": "position"}  # a near field of frames around each
 
 
 # Every weight of the encoder, towards the original's last hidden states. On two clips held out (--held-out, one seed),
@@ -50,13 +47,10 @@ def transfer(steps: int) -> Options:
 
 
 @dataclass(frozen=True)
-class Condition:
-    """An attention and how it is trained: the options of each stage, after which it is measured."""
+class SpeechCondition(Condition):
+    """The same, of which some are drawn anew for each seed, and one has no attention."""
 
-    settings: Mapping[str, Any]  # of AstroConfig
-    stages: Mapping[str, Options] = field(default_factory=dict)
-    untrained: bool = False  # whether it is measured before, too
-    drawn: bool = False  # whether it is another with every seed before it is trained
+    drawn: bool = False  # whether it is another with every seed before it is trained, and measured with each
     silent: bool = False  # whether attention's output is zero, whatever the settings say
 
 
@@ -70,13 +64,13 @@ LEARNED, RANDOM, UNIFORM, NOTHING = "learned 64", "random 64", "uniform", "no at
 BOTH = {"hidden": "learned", "num_hidden": 64, "near": 64, **PLACED}
 FLAT = linear("random", 1, activation="constant")
 CONDITIONS = {
-    DEFAULT: Condition({}, untrained=True),
-    NEAR_LEARNED: Condition(BOTH, {LAYERS: transfer(8), WHOLE: SLOWER}, untrained=True, drawn=True),
-    NEAR: Condition({"hidden": "none", "near": 64, **PLACED}, {WHOLE: END_TO_END}, untrained=True),
-    LEARNED: Condition(linear("learned", 64), {LAYERS: transfer(60), WHOLE: FASTER}, untrained=True, drawn=True),
-    RANDOM: Condition(linear("random", 64), {WHOLE: FASTEST}, untrained=True, drawn=True),
-    UNIFORM: Condition(FLAT, {WHOLE: FASTEST}, untrained=True),
-    NOTHING: Condition(FLAT, {WHOLE: FASTEST}, untrained=True, silent=True),
+    DEFAULT: SpeechCondition({}, untrained=True),
+    NEAR_LEARNED: SpeechCondition(BOTH, {LAYERS: transfer(8), WHOLE: SLOWER}, untrained=True, drawn=True),
+    NEAR: SpeechCondition({"hidden": "none", "near": 64, **PLACED}, {WHOLE: END_TO_END}, untrained=True),
+    LEARNED: SpeechCondition(linear("learned", 64), {LAYERS: transfer(60), WHOLE: FASTER}, untrained=True, drawn=True),
+    RANDOM: SpeechCondition(linear("random", 64), {WHOLE: FASTEST}, untrained=True, drawn=True),
+    UNIFORM: SpeechCondition(FLAT, {WHOLE: FASTEST}, untrained=True),
+    NOTHING: SpeechCondition(FLAT, {WHOLE: FASTEST}, untrained=True, silent=True),
 }
 
 
@@ -177,22 +171,19 @@ def train_and_measure(
 ) -> list[dict[str, Any]]:
     """One row per stage: clips shown (one a step) and CPU seconds so far, and what `Measure` says.
 
-    A rate takes the place of that of the weights outside the hidden layers, and stands in the rows.
+    A rate stands in the rows too.
     """
     condition = CONDITIONS[name]
     own = {} if rate is None else {"rate": rate}
-    model, shown, seconds, rows = copy.deepcopy(speech.encoder), 0, 0.0, []
+    model, shown, rows = copy.deepcopy(speech.encoder), 0, []
     patch(model, AstroConfig(**condition.settings, seed=seed))
     if condition.silent:
         silence(model)
     before = condition.untrained and (condition.drawn or seed == 0)
-    stages: dict[str, Options | None] = {UNTRAINED: None} if before else {}
-    for stage, options in (stages | dict(condition.stages)).items():
+    stages = run_stages(condition, before, rate, lambda options: train(model, speech, options, seed))
+    for stage, options, seconds in stages:
         if options is not None:
-            start = time.process_time()
-            options = options if rate is None else options | {"host_learning_rate": rate}
-            train(model, speech, options, seed)
-            seconds, shown = seconds + time.process_time() - start, shown + options["steps"]
+            shown += options["steps"]
         row = {"attention": name, "training": stage, "seed": seed, **own, "options": options}
         rows.append(rounded(row | {"clips": shown, "seconds": seconds} | measure(model)))
     return rows
