@@ -117,14 +117,23 @@ def check_call(
         raise ValueError(f"query: on {query.device}; {LOST_WEIGHTS}")
 
 
+def fits_scores(bias: Tensor, query: Tensor, num_keys: int, *, one_row: bool = False) -> bool:
+    """Whether a bias is [1 or B, 1 or H, Nq, Nk] where the query is; with `one_row` Nq may be 1, for all queries."""
+    if bias.dim() != 4 or bias.device != query.device or bias.dtype not in DTYPES:
+        return False
+    rows, heads, queries, keys = bias.shape
+    batch, count, tokens, _ = query.shape
+    alike = queries == tokens or (one_row and queries == 1)
+    return rows in (1, batch) and heads in (1, count) and alike and bool(keys == num_keys)
+
+
 def _check_bias(bias: object, query: Tensor, num_keys: int) -> None:
     """TypeError or ValueError for a bias that is none for these queries and so many keys."""
     if not isinstance(bias, Tensor) or bias.dtype not in DTYPES:
         came = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"bias: {came}; expected a tensor of one of {', '.join(map(str, DTYPES))}")
-    batch, heads, tokens, _ = query.shape
-    fits = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
-    if not fits or bias.shape[2:] != (tokens, num_keys) or bias.device != query.device:
+    if not fits_scores(bias, query, num_keys):
+        batch, heads, tokens, _ = query.shape
         expected = f"[1 or {batch}, 1 or {heads}, {tokens}, {num_keys}] on {query.device}"
         raise ValueError(f"bias: shape {tuple(bias.shape)} on {bias.device}; expected {expected}")
 

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import astroattn
 from astroattn import AstroConfig
-from eval.benchmark.timing import Call, Effort, quartiles, time_in_turns
+from eval.benchmark.timing import Call, Effort, ratios, time_in_turns
 from eval.common import JsonOption, print_rows, relative_error, run_script, write_json
 
 TOKENS = 8192
@@ -67,9 +67,9 @@ def measure(tokens: int, sizes: tuple[int, ...], effort: Effort = EFFORT) -> lis
             error = relative_error(runs["exact"](), runs["original"]())
             times = time_in_turns({name: Call(run) for name, run in runs.items()}, torch.device("cpu"), effort)
             for name in runs:
-                ratios = [mine / own for mine, own in zip(times[name], times["original"], strict=True)]
+                over = ratios(times[name], times["original"])
                 row = {"model": kind, "tokens": tokens, "document": size, "attention": name}
-                row |= {"times original": {key: round(value, 4) for key, value in quartiles(ratios).items()}}
+                row |= {"times original": {key: round(value, 4) for key, value in over.items()}}
                 rows.append(row | ({"error": error} if name == "exact" else {}))
     return rows
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from astroattn import AstrocyteAttention, patched
 from astroattn.fidelity.calls import AttentionCall, find_astrocytes, read_call
 from astroattn.fidelity.passes import forward
-from eval.benchmark.timing import Call, Effort, quartiles, time_in_turns
+from eval.benchmark.timing import Call, Effort, ratios, time_in_turns
 from eval.common import JsonOption, print_rows, relative_error, run_script, write_json
 from eval.frontier.cases import Case, choose_from_command_line, load_case
 
@@ -123,8 +123,8 @@ def measure_times(tokens: int) -> dict[str, Any]:
 
     with torch.inference_mode():
         times = time_in_turns({"sdpa": Call(sdpa), "default": Call(default)}, torch.device("cpu"), EFFORT)
-    ratios = [mine / own for mine, own in zip(times["default"], times["sdpa"], strict=True)]
-    return {"tokens": tokens, "times SDPA": {name: round(value, 3) for name, value in quartiles(ratios).items()}}
+    over = ratios(times["default"], times["sdpa"])
+    return {"tokens": tokens, "times SDPA": {name: round(value, 3) for name, value in over.items()}}
 
 
 def format_errors(rows: list[dict[str, Any]]) -> str:

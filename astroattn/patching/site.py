@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.checks import DTYPES, LOST_WEIGHTS
+from astroattn.checks import DTYPES, LOST_WEIGHTS, fits_scores
 from astroattn.cost import covers
 from astroattn.ops.layout import plain
 from astroattn.ops.precision import autocast
@@ -307,7 +307,7 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "packed documents in a cache"
     if call.bias is not None and call.documents is not None:
         return "a bias for every query and key of packed documents"
-    if call.bias is not None and not _fits(call.bias, query, key):
+    if call.bias is not None and not fits_scores(call.bias, query, key.shape[2], one_row=True):
         return "a bias for another batch, for other heads or for other tokens"
     if call.sink is not None and (call.sink.shape != query.shape[1:2] or call.sink.device != query.device):
         return "attention sinks that are not one logit for each head"
@@ -321,15 +321,6 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "more queries than keys in causal attention"
     options = {name: getattr(call, name) for name in ("causal", "window", "soft_cap")}
     return core.refusal(num_queries=counts[0], num_keys=counts[1], bias=call.bias is not None, **options)
-
-
-def _fits(bias: Tensor, query: Tensor, key: Tensor) -> bool:
-    """Whether a bias is one of these queries and keys."""
-    if bias.dim() != 4 or bias.device != query.device or bias.dtype not in DTYPES:
-        return False
-    rows, heads, queries, keys = bias.shape
-    batch, count, tokens, _ = query.shape
-    return rows in (1, batch) and heads in (1, count) and queries in (1, tokens) and bool(keys == key.shape[2])
 
 
 class _Running(threading.local):

@@ -32,6 +32,7 @@ from eval.benchmark.timing import (
     measure_ceilings,
     measure_peak,
     quartiles,
+    ratios,
     rotate,
     time_in_turns,
 )
@@ -90,7 +91,7 @@ def _measure_cell(
             if mine is None:
                 continue
             seconds = quartiles(mine)
-            ratios = None if theirs is None else quartiles([a / b for a, b in zip(mine, theirs, strict=True)])
+            over = None if theirs is None else ratios(mine, theirs)
             rows.append(
                 {
                     "launch": launch,
@@ -98,7 +99,7 @@ def _measure_cell(
                     "backend": contestant.backend,
                     "kernel": best.name if contestant.name == "SDPA" else contestant.kernel,
                     "seconds": seconds,
-                    "times SDPA": ratios,
+                    "times SDPA": over,
                     "peak MB": peak / 1e6,
                     **_fractions(contestant, problem, tokens, backward, seconds["median"], ceilings),
                 }

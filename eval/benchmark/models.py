@@ -18,7 +18,7 @@ from tqdm import tqdm
 import astroattn
 from eval.benchmark.contestants import CONFIGS, GateError
 from eval.benchmark.rows import Row
-from eval.benchmark.timing import Call, Effort, capture, quartiles, time_in_turns
+from eval.benchmark.timing import Call, Effort, capture, quartiles, ratios, time_in_turns
 from eval.common import relative_error
 
 PIXELS = (224, 384, 512, 1024)
@@ -149,7 +149,7 @@ def _time_models(
                 "launch": launch,
                 "name": name,
                 "seconds": seconds,
-                "times original": theirs and quartiles([a / b for a, b in zip(mine, theirs, strict=True)]),
+                "times original": theirs and ratios(mine, theirs),
                 "per second": len(inputs) / seconds["median"],
             }
         )

@@ -47,6 +47,11 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
+def ratios(some: list[float], others: list[float]) -> dict[str, float]:
+    """The quartiles of one's measurements over the other's, turn by turn."""
+    return quartiles([one / other for one, other in zip(some, others, strict=True)])
+
+
 def time_in_turns(calls: dict[Name, Call], device: torch.device, effort: Effort) -> dict[Name, list[float]]:
     """Seconds of one computation of each, turn by turn: a turn times all of them, one after the other.
 
