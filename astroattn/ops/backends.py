@@ -26,6 +26,7 @@ MODULES = {
     ("triton", "streaming"): "astroattn.ops.kernels.streaming",
     ("native", "near_far"): "astroattn.ops.native.near_far",
     ("native", "near_far with a bias"): "astroattn.ops.native.near_far",
+    ("native", "near_far across sequences"): "astroattn.ops.native.near_far",
     ("native", "linear"): "astroattn.ops.native.linear",
     ("native", "streaming"): "astroattn.ops.native.streaming",
 }

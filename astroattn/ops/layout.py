@@ -26,6 +26,8 @@ HALF_ROOT = -2  # half of that
 class Layout:
     """What attention does with the n = N - prefix tokens of the body of a sequence.
 
+    As many queries as keys, or those of another sequence (cross attention), without a grid, prefix or near field then.
+
     Attributes:
         grid: (rows, columns) of the body, or None for a sequence.
         prefix: tokens before the body; they are outside the tiles, attend exactly to all tokens, and are exact keys of
@@ -47,9 +49,9 @@ class Layout:
     num_hidden: int
     steps: int
 
-    def tiles(self, body: int) -> int:
-        """Number of tiles T."""
-        return -(-body // self.tile)
+    def tiles(self, asked: int) -> int:
+        """Number of tiles T of so many queries behind the prefix."""
+        return -(-asked // self.tile)
 
     def subtiles(self) -> int:
         """Sub-tiles of a tile."""
@@ -70,9 +72,9 @@ class Layout:
             return min(queries - 1 + wide, body)
         return most_near(*self.grid, high, wide, queries)
 
-    def all_subtiles(self, body: int) -> int:
-        """Sub-tiles of a sequence S."""
-        return -(-body // SUBTILE)
+    def all_subtiles(self, asked: int) -> int:
+        """Sub-tiles of so many queries behind the prefix, S."""
+        return -(-asked // SUBTILE)
 
     def most_keys(self, body: int) -> int:
         """Most exact keys of a sub-tile P, those of the prefix not counted."""
@@ -93,6 +95,7 @@ class Budget(NamedTuple):
 
     Attributes as in `Layout`; tile, near, exact_keys and num_hidden may be `ROOT`, the last two also `HALF_ROOT`.
     Queries that are asked for in tiles of another size than a multiple of `SUBTILE` get the next larger one.
+    cross: whether the queries are those of another sequence.
     """
 
     grid: tuple[int, int] | None
@@ -103,25 +106,33 @@ class Budget(NamedTuple):
     exact_keys: int
     num_hidden: int
     steps: int
+    cross: bool = False
 
-    def at(self, tokens: int, dim: int) -> Layout:
+    def asked(self, tokens: int, queries: int) -> int:
+        """How many queries are behind the prefix; so many are those of another sequence, if they are."""
+        return queries if self.cross else tokens - self.prefix
+
+    def at(self, tokens: int, dim: int, queries: int = 0) -> Layout:
         """The layout of a sequence of so many tokens, more than those of the prefix, in a head of this dimension.
 
         Where the length decides, the numbers grow with its square root up to their bounds, and the time of a query with
         them; so the time of a sequence grows as n^1.5, its memory linearly. Up to 128 tokens every key is exact.
+
+        Args:
+            queries: how many there are, for cross attention.
         """
-        body = tokens - self.prefix
+        body, asked = tokens - self.prefix, self.asked(tokens, queries)
         root = (body * min(dim / WIDTH, 1)) ** 0.5  # not sqrt, which a graph for any length could not trace
         tile, near, keys, hidden = self.tile, self.near, self.exact_keys, self.num_hidden
         if tile == ROOT:
-            tile = max(round(body**0.5), -(-body // MOST_TILES))
+            tile = max(round(body**0.5), -(-asked // MOST_TILES))
         if near == ROOT:
             near = min(max(round(NEAR_PER_ROOT * root), LEAST_NEAR), MOST_NEAR)
         if keys < 0:
             keys = body if body <= LEAST_BODY else min(round(KEYS_PER_ROOT * root), MOST_KEYS) // -keys
         if hidden < 0:
             hidden = min(max(8 * round(HIDDEN_PER_ROOT * root / -hidden / 8), 8), MOST_HIDDEN // -hidden)
-        tile = SUBTILE * min(max(-(-tile // SUBTILE), 1), -(-body // SUBTILE))
+        tile = SUBTILE * min(max(-(-tile // SUBTILE), 1), -(-asked // SUBTILE))
         return Layout(self.grid, self.prefix, tile, self.by_content, near, min(keys, body), hidden, self.steps)
 
 

@@ -40,20 +40,22 @@ def near_far_attention(
     """Near field, exact keys and a Hebbian hidden layer for the rest: `near_far.near_far_attention`.
 
     Args:
-        query, key: [B, H, N, D]. value: [B, H, N, Dv]. budget: how much of each. scale: multiplies q.k.
-        bias: [1 or B, 1 or H, N, N], added to that, finite at real tokens, or None; no Triton kernel has it.
+        query, key: [B, H, N, D]; with `budget.cross` [B, H, Nq, D] of another sequence. value: [B, H, N, Dv].
+        budget: how much of each. scale: multiplies q.k.
+        bias: [1 or B, 1 or H, Nq, N], added to that, finite at real tokens, or None.
         lengths: real tokens of each sequence [B], which come first; None: all are real. Not with a grid.
-        backend: as in `AstroConfig`.
+        backend: as in `AstroConfig`; no Triton kernel has a bias or queries of another sequence.
 
     Returns:
-        The output [B, H, N, Dv] in the dtype of the query, and log p [B, H, N] in float32 at least; zeros and -inf for
-        queries that are padding.
+        The output [B, H, Nq, Dv] in the dtype of the query, and log p [B, H, Nq] in float32 at least; zeros and -inf
+        for queries that are padding, and for those of another sequence that see no key.
 
     Raises:
         ValueError: the backend cannot run here; the tensors are on different devices.
     """
     check_devices((query, key, value, bias, lengths))
-    backend = choose_backend(backend, "near_far" if bias is None else "near_far with a bias", query, value)
+    beside = " with a bias" if bias is not None else " across sequences" if budget.cross else ""
+    backend = choose_backend(backend, "near_far" + beside, query, value)
     if backend == "torch" and not in_graph():
         return plain.near_far_attention(query, key, value, bias, lengths, budget, scale)
     out, log_p, *_ = _call(_near_far, NearFar)(query, key, value, bias, lengths, *budget, scale, backend)
@@ -317,7 +319,7 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 _BUDGET = (
     "Tensor? lengths, SymInt[]? grid, SymInt prefix, SymInt tile, bool by_content, SymInt near, SymInt exact_keys, "
-    "SymInt num_hidden, SymInt steps"
+    "SymInt num_hidden, SymInt steps, bool cross"
 )
 
 
@@ -341,12 +343,13 @@ def _near_far(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Te
 
 @_fake(_near_far)
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    budget, tokens = _budget_of(*rest[2:-2]), query.shape[2]
-    layout, body = budget.at(tokens, query.shape[3]), tokens - budget.prefix
-    order = query.new_empty(*query.shape[:2], body, dtype=torch.int32)
-    keys = order.new_empty(*query.shape[:2], layout.all_subtiles(body), _any_number(layout.most_keys(body)))
-    mass = torch.empty_like(order, dtype=torch.float32)
-    return _new_rows(query, value.shape[-1]), _new_log_p(query), order, torch.empty_like(order), mass, keys
+    budget, tokens, queries = _budget_of(*rest[2:-2]), key.shape[2], query.shape[2]
+    layout, body, asked = budget.at(tokens, query.shape[3], queries), tokens - budget.prefix, budget.asked(tokens, queries)
+    order = query.new_empty(*query.shape[:2], asked, dtype=torch.int32)
+    winners = order.new_empty(*query.shape[:2], body)
+    keys = order.new_empty(*query.shape[:2], layout.all_subtiles(asked), _any_number(layout.most_keys(body)))
+    mass = torch.empty_like(winners, dtype=torch.float32)
+    return _new_rows(query, value.shape[-1]), _new_log_p(query), order, winners, mass, keys
 
 
 @_operator(

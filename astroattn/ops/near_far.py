@@ -23,7 +23,8 @@ and what is left goes with r.k, where exact keys have it and others are read wit
 
 `choose` finds the order of the queries, the clusters and the exact keys; `attend` is everything else, differentiable,
 given what was chosen. All arguments are flattened over batch and heads, Z = B * H; the queries are already multiplied
-by the scale. The body is all n = N - prefix tokens behind the prefix; none of the tokens is padding.
+by the scale. The body is all n = N - prefix tokens behind the prefix; none of the tokens is padding. Queries may be
+those of another sequence than the keys (cross attention); there is neither a prefix nor a near field then.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Choice(NamedTuple):
     0.1 % of their size does change choices, and then the output jumps by as much as the gradient says, or more.
 
     Attributes:
-        order: the body's queries in the order of their tiles [Z, n]; a sub-tile is four in a row.
+        order: the queries behind the prefix in the order of their tiles [Z, nq]; a sub-tile is four in a row.
         winners: the cluster of each body key [Z, n].
         mass: what each body key weighs in the mean w of its cluster [Z, n]. Each cluster has a factor of its own,
             which the mean does not depend on.
@@ -80,6 +81,7 @@ class Reading:
     """The queries by tile, and what they expect of the body keys by their mean queries.
 
     Attributes:
+        asked: number of queries, those of the prefix not counted.
         token: the query in each slot [Z, T, t]; slots behind the last query repeat it and are not real.
         real: which slots are [T, t].
         mean: u [Z, T, D]. rest: r [Z, T, t, D], 0 in slots that are not real.
@@ -88,6 +90,7 @@ class Reading:
         prefix_bias: the same for the prefix [Z, T, t, prefix].
     """
 
+    asked: int
     token: Tensor
     real: Tensor
     mean: Tensor
@@ -104,11 +107,11 @@ def near_far_attention(
     """Attention of each query to its sub-tile's exact keys, and to m hidden neurons for the rest.
 
     Args:
-        query, key, value: [Z, N, D], [Z, N, D], [Z, N, Dv], queries scaled; float32 or float64.
-        bias: [Z, N, N], finite, added to the logits; None: there is none.
+        query, key, value: [Z, Nq, D], [Z, N, D], [Z, N, Dv], queries scaled; float32 or float64.
+        bias: [Z, Nq, N], finite, added to the logits; None: there is none.
 
     Returns:
-        The output [Z, N, Dv], and the log of the normaliser [Z, N].
+        The output [Z, Nq, Dv], and the log of the normaliser [Z, Nq].
     """
     return attend(query, key, value, layout, choose(query, key, value, layout, bias), bias)
 
@@ -118,7 +121,7 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout, bias: Tens
     """The order of the queries, the clusters of the keys and the exact keys of the sub-tiles."""
     prefix, m = layout.prefix, layout.num_hidden
     body_query, body_key, body_value = (x[:, prefix:] for x in (query, key, value))
-    size, body, _ = body_key.shape
+    size, body, asked = *body_key.shape[:2], body_query.shape[1]
     coordinates = find_coordinates(body_query, body_key)
     if layout.by_content:
         moment = coordinates.key.mT @ coordinates.key / body
@@ -126,14 +129,14 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout, bias: Tens
         of_body = None if bias is None else bias[:, prefix:, prefix:]
         order = keep_neighbours(body_query, body_key, order, layout, of_body)
     else:
-        order = position_order(layout, body, key.device).expand(size, -1)
+        order = position_order(layout, asked, key.device).expand(size, -1)
     reading = read_tiles(query, key, order, layout, bias)
     expected = expected_attention(reading)
     clusters, winners = None, order.new_zeros(size, body)
     if m:
         mass = expected.sum(1)
         rest = _mean_and_rest(coordinates.query, reading.token, reading.real)[1].flatten(1, 2)
-        winners = learn_clusters(coordinates.key @ factor(rest.mT @ rest / body), mass, m, layout.steps)
+        winners = learn_clusters(coordinates.key @ factor(rest.mT @ rest / asked), mass, m, layout.steps)
         clusters = measure_clusters(body_key, body_value, coordinates, mass, winners, m)
     keys = choose_keys(reading, coordinates, layout, clusters, expected)
     return Choice(order, winners, _mass_left(reading, expected, keys, winners, layout), keys)
@@ -141,17 +144,17 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout, bias: Tens
 
 def read_tiles(query: Tensor, key: Tensor, order: Tensor, layout: Layout, bias: Tensor | None) -> Reading:
     """Mean query of each tile and its logits with every key: T * N products of length D."""
-    prefix, body, tile = layout.prefix, order.shape[1], layout.tile
-    slots = torch.arange(layout.tiles(body) * tile, device=query.device).view(-1, tile)
-    token, real = order[:, slots.clamp(max=body - 1)], slots < body
+    prefix, asked, tile = layout.prefix, order.shape[1], layout.tile
+    slots = torch.arange(layout.tiles(asked) * tile, device=query.device).view(-1, tile)
+    token, real = order[:, slots.clamp(max=asked - 1)], slots < asked
     mean, rest = _mean_and_rest(query[:, prefix:], token, real)
     logits = mean @ key.mT
     if bias is None:
-        return Reading(token, real, mean, rest, logits[..., prefix:], logits[..., :prefix], None, None)
+        return Reading(asked, token, real, mean, rest, logits[..., prefix:], logits[..., :prefix], None, None)
     mean_bias, bias = _mean_and_rest(bias[:, prefix:], token, real)
     logits = logits + mean_bias
     parts = logits[..., prefix:], logits[..., :prefix], bias[..., prefix:], bias[..., :prefix]
-    return Reading(token, real, mean, rest, *parts)
+    return Reading(asked, token, real, mean, rest, *parts)
 
 
 def _mean_and_rest(x: Tensor, token: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,12 +233,13 @@ def choose_keys(
     ((1 - exp(-b_s))^2 + E(b - b_s)^2) |v - mean of all v|^2 to that of the second, b_s its mean over the sub-tile.
     """
     size, tiles, body = reading.logits.shape
+    asked = reading.asked
     count = layout.subtiles()
     token, real = (_by_subtile(x, count) for x in (reading.token, reading.real.expand_as(reading.token)))
     near = near_keys(token, layout, body).masked_fill(~real[..., None], -1).flatten(3)
     near = _unique(near, layout.near_keys(body))  # [Z, T, s, W]
     if layout.exact_keys == 0:
-        return _of_body(near, body)
+        return _of_queries(near, asked)
 
     weight = real[..., None].to(reading.rest.dtype)
     rest = _by_subtile(reading.rest, count)
@@ -245,8 +249,8 @@ def choose_keys(
     score, offset = reading.logits, coordinates.key
     if clusters is not None:
         offset = clusters.along
-        within = ((rest - mean[:, :, :, None]) * weight).square().sum((1, 2, 3)) / body
-        between = (mean.square() * number).sum((1, 2)) / body  # both [Z, D]
+        within = ((rest - mean[:, :, :, None]) * weight).square().sum((1, 2, 3)) / asked
+        between = (mean.square() * number).sum((1, 2)) / asked  # both [Z, D]
         squared = clusters.offset.square()
         within, wide = (((squared @ x[..., None])[..., 0] + LEAST_SPREAD)[:, None] for x in (within, within + between))
         owner = clusters.winners[:, None].expand_as(score)
@@ -289,7 +293,7 @@ def choose_keys(
     is_near = behind.gather(3, torch.searchsorted(-behind, -candidates)) == candidates
     best, place = score.masked_fill(is_near, -torch.inf).topk(min(layout.exact_keys, score.shape[-1]), dim=-1)
     chosen = candidates.gather(3, place).masked_fill(best == -torch.inf, -1)
-    return _of_body(torch.cat([near, chosen], -1), body)
+    return _of_queries(torch.cat([near, chosen], -1), asked)
 
 
 def _missed(d: Tensor) -> Tensor:
@@ -307,9 +311,9 @@ def _by_subtile(x: Tensor, count: int) -> Tensor:
     return x.reshape(*x.shape[:2], count, -1, *x.shape[3:])
 
 
-def _of_body(keys: Tensor, body: int) -> Tensor:
+def _of_queries(keys: Tensor, asked: int) -> Tensor:
     """Keys of sub-tiles [Z, T, s, P] -> [Z, S, P], S the sub-tiles that hold a query."""
-    return keys.flatten(1, 2)[:, : -(-body // SUBTILE)]
+    return keys.flatten(1, 2)[:, : -(-asked // SUBTILE)]
 
 
 def _unique(keys: Tensor, most: int) -> Tensor:
@@ -436,8 +440,8 @@ def assemble(
     head_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Put rows by tile or sub-tile [Z, T, t, Dv] into the order of the tokens, behind the prefix's."""
-    body, back = order.shape[1], order.argsort(1)
-    out, normaliser = (x.flatten(1, 2)[:, :body] for x in (out, normaliser))
+    asked, back = order.shape[1], order.argsort(1)
+    out, normaliser = (x.flatten(1, 2)[:, :asked] for x in (out, normaliser))
     out, normaliser = out.gather(1, back[..., None].expand_as(out)), normaliser.gather(1, back)
     if prefix:
         head, head_normaliser = exact_rows(query[:, :prefix], key, value, head_bias)

@@ -42,13 +42,11 @@ def find_coordinates(query: Tensor, key: Tensor) -> Coordinates:
     C_q, C_k are the covariances of the sample. 7 * SAMPLES * c products of length D, and 2 c a token.
 
     Args:
-        query, key: [Z, n, D].
+        query, key: [Z, nq, D], [Z, n, D].
     """
-    count, dim = query.shape[1:]
-    place = _spread_out(count, SAMPLES, query.device)
-    q, k = (_centred(x[:, place]) / len(place) ** 0.5 for x in (query, key))
-    directions = min(DIRECTIONS, dim)
-    basis = k.mT @ _mixture(len(place), directions, query)
+    places = (_spread_out(x.shape[1], SAMPLES, x.device) for x in (query, key))
+    q, k = (_centred(x[:, place]) / len(place) ** 0.5 for x, place in zip((query, key), places, strict=True))
+    basis = k.mT @ _mixture(k.shape[1], min(DIRECTIONS, k.shape[2]), query)
     basis, upper = torch.linalg.qr(k.mT @ (k @ (q.mT @ (q @ basis))))
     basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # else a sign is up to the library that factors
     seen = q @ basis
@@ -136,14 +134,14 @@ def keep_neighbours(query: Tensor, key: Tensor, order: Tensor, layout: Layout, b
     what the given order does, they are taken.
 
     Args:
-        query, key: [Z, n, D]. bias: what is added to q.k [Z, n, n], or None.
+        query, key: [Z, nq, D], [Z, n, D]. bias: what is added to q.k [Z, nq, n], or None.
     """
-    body = query.shape[1]
-    if body < SUBTILE:
+    asked = query.shape[1]
+    if asked < SUBTILE:
         return order
-    first = SUBTILE * _spread_out(body // SUBTILE, TRIALS, query.device)
+    first = SUBTILE * _spread_out(asked // SUBTILE, TRIALS, query.device)
     slots = (first[:, None] + torch.arange(SUBTILE, device=query.device)).flatten()
-    columns = _spread_out(body, TRIALS, key.device)
+    columns = _spread_out(key.shape[1], TRIALS, key.device)
     sample = _centred(key[:, columns])
     if bias is not None:
         bias = bias[:, :, columns]
@@ -160,7 +158,7 @@ def keep_neighbours(query: Tensor, key: Tensor, order: Tensor, layout: Layout, b
             logits = logits + of_subtiles(bias, order)
         return logits.square().sum((1, 2))
 
-    neighbours = position_order(layout, body, query.device).expand_as(order)
+    neighbours = position_order(layout, asked, query.device).expand_as(order)
     nearer = differences(neighbours) < NEIGHBOURS * differences(order)
     return torch.where(nearer[:, None], neighbours, order)
 

@@ -52,10 +52,12 @@ def near_far_forward(
     attend: Attend = near_far.attend,
 ) -> tuple[Tensor, ...]:
     """The same, and what was chosen [B, H, ...], which `near_far_backward` needs; a kernel may attend in its place."""
-    whole, body = budget.at(*key.shape[2:]), key.shape[2] - budget.prefix
-    order = torch.arange(body, device=query.device, dtype=torch.int32).repeat(query.shape[0] * query.shape[1], 1)
-    winners, mass = torch.zeros_like(order), torch.zeros_like(order, dtype=torch.float32)
-    keys = order.new_full((len(order), whole.all_subtiles(body), whole.most_keys(body)), -1)
+    tokens, queries = key.shape[2], query.shape[2]
+    whole, body, asked = budget.at(tokens, key.shape[3], queries), tokens - budget.prefix, budget.asked(tokens, queries)
+    order = torch.arange(asked, device=query.device, dtype=torch.int32).repeat(query.shape[0] * query.shape[1], 1)
+    winners = order.new_zeros(len(order), body)
+    mass = torch.zeros_like(winners, dtype=torch.float32)
+    keys = order.new_full((len(order), whole.all_subtiles(asked), whole.most_keys(body)), -1)
 
     def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         choice = near_far.choose(q, k, v, layout, b)
@@ -85,9 +87,9 @@ def near_far_given(
     chosen = [x.flatten(0, 1) for x in (order, winners, mass, keys)]
 
     def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-        body = k.shape[1] - layout.prefix
-        order, winners, mass = (x[rows, :body] for x in chosen[:3])
-        keys = chosen[3][rows, : layout.all_subtiles(body), : layout.most_keys(body)]
+        body, asked = k.shape[1] - layout.prefix, q.shape[1] - layout.prefix
+        order, winners, mass = (x[rows, :count] for x, count in zip(chosen, (asked, body, body), strict=False))
+        keys = chosen[3][rows, : layout.all_subtiles(asked), : layout.most_keys(body)]
         return near_far.attend(q, k, v, layout, Choice(order, winners, mass, keys), b)
 
     return _by_length(query, key, value, bias, lengths, budget, scale, run)
@@ -293,8 +295,9 @@ def _by_length(
 ) -> tuple[Tensor, Tensor]:
     """Attention by `run(rows, q, k, v, b, layout)` of the sequences of one length at a time: none of them has padding.
 
-    `rows` [z] are the places of the sequences in batch and heads, and b their bias [z, n, n]. Queries that are padding
-    get zeros and -inf, and sequences that end within the prefix are softmax attention.
+    `rows` [z] are the places of the sequences in batch and heads, and b their bias [z, nq, n]. Queries that are padding
+    get zeros and -inf, as all do of another sequence where no key is real; sequences that end within the prefix are
+    softmax attention.
     """
     with without_autocast(query.device):
         q, k, v = _flat(query) * scale, _flat(key), _flat(value)
@@ -306,12 +309,16 @@ def _by_length(
             found = [(every[of_row == length], length) for length in sorted(set(lengths.tolist()))]
         out, log_p = q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_full(q.shape[:2], -torch.inf)
         for group, length in found:
-            layout = budget.at(length, q.shape[2]) if length > budget.prefix else None
-            most = max(_largest(layout, length, q.shape[2]), 0 if bias is None else length * length)
+            asked = q.shape[1] if budget.cross else length
+            if budget.cross and length == 0:
+                continue
+            layout = budget.at(length, q.shape[2], asked) if length > budget.prefix else None
+            most = max(_largest(layout, length, asked, q.shape[2]), 0 if bias is None else asked * length)
             for rows in group.split(max(1, WORKSPACE // most)):
                 whole = len(rows) == len(q) and length == tokens
-                query_, key_, value_ = (x if whole else x[rows, :length] for x in (q, k, v))
-                bias_ = None if bias is None else _bias_of(bias, rows, query.shape[1], length).to(q.dtype)
+                query_ = q if whole else q[rows, :asked]
+                key_, value_ = (x if whole else x[rows, :length] for x in (k, v))
+                bias_ = None if bias is None else _bias_of(bias, rows, query.shape[1], asked, length).to(q.dtype)
                 if layout is None:
                     found_out, found_log_p = near_far.exact_rows(query_, key_, value_, bias_)
                 else:
@@ -319,21 +326,21 @@ def _by_length(
                 if whole:
                     out, log_p = found_out, found_log_p
                 else:
-                    out[rows, :length], log_p[rows, :length] = found_out, found_log_p
+                    out[rows, :asked], log_p[rows, :asked] = found_out, found_log_p
     shape = query.shape[:2]
     return out.to(query.dtype).unflatten(0, shape), log_p.unflatten(0, shape)
 
 
-def _bias_of(bias: Tensor, rows: Tensor, heads: int, length: int) -> Tensor:
-    """The bias [z, n, n] of the sequences at these places, from that of a batch [1 or B, 1 or H, N, N]."""
+def _bias_of(bias: Tensor, rows: Tensor, heads: int, asked: int, length: int) -> Tensor:
+    """The bias [z, nq, n] of the sequences at these places, from that of a batch [1 or B, 1 or H, Nq, N]."""
     of_batch, of_heads = (x * (size > 1) for x, size in zip((rows // heads, rows % heads), bias.shape, strict=False))
-    return bias[:, :, :length, :length][of_batch, of_heads]
+    return bias[:, :, :asked, :length][of_batch, of_heads]
 
 
-def _largest(layout: Layout | None, tokens: int, dim: int) -> int:
+def _largest(layout: Layout | None, tokens: int, queries: int, dim: int) -> int:
     """Numbers of one sequence's largest intermediate tensor."""
     if layout is None:
-        return max(tokens * tokens, 1)
-    body, tiles = tokens - layout.prefix, layout.tiles(tokens - layout.prefix)
-    union = layout.union(body)
-    return max(tiles * body, tiles * union * dim, body * (layout.prefix + union + layout.num_hidden))
+        return max(queries * tokens, 1)
+    body, asked = tokens - layout.prefix, queries - layout.prefix
+    tiles, union = layout.tiles(asked), layout.union(body)
+    return max(tiles * body, tiles * union * dim, asked * (layout.prefix + union + layout.num_hidden))

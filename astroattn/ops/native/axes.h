@@ -147,22 +147,22 @@ static inline void make_orthogonal(float* basis, int64_t dim) {
         }
 }
 
-// A sample of queries and keys [count][dim], less their means: the directions Y and P [dim][AXES] that matter to their
+// Samples of queries and keys [..][dim], less their means: the directions Y and P [dim][AXES] that matter to their
 // products, q.k ~ (q Y).(k P). One subspace iteration y <- C_k C_q y, whitened so that Y' C_q Y = 1, and P = C_q Y.
-// `seen` [count][AXES] is working memory.
-static inline void find_axes(const float* q, const float* k, int64_t count, int64_t dim, int used, float* y, float* p,
-                             float* seen) {
+// `seen` [SAMPLES][AXES] is working memory.
+static inline void find_axes(const float* q, int64_t queries, const float* k, int64_t keys, int64_t dim, int used,
+                             float* y, float* p, float* seen) {
     static const Mixture mixture;
-    collect(k, count, dim, mixture.weight[0], y);
+    collect(k, keys, dim, mixture.weight[0], y);
     for (int64_t d = 0; d < dim; d++) std::fill(y + d * AXES + used, y + (d + 1) * AXES, 0.0f);  // and stay so
-    project(q, dim, count, dim, y, seen);
-    collect(q, count, dim, seen, y);
-    project(k, dim, count, dim, y, seen);
-    collect(k, count, dim, seen, y);
+    project(q, dim, queries, dim, y, seen);
+    collect(q, queries, dim, seen, y);
+    project(k, dim, keys, dim, y, seen);
+    collect(k, keys, dim, seen, y);
     make_orthogonal(y, dim);
-    project(q, dim, count, dim, y, seen);
+    project(q, dim, queries, dim, y, seen);
     Moments sums;
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t i = 0; i < queries; i++) {
         Axes x;
         get(x, seen + i * AXES);
         sums.add(x);
@@ -177,6 +177,6 @@ static inline void find_axes(const float* q, const float* k, int64_t count, int6
             x[j] /= m[j][j];
         }
     }
-    project(q, dim, count, dim, y, seen);
-    collect(q, count, dim, seen, p);
+    project(q, dim, queries, dim, y, seen);
+    collect(q, queries, dim, seen, p);
 }

@@ -15,9 +15,9 @@
 
 // Field order is the order of `_Gradients` in near_far.py.
 struct Gradients {
-    const void* d_out;                // [batch, heads, tokens, value_dim]
-    const float* d_log_p;             // [batch, heads, tokens]
-    void *d_query, *d_key, *d_value;  // [batch, heads, tokens, ...]
+    const void* d_out;                // [batch, heads, queries, value_dim]
+    const float* d_log_p;             // [batch, heads, queries]
+    void *d_query, *d_key, *d_value;  // [batch, heads, queries or tokens, ...]
     int64_t d_out_stride[3], d_query_stride[3], d_key_stride[3], d_value_stride[3];
 };
 
@@ -33,11 +33,11 @@ struct Backward : Reading {
         : Reading(problem, tensors, arena), gradients(given) {
         const int64_t m = round_up(most_hidden, LANES), far = m > 0;
         const int64_t columns = std::max(most_columns(), p.prefix || far ? padded : 0);
-        arena.take(d_out, p.tokens * value_dim);
-        arena.take(delta, p.tokens);
-        arena.take(dq, p.tokens * dim);
+        arena.take(d_out, p.queries * value_dim);
+        arena.take(delta, p.queries);
+        arena.take(dq, p.queries * dim);
         arena.take(dk, p.tokens * dim);
-        arena.take(dv, p.tokens * value_dim);
+        arena.take(dv, std::max(p.tokens, p.queries) * value_dim);
         arena.take(dw, m * dim);
         arena.take(du, most_tiles * dim);
         arena.take(tile_ds, TALL_UP * m * value_dim);
@@ -52,7 +52,7 @@ struct Backward : Reading {
     void run(Bench& room) {
         load_gradients();
         for (int64_t i = 0; i < token_blocks(); i++) load_tokens(i);
-        for (int64_t i = 0; i < body; i++) order[i] = t.order[z * p.body() + i] + int32_t(p.prefix);
+        for (int64_t i = 0; i < asked; i++) order[i] = t.order[z * p.asked() + i] + int32_t(p.prefix);
         if (hidden) restore_hidden();
         for (int64_t block = 0; block < tile_blocks(); block++) {
             const int64_t rows = tiles_of(block);
@@ -69,16 +69,16 @@ struct Backward : Reading {
     }
 
     void load_gradients() {
-        for (int64_t n = 0; n < p.tokens; n++) {
+        for (int64_t n = 0; n < p.queries; n++) {
             float *row = d_out + n * value_dim, *out = dv + n * value_dim;  // dv is not in use yet
             read_row(gradients.d_out, p.at(gradients.d_out_stride, z, n), Type(p.type), p.value_dim, 1, row);
             read_row(t.out, p.at(p.out_stride, z, n), Type(p.type), p.value_dim, 1, out);
             float dot = 0;
             for (int64_t d = 0; d < p.value_dim; d++) dot += row[d] * out[d];
-            delta[n] = dot - gradients.d_log_p[z * p.tokens + n];
+            delta[n] = dot - gradients.d_log_p[z * p.queries + n];
             std::fill(row + p.value_dim, row + value_dim, 0.0f);
         }
-        std::fill(dq, dq + p.tokens * dim, 0.0f);
+        std::fill(dq, dq + p.queries * dim, 0.0f);
         std::fill(dk, dk + p.tokens * dim, 0.0f);
         std::fill(dv, dv + p.tokens * value_dim, 0.0f);
         std::fill(dw, dw + hidden * dim, 0.0f);
@@ -137,7 +137,7 @@ struct Backward : Reading {
             go[i] = i < rows ? d_out + n * value_dim : room.zero_row;
             queries[i] = i < rows ? q + n * dim : room.zeros;
             rest[i] = i < rows ? room.rest + (first + i) * dim : room.zeros;
-            log_p[i] = i < rows ? t.log_p[z * p.tokens + n] : INFINITY;
+            log_p[i] = i < rows ? t.log_p[z * p.queries + n] : INFINITY;
             deltas[i] = i < rows ? delta[n] : 0;
             zeros[i] = room.zeros;
             grads[i] = room.out + i * dim;
@@ -246,7 +246,7 @@ struct Backward : Reading {
                 const bool real = from + r < rows;
                 queries[r] = real ? q + (from + r) * dim : room.zeros;
                 go[r] = real ? d_out + (from + r) * value_dim : room.zero_row;
-                log_p[r] = real ? t.log_p[z * p.tokens + from + r] : INFINITY;
+                log_p[r] = real ? t.log_p[z * p.queries + from + r] : INFINITY;
                 deltas[r] = real ? delta[from + r] : 0;
                 so_far[r] = grads[r] = real ? dq + (from + r) * dim : room.out + r * dim;
             }
@@ -267,12 +267,14 @@ struct Backward : Reading {
 
     void put_gradients(const Bench& room) {
         const Type type = Type(p.type);
+        for (int64_t n = 0; n < p.queries; n++) {
+            for (int64_t d = 0; d < dim; d++) dq[n * dim + d] *= float(p.scale);
+            write_row(gradients.d_query, p.at(gradients.d_query_stride, z, n), type, p.dim, dq + n * dim);
+        }
         for (int64_t n = 0; n < p.tokens; n++) {
             const bool real = n < length;
-            for (int64_t d = 0; d < dim; d++) dq[n * dim + d] *= float(p.scale);
             const float* key = real ? dk + place[n] * dim : room.zeros;
             const float* value = real ? dv + place[n] * value_dim : room.zero_row;
-            write_row(gradients.d_query, p.at(gradients.d_query_stride, z, n), type, p.dim, dq + n * dim);
             write_row(gradients.d_key, p.at(gradients.d_key_stride, z, n), type, p.dim, key);
             write_row(gradients.d_value, p.at(gradients.d_value_stride, z, n), type, p.value_dim, value);
         }

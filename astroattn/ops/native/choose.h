@@ -270,13 +270,14 @@ struct Choose : Clusters {
 
     void return_choices() const {
         const int64_t offset = z * p.body(), first = int64_t(p.prefix);
+        for (int64_t i = 0; i < p.asked(); i++)
+            t.order[z * p.asked() + i] = i < asked ? order[i] - int32_t(first) : int32_t(i);
         for (int64_t i = 0; i < p.body(); i++) {
             const bool real = i < body;
-            t.order[offset + i] = real ? order[i] - int32_t(first) : int32_t(i);
             t.winners[offset + i] = real && hidden ? winners[first + i] : 0;
             t.mass[offset + i] = real && hidden ? mass[place[first + i]] : 0;
         }
-        const int64_t used = (body + SUBTILE - 1) / SUBTILE;
+        const int64_t used = (asked + SUBTILE - 1) / SUBTILE;
         int32_t* keys = t.keys + z * all_subtiles() * p.most_keys;
         std::fill(keys + used * p.most_keys, keys + all_subtiles() * p.most_keys, -1);
     }

@@ -91,7 +91,7 @@ struct Clusters : Order {
     void measure_queries() {
         const int64_t size = tile_partial();
         for (int64_t block = 1; block < tile_blocks(); block++) add(tile_sums, tile_sums + block * size, 1, size);
-        const float number = float(body);
+        const float number = float(asked);
         for (int64_t d = 0; d < dim; d++) {
             narrow[d] = tile_sums[d] / number;
             wide[d] = tile_sums[dim + d] / number;
@@ -101,7 +101,7 @@ struct Clusters : Order {
     }
 
     void place_keys(int64_t block) {
-        place_points(block, key_axes);
+        place_points(block, body, key_axes);
         const int64_t first = block * TOKENS_PER_BLOCK;
         for (int64_t n = first; n < std::min(first + TOKENS_PER_BLOCK, length); n++) {
             float* panel = point_panels + n / PANEL * PANEL * AXES + n % PANEL;

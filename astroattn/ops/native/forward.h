@@ -50,7 +50,7 @@ struct Forward : Choose {
             const int64_t n = tokens_of(tile)[first + r];
             const float factor = all[r] == 0 ? 0 : 1 / all[r];
             for (int64_t d = 0; d < value_dim; d += LANES) store(o[r] + d, load(o[r] + d) * factor);
-            t.log_p[z * p.tokens + n] = top[r] + std::log(all[r]);
+            t.log_p[z * p.queries + n] = top[r] + std::log(all[r]);
             put_row(n, o[r]);
         }
         return true;
@@ -75,7 +75,7 @@ struct Forward : Choose {
                 all += e;
             }
             for (int64_t n = 0; n < length; n += LANES) store(row + n, load(row + n) / sum(all));
-            t.log_p[z * p.tokens + r] = high + std::log(sum(all));
+            t.log_p[z * p.queries + r] = high + std::log(sum(all));
             room.b[r] = row;
             room.o[r] = room.out + r * value_dim;
             std::fill(room.o[r], room.o[r] + value_dim, 0.0f);
@@ -85,16 +85,16 @@ struct Forward : Choose {
     }
 
     void clear_padding(Bench& room) {
-        for (int64_t n = length; n < p.tokens; n++) {
+        for (int64_t n = real_queries(); n < p.queries; n++) {
             write_row(t.out, p.at(p.out_stride, z, n), Type(p.type), p.value_dim, room.zero_row);
-            t.log_p[z * p.tokens + n] = -INFINITY;
+            t.log_p[z * p.queries + n] = -INFINITY;
         }
     }
 
     void put_row(int64_t n, float* row) const {
         if (broken) {
             std::fill(row, row + value_dim, NAN);
-            t.log_p[z * p.tokens + n] = NAN;
+            t.log_p[z * p.queries + n] = NAN;
         }
         write_row(t.out, p.at(p.out_stride, z, n), Type(p.type), p.value_dim, row);
     }
@@ -118,7 +118,7 @@ void stages(Forward& head, Run run) {
     }
     if (head.body && p.by_content) {
         once([&] { head.measure_keys(); });
-        tokens([&](int64_t i) { head.place_points(i, head.query_axes); });
+        tokens([&](int64_t i) { head.place_points(i, head.asked, head.query_axes); });
         for (int64_t level = 0; level < head.levels; level++) {
             const int64_t first = head.level_start[level];
             run(head.level_start[level + 1] - first, [&](int64_t i, Bench& room) { head.split(first + i, room); });

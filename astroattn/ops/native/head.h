@@ -23,15 +23,16 @@ struct Layout {
 
 // Field order is the order of `_Problem` in near_far.py.
 struct Problem {
-    int64_t batch, heads, tokens, dim, value_dim;
+    int64_t batch, heads, tokens, queries, dim, value_dim;
     int64_t type;
     // Of batch, head and token, in elements; of a bias its query is the token.
     int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3], bias_stride[3];
     int64_t prefix, rows, columns;  // rows: 0 without a grid
-    int64_t by_content, steps, most_keys, threads;
+    int64_t by_content, steps, cross, most_keys, threads;
     double scale;
 
     int64_t body() const { return tokens - prefix; }
+    int64_t asked() const { return queries - prefix; }
     // Where row `token` of head z begins in a tensor of such strides.
     int64_t at(const int64_t* stride, int64_t z, int64_t token) const {
         return z / heads * stride[0] + z % heads * stride[1] + token * stride[2];
@@ -40,13 +41,13 @@ struct Problem {
 
 struct Tensors {
     const void *query, *key, *value;
-    const float* bias;         // [batch, heads, tokens, tokens], added to the logits, or null
+    const float* bias;         // [batch, heads, queries, tokens], added to the logits, or null
     const int64_t* lengths;    // [batch] or null
     const Layout* layouts;     // [batch]
     const int32_t* curve;      // the patches of a grid in the order of their positions, or null
-    void* out;                 // [batch, heads, tokens, value_dim], of its own strides like the three above
-    float* log_p;              // [batch, heads, tokens]
-    int32_t *order, *winners;  // [batch, heads, body]
+    void* out;                 // [batch, heads, queries, value_dim], of its own strides like the three above
+    float* log_p;              // [batch, heads, queries]
+    int32_t *order, *winners;  // [batch, heads, asked], [batch, heads, body]
     float* mass;               // [batch, heads, body]
     int32_t* keys;             // [batch, heads, sub-tiles, most_keys]
 };
@@ -59,8 +60,9 @@ struct Head {
     const Problem& p;
     const Tensors& t;
     int64_t z, dim, value_dim, padded;  // dims padded to vectors, tokens to panels and room for one more vector
+    int64_t longest;                    // the same of the tokens or of the queries, whichever are more
     int64_t most_tiles = 1, most_tile = SUBTILE, most_hidden = 0, most_exact = 0, most_candidates = 0;
-    int64_t length = 0, body = 0, tiles = 0, hidden = 0;  // of this sequence
+    int64_t length = 0, body = 0, asked = 0, tiles = 0, hidden = 0;  // of this sequence
     Layout layout{};
     std::atomic<bool> broken{false};  // whether a key holds NaN or infinity, which a weight of 0 would hide
     // Rows k_stride and v_stride apart: the caller's own where they are float32 without gaps; rows far apart would cost
@@ -78,20 +80,21 @@ struct Head {
           dim(round_up(p.dim, LANES)),
           value_dim(round_up(p.value_dim, LANES)),
           padded(round_up(p.tokens + LANES, PANEL)),
+          longest(round_up(std::max(p.tokens, p.queries) + LANES, PANEL)),
           own_keys(p.type == FLOAT32 && p.dim == dim && p.key_stride[2] == dim),
           own_values(p.type == FLOAT32 && p.value_dim == value_dim && p.value_stride[2] == value_dim) {
         for (int64_t b = 0; b < p.batch; b++) {
             const Layout& x = t.layouts[b];
             int64_t real = (t.lengths ? t.lengths[b] : p.tokens) - p.prefix;
             if (real <= 0) continue;
-            most_tiles = std::max(most_tiles, (real + x.tile - 1) / x.tile);
+            most_tiles = std::max(most_tiles, ((p.cross ? p.queries : real) + x.tile - 1) / x.tile);
             most_tile = std::max(most_tile, x.tile);
             most_hidden = std::max(most_hidden, x.hidden);
             most_exact = std::max(most_exact, x.exact_keys);
             most_candidates = std::max(most_candidates, x.candidates);
         }
         bool far = most_hidden > 0, means = far || most_exact > 0;
-        arena.take(q, p.tokens * dim);
+        arena.take(q, p.queries * dim);
         arena.take(key_rows, own_keys ? 0 : p.tokens * dim);
         arena.take(value_rows, own_values ? 0 : p.tokens * value_dim);
         arena.take(sorted_keys, far ? p.tokens * dim : 0);
@@ -103,7 +106,8 @@ struct Head {
         arena.take(weights, round_up(most_hidden, PANEL) * dim);
         arena.take(mass, padded);
         arena.take(total, most_hidden);
-        for (auto list : {&order, &winners, &sorted, &place, &owners}) arena.take(*list, padded);
+        arena.take(order, longest);
+        for (auto list : {&winners, &sorted, &place, &owners}) arena.take(*list, padded);
         arena.take(start, most_hidden + 2);
         arena.take(next, most_hidden + 1);
     }
@@ -113,7 +117,8 @@ struct Head {
         length = t.lengths ? t.lengths[z / p.heads] : p.tokens;
         body = std::max<int64_t>(length - p.prefix, 0);
         layout = t.layouts[z / p.heads];
-        tiles = body ? (body + layout.tile - 1) / layout.tile : 0;
+        asked = p.cross && body ? p.queries : body;
+        tiles = asked ? (asked + layout.tile - 1) / layout.tile : 0;
         hidden = layout.hidden;
         broken = false;
         auto rows_of = [&](bool own, const void* from, const int64_t* stride, const float* copy) {
@@ -130,16 +135,17 @@ struct Head {
         for (int32_t n = 0; n < int32_t(length); n++) sorted[n] = place[n] = n;
     }
 
+    int64_t real_queries() const { return p.cross ? asked : length; }  // the others are padding
     bool means() const { return body && (hidden || layout.exact_keys); }
-    int64_t token_blocks() const { return (p.tokens + TOKENS_PER_BLOCK - 1) / TOKENS_PER_BLOCK; }
+    int64_t token_blocks() const { return (std::max(p.tokens, p.queries) + TOKENS_PER_BLOCK - 1) / TOKENS_PER_BLOCK; }
     int64_t panel_blocks() const { return (padded + TOKENS_PER_BLOCK - 1) / TOKENS_PER_BLOCK; }
     int64_t tile_blocks() const { return (tiles + TALL - 1) / TALL; }
     int64_t tiles_of(int64_t block) const { return std::min<int64_t>(TALL, tiles - block * TALL); }
-    int64_t all_subtiles() const { return (p.body() + SUBTILE - 1) / SUBTILE; }
+    int64_t all_subtiles() const { return (p.asked() + SUBTILE - 1) / SUBTILE; }
 
     // The tokens of a tile's queries, and how many there are.
     const int32_t* tokens_of(int64_t tile) const { return order + tile * layout.tile; }
-    int64_t queries_of(int64_t tile) const { return std::min(layout.tile, body - tile * layout.tile); }
+    int64_t queries_of(int64_t tile) const { return std::min(layout.tile, asked - tile * layout.tile); }
     int64_t subtiles_of(int64_t tile) const { return (queries_of(tile) + SUBTILE - 1) / SUBTILE; }
     int32_t* keys_of(int64_t tile, int64_t subtile) const {
         return t.keys + (z * all_subtiles() + tile * layout.tile / SUBTILE + subtile) * p.most_keys;
@@ -149,17 +155,17 @@ struct Head {
 
     void load_tokens(int64_t block) {
         Type type = Type(p.type);
-        int64_t first = block * TOKENS_PER_BLOCK, last = std::min(first + TOKENS_PER_BLOCK, p.tokens);
-        for (int64_t n = first; n < last; n++) {
-            auto copy = [&](const void* from, const int64_t* stride, int64_t width, float factor, float* to,
-                            int64_t room) {
+        const int64_t first = block * TOKENS_PER_BLOCK, last = first + TOKENS_PER_BLOCK;
+        auto copy = [&](const void* from, const int64_t* stride, int64_t count, int64_t width, float factor, float* to,
+                        int64_t room) {
+            for (int64_t n = first; n < std::min(last, count); n++) {
                 read_row(from, p.at(stride, z, n), type, width, factor, to + n * room);
                 std::fill(to + n * room + width, to + (n + 1) * room, 0.0f);
-            };
-            copy(t.query, p.query_stride, p.dim, float(p.scale), q, dim);
-            if (!own_keys) copy(t.key, p.key_stride, p.dim, 1, key_rows, dim);
-            if (!own_values) copy(t.value, p.value_stride, p.value_dim, 1, value_rows, value_dim);
-        }
+            }
+        };
+        copy(t.query, p.query_stride, p.queries, p.dim, float(p.scale), q, dim);
+        if (!own_keys) copy(t.key, p.key_stride, p.tokens, p.dim, 1, key_rows, dim);
+        if (!own_values) copy(t.value, p.value_stride, p.tokens, p.value_dim, 1, value_rows, value_dim);
         vec zeros = {};
         for (int64_t n = first; n < std::min(last, length); n++)
             for (int64_t d = 0; d < dim; d += LANES) zeros += load(k + n * k_stride + d) * 0.0f;
@@ -178,7 +184,7 @@ struct Head {
         std::fill(u, u + dim, 0.0f);
         for (int64_t i = 0; i < number; i++) add(u, q + tokens_of(tile)[i] * dim, 1, dim);
         for (int64_t d = 0; d < dim; d += LANES) store(u + d, load(u + d) / float(number));
-        share[tile] = float(number) / float(body);
+        share[tile] = float(number) / float(asked);
     }
 
     // The bias of a query on every token.

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from astroattn.ops.layout import SUBTILE, Budget, z_curve
+from astroattn.ops.layout import Budget, z_curve
 from astroattn.ops.native.library import INTEGER, POINTER, TYPES, Strides, pointers, run, strides
 from astroattn.ops.rows import dense_rows, empty_rows
 
@@ -17,9 +17,10 @@ class _Problem(ctypes.Structure):
     """`Problem` in head.h."""
 
     _fields_ = (
-        *((name, INTEGER) for name in ("batch", "heads", "tokens", "dim", "value_dim", "type")),
+        *((name, INTEGER) for name in ("batch", "heads", "tokens", "queries", "dim", "value_dim", "type")),
         *((name, Strides) for name in ("query_stride", "key_stride", "value_stride", "out_stride", "bias_stride")),
-        *((name, INTEGER) for name in ("prefix", "rows", "columns", "by_content", "steps", "most_keys", "threads")),
+        *((name, INTEGER) for name in ("prefix", "rows", "columns", "by_content", "steps", "cross")),
+        *((name, INTEGER) for name in ("most_keys", "threads")),
         ("scale", ctypes.c_double),
     )
 
@@ -57,28 +58,28 @@ def near_far_forward(
     """As `near_far.choose` and `near_far.attend`, on [B, H, N, D] tensors of any strides.
 
     Args:
-        bias: [1 or B, 1 or H, N, N], which is copied unless it is float32 with keys side by side; None: there is none.
+        bias: [1 or B, 1 or H, Nq, N], which is copied unless it is float32 with keys side by side; None: there is none.
         lengths: real tokens of each sequence, prefix included [B], int64; None: all of them.
 
     Returns:
-        out [B, H, N, Dv], log p [B, H, N], and the choices: order, winners and mass [B, H, n], keys [B, H, S, P]. A
-        sequence that is shorter uses the first entries.
+        out [B, H, Nq, Dv], log p [B, H, Nq], and the choices: order [B, H, nq], winners and mass [B, H, n], keys
+        [B, H, S, P]. A sequence that is shorter uses the first entries.
 
     Raises:
         RuntimeError: the kernels are not there, or not enough memory.
     """
     query, key, value = map(dense_rows, (query, key, value))
-    batch, heads, tokens, _ = query.shape
-    body = tokens - budget.prefix
-    layout = budget.at(tokens, query.shape[-1])
+    batch, heads, queries, dim = query.shape
+    tokens = key.shape[2]
+    body, asked, layout = tokens - budget.prefix, budget.asked(tokens, queries), budget.at(tokens, dim, queries)
     out = empty_rows(query, value.shape[-1])
-    log_p = torch.empty(batch, heads, tokens)
-    order = torch.empty(batch, heads, body, dtype=torch.int32)
-    winners = torch.empty_like(order)  # operators may not return views of one tensor
+    log_p = torch.empty(batch, heads, queries)
+    order = torch.empty(batch, heads, asked, dtype=torch.int32)
+    winners = torch.empty(batch, heads, body, dtype=torch.int32)
     mass = torch.empty(batch, heads, body)
-    most = layout.near_keys(body) + layout.exact_keys
-    keys = torch.empty(batch, heads, -(-body // SUBTILE), most, dtype=torch.int32)
-    layouts = _layouts(budget, lengths, batch, tokens, query.shape[-1])
+    most = layout.most_keys(body)
+    keys = torch.empty(batch, heads, layout.all_subtiles(asked), most, dtype=torch.int32)
+    layouts = _layouts(budget, lengths, query, tokens)
     bias = _dense_bias(bias, query)
     problem = _describe(query, key, value, out, bias, budget, most, scale)
     curve = None if budget.grid is None else _curve(*budget.grid)
@@ -112,7 +113,7 @@ def near_far_backward(
     query, key, value, out, d_out = map(dense_rows, (query, key, value, out, d_out))
     log_p, d_log_p, order, winners, mass, keys = (x.contiguous() for x in (log_p, d_log_p, order, winners, mass, keys))
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    layouts = _layouts(budget, lengths, len(query), *query.shape[2:])
+    layouts = _layouts(budget, lengths, query, key.shape[2])
     bias = _dense_bias(bias, query)
     problem = _describe(query, key, value, out, bias, budget, keys.shape[-1], scale)
     given = query, key, value, bias, lengths, layouts, None, out, log_p, order, winners, mass, keys
@@ -123,7 +124,7 @@ def near_far_backward(
 
 
 def _dense_bias(bias: Tensor | None, query: Tensor) -> Tensor | None:
-    """The bias of all heads and sequences [B, H, N, N] in float32, a broadcast one in its own memory."""
+    """The bias of all heads and sequences [B, H, Nq, N] in float32, a broadcast one in its own memory."""
     if bias is None:
         return None
     bias = bias.float()
@@ -136,15 +137,15 @@ def _curve(rows: int, columns: int) -> Tensor:
     return torch.tensor(z_curve(rows, columns), dtype=torch.int32)
 
 
-def _layouts(budget: Budget, lengths: Tensor | None, batch: int, tokens: int, dim: int) -> Tensor:
+def _layouts(budget: Budget, lengths: Tensor | None, query: Tensor, tokens: int) -> Tensor:
     """What the length of each sequence decides [B, ...], in the order of `Layout` in head.h; zeros without a body."""
     rows = []
-    for length in [tokens] * batch if lengths is None else lengths.tolist():
+    for length in [tokens] * len(query) if lengths is None else lengths.tolist():
         body = length - budget.prefix
         if body <= 0:
             rows.append([0] * 6)
             continue
-        layout = budget.at(length, dim)
+        layout = budget.at(length, query.shape[3], query.shape[2])
         sizes = layout.exact_keys, layout.candidates(body), layout.num_hidden
         rows.append([layout.tile, *layout.window(body), *sizes])
     return torch.tensor(rows)
@@ -160,10 +161,10 @@ def _describe(
     most_keys: int,
     scale: float,
 ) -> _Problem:
-    batch, heads, tokens, dim = query.shape
+    batch, heads, queries, dim = query.shape
     return _Problem(
-        *(batch, heads, tokens, dim, value.shape[-1], TYPES[query.dtype]),
+        *(batch, heads, key.shape[2], queries, dim, value.shape[-1], TYPES[query.dtype]),
         *strides(query, key, value, out, query if bias is None else bias),
-        *(budget.prefix, *(budget.grid or (0, 0)), budget.by_content, budget.steps, most_keys),
+        *(budget.prefix, *(budget.grid or (0, 0)), budget.by_content, budget.steps, budget.cross, most_keys),
         *(torch.get_num_threads(), scale),
     )

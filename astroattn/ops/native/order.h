@@ -16,13 +16,13 @@ struct Order : Reading {
         int32_t *ranks, *moved;
 
         Bench(const Order& head, Arena& arena) : Reading::Bench(head, arena) {
-            arena.take(scratch, head.padded);
-            for (auto list : {&ranks, &moved}) arena.take(*list, head.padded + LANES);
+            arena.take(scratch, head.longest);
+            for (auto list : {&ranks, &moved}) arena.take(*list, head.longest + LANES);
         }
     };
 
     Order(const Problem& problem, const Tensors& tensors, Arena& arena) : Reading(problem, tensors, arena) {
-        for (auto list : {&query_axes, &key_axes, &points}) arena.take(*list, padded * AXES);
+        for (auto list : {&query_axes, &key_axes, &points}) arena.take(*list, longest * AXES);
         arena.take(partial, token_blocks() * AXES * (AXES + 1));
         arena.take(samples, SAMPLES * (2 * dim + AXES) + 2 * dim);
         arena.take(basis, 2 * dim * AXES);
@@ -39,7 +39,7 @@ struct Order : Reading {
         levels = 0;
         level_start[0] = 0;
         if (p.by_content) {
-            for (int64_t i = 0; i < body; i++) order[i] = int32_t(p.prefix + i);
+            for (int64_t i = 0; i < asked; i++) order[i] = int32_t(p.prefix + i);
             plan_tree();
         } else {
             order_positions();
@@ -49,13 +49,13 @@ struct Order : Reading {
     // As `cuts` in layout.py: each node is cut into two runs of tiles, then of sub-tiles, as nearly equal as that
     // allows.
     void plan_tree() {
-        int64_t nodes = body ? 1 : 0, splits = 0;
+        int64_t nodes = asked ? 1 : 0, splits = 0;
         begins[0] = 0;
         for (int64_t unit : {layout.tile, SUBTILE})
             for (;;) {
                 int64_t number = 0;
                 for (int64_t i = 0; i < nodes; i++) {
-                    const int64_t first = begins[i], last = i + 1 < nodes ? begins[i + 1] : body;
+                    const int64_t first = begins[i], last = i + 1 < nodes ? begins[i + 1] : asked;
                     const int64_t units = (last - first + unit - 1) / unit, middle = first + (units + 1) / 2 * unit;
                     next_begins[number++] = int32_t(first);
                     if (units < 2) continue;
@@ -73,18 +73,18 @@ struct Order : Reading {
 
     // As they stand, or the patches along a curve.
     void order_positions() {
-        for (int64_t i = 0, at = 0; at < body; i++) {
+        for (int64_t i = 0, at = 0; at < asked; i++) {
             const int32_t place = t.curve ? t.curve[i] : int32_t(i);
-            if (place < body) order[at++] = int32_t(p.prefix) + place;
+            if (place < asked) order[at++] = int32_t(p.prefix) + place;
         }
     }
 
-    // Rows of the body at equal distances, less their mean, times a factor.
-    void take_sample(const float* rows, int64_t stride, int64_t number, float factor, float* sample,
+    // Rows behind the prefix, `all` there, at equal distances, less their mean, times a factor.
+    void take_sample(const float* rows, int64_t stride, int64_t all, int64_t number, float factor, float* sample,
                      float* centre) const {
         std::fill(centre, centre + dim, 0.0f);
         for (int64_t i = 0; i < number; i++) {
-            const float* row = rows + (p.prefix + (2 * i + 1) * body / (2 * number)) * stride;
+            const float* row = rows + (p.prefix + (2 * i + 1) * all / (2 * number)) * stride;
             std::copy(row, row + dim, sample + i * dim);
             add(centre, row, 1 / float(number), dim);
         }
@@ -93,29 +93,33 @@ struct Order : Reading {
     }
 
     void find_basis() {
-        const int64_t number = std::min<int64_t>(SAMPLES, body);
+        const int64_t queries = std::min<int64_t>(SAMPLES, asked), keys = std::min<int64_t>(SAMPLES, body);
         float *sample_q = samples, *sample_k = sample_q + SAMPLES * dim, *seen = sample_k + SAMPLES * dim;
         float *mean_q = seen + SAMPLES * AXES, *mean_k = mean_q + dim;
-        const float scale = 1 / std::sqrt(float(number));
-        take_sample(q, dim, number, scale, sample_q, mean_q);
-        take_sample(k, k_stride, number, scale, sample_k, mean_k);
-        find_axes(sample_q, sample_k, number, dim, used_axes(), basis, basis + dim * AXES, seen);
+        take_sample(q, dim, asked, queries, 1 / std::sqrt(float(queries)), sample_q, mean_q);
+        take_sample(k, k_stride, body, keys, 1 / std::sqrt(float(keys)), sample_k, mean_k);
+        find_axes(sample_q, queries, sample_k, keys, dim, used_axes(), basis, basis + dim * AXES, seen);
         project(mean_q, dim, 1, dim, basis, shift);
         project(mean_k, dim, 1, dim, basis + dim * AXES, shift + AXES);
     }
 
+    // The rows of a block, of so many behind the prefix.
+    std::pair<int64_t, int64_t> part_of(int64_t block, int64_t count) const {
+        return {std::max(block * TOKENS_PER_BLOCK, p.prefix),
+                std::min((block + 1) * TOKENS_PER_BLOCK, p.prefix + count)};
+    }
+
     // q Y and k P, about centred, and the sums that the key's moment needs.
     void project_tokens(int64_t block) {
-        const int64_t first = std::max(block * TOKENS_PER_BLOCK, p.prefix),
-                      last = std::min((block + 1) * TOKENS_PER_BLOCK, length);
         Moments sums;
         Axes all = {}, x, centre;
-        if (first < last) {
-            project(q + first * dim, dim, last - first, dim, basis, query_axes + first * AXES);
-            project(k + first * k_stride, k_stride, last - first, dim, basis + dim * AXES, key_axes + first * AXES);
-        }
         for (int side = 0; side < 2; side++) {
+            const auto [first, last] = part_of(block, side ? body : asked);
             float* rows = side ? key_axes : query_axes;
+            if (first < last && side)
+                project(k + first * k_stride, k_stride, last - first, dim, basis + dim * AXES, rows + first * AXES);
+            else if (first < last)
+                project(q + first * dim, dim, last - first, dim, basis, rows + first * AXES);
             get(centre, shift + side * AXES);
             for (int64_t n = first; n < last; n++) {
                 get(x, rows + n * AXES);
@@ -142,26 +146,25 @@ struct Order : Reading {
         factorise(metric, used_axes());
     }
 
-    void place_points(int64_t block, const float* axes) {
-        const int64_t first = std::max(block * TOKENS_PER_BLOCK, p.prefix),
-                      last = std::min((block + 1) * TOKENS_PER_BLOCK, length);
+    void place_points(int64_t block, int64_t count, const float* axes) {
+        const auto [first, last] = part_of(block, count);
         if (first < last) transform(axes + first * AXES, last - first, metric, points + first * AXES);
     }
 
     // Neighbours stay together where they ask for the same more nearly than the tree could tell: `keep_neighbours`.
     void keep_neighbours(Bench& room) {
-        const int64_t count = body / SUBTILE, trials = std::min<int64_t>(TRIALS, count);
+        const int64_t count = asked / SUBTILE, trials = std::min<int64_t>(TRIALS, count);
         int32_t* by_content = room.moved;
-        std::copy(order, order + body, by_content);
+        std::copy(order, order + asked, by_content);
         order_positions();
         float content = 0, position = 0;
-        take_sample(k, k_stride, std::min<int64_t>(TRIALS, body), 1, samples, samples + TRIALS * dim);
+        take_sample(k, k_stride, body, std::min<int64_t>(TRIALS, body), 1, samples, samples + TRIALS * dim);
         for (int64_t i = 0; i < trials; i++) {
             const int64_t first = (2 * i + 1) * count / (2 * trials) * SUBTILE;
             content += differences(by_content + first, room.rest);
             position += differences(order + first, room.rest);
         }
-        if (!(position < NEIGHBOURS * content)) std::copy(by_content, by_content + body, order);
+        if (!(position < NEIGHBOURS * content)) std::copy(by_content, by_content + asked, order);
     }
 
     // How much the queries of a sub-tile differ in what they make of a few keys, less what is the same for all of
