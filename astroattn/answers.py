@@ -50,6 +50,12 @@ class Call:
     grid: tuple[int, int] | None
     soft_cap: float | None = None
     bias: Tensor | None = None
+    cross: bool = False
+
+    @property
+    def crossing(self) -> int | None:
+        """The number of queries, where they are those of another sequence than the keys."""
+        return plain(self.query.shape[2]) if self.cross else None
 
     @property
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,15 +64,16 @@ class Call:
 
     def of(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Call:
         """The same call of other tokens, without its bias."""
-        return Call(query, key, value, key_mask, self.causal, self.scale, self.grid, self.soft_cap)
+        more = {"soft_cap": self.soft_cap, "cross": self.cross}
+        return Call(query, key, value, key_mask, self.causal, self.scale, self.grid, **more)  # type: ignore[arg-type]
 
     def ordered(self, order: Tensor, key_mask: Tensor | None) -> Call:
-        """The tokens in an order [B, N], whose mask is this one."""
-        query, key, value = (in_order(x, order) for x in self.tokens)
+        """The keys in an order [B, N], and the queries unless they are of another sequence; its mask is this one."""
+        query, key, value = (x if x is self.query and self.cross else in_order(x, order) for x in self.tokens)
         call = self.of(query, key, value, key_mask)
         if self.bias is not None:  # of every sequence its own from now on
-            bias = in_order(self.bias.expand(order.shape[0], -1, -1, -1).mT, order)
-            call.bias = in_order(bias.mT, order)
+            bias = in_order(self.bias.expand(order.shape[0], -1, -1, -1).mT, order).mT
+            call.bias = bias if self.cross else in_order(bias, order)
         return call
 
     def of_heads(self, heads: Tensor) -> Call:
@@ -132,7 +139,7 @@ def bidirectional_attention(config: AstroConfig, hidden: StaticLayer | None, cal
     prefix = prefix_length(config, num_keys, call.grid)
     if hidden is not None and not is_tiled(config) and not prefix:
         out, log_p = _through_hidden(config, hidden, call)
-        if key_mask is None or call.query.shape[2] != num_keys:
+        if key_mask is None or call.cross:
             return out, log_p
         return zero_padding(out, log_p, key_mask)
     order = lengths = None
@@ -141,7 +148,7 @@ def bidirectional_attention(config: AstroConfig, hidden: StaticLayer | None, cal
         order, lengths = sort_tokens(~key_mask)[0], key_mask.sum(1)
         if call.bias is None or not _is_in_order(order):  # which would copy the bias
             call = call.ordered(order, key_mask)
-    budget = budget_of(config, num_keys, call.grid)
+    budget = budget_of(config, num_keys, call.grid, call.cross)
     if hidden is not None and not is_tiled(config) and hidden.activation in POSITIVE:
         out, log_p = _beside_prefix(config, hidden, call, prefix, lengths)
     elif hidden is not None:
@@ -157,7 +164,7 @@ def bidirectional_attention(config: AstroConfig, hidden: StaticLayer | None, cal
         out, log_p = near_far_attention(
             *call.tokens, budget, scale=scale, bias=call.bias, lengths=lengths, backend=config.backend
         )
-    return (out, log_p) if order is None else put_back(order, out, log_p)
+    return (out, log_p) if order is None or call.cross else put_back(order, out, log_p)
 
 
 def _is_in_order(order: Tensor) -> bool:

@@ -19,8 +19,9 @@ from astroattn.checks import (
     BIAS,
     BIAS_BESIDE,
     BIAS_CAUSAL,
-    NEEDS_SELF_ATTENTION,
-    NEEDS_SELF_ATTENTION_IN_WINDOW,
+    CROSS,
+    CROSS_CAUSAL,
+    CROSS_IN_WINDOW,
     SOFT_CAP,
     SOFT_CAP_IN_WINDOW,
     check_call,
@@ -29,6 +30,7 @@ from astroattn.checks import (
     check_size,
     check_state,
     check_window,
+    is_cross,
     reads_any_queries,
 )
 from astroattn.config import MIXABLE, AstroConfig, check_heads
@@ -119,6 +121,7 @@ class AstrocyteAttention(nn.Module):
         sink: Tensor | None = None,
         soft_cap: float | None = None,
         bias: Tensor | None = None,
+        cross: bool | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -130,6 +133,11 @@ class AstrocyteAttention(nn.Module):
             key_mask: [B, Nk] bool, True = a real token. Padding does not move the results of real tokens. Sequences
                 without a real token give zeros, and so do queries that are padding, except in softmax attention.
             causal: a query sees no later key; with Nq < Nk the queries are the last tokens.
+            cross: whether the queries are those of another sequence than the keys (cross attention); None: where
+                Nq and Nk differ and it is not causal. It has no near field and no exact queries, key_mask hides keys
+                alone, and below 128 queries or keys the Hebbian layer is softmax attention, which costs no more then.
+                Queries that ask for the same share a tile, so the answer to one depends a little on which others
+                there are.
             scale: multiplies q.k; None is D^-0.5.
             grid: (rows, columns) of a ViT's patches, the last rows * columns tokens; the others come before them.
             window: a query sees no key more than so many tokens away. The near field is then this window, whatever the
@@ -152,7 +160,7 @@ class AstrocyteAttention(nn.Module):
             TypeError, ValueError: shapes, dtypes or values that do not fit, naming the argument; a combination that
                 `refusal` names; learned weights that are on the meta device.
         """
-        call = (key_mask, causal, scale, grid, window, sink, soft_cap, bias)
+        call = (key_mask, causal, scale, grid, window, sink, soft_cap, bias, cross)
         return self._attend(query, key, value, *call, with_normaliser=False)[0]
 
     @property
@@ -174,12 +182,13 @@ class AstrocyteAttention(nn.Module):
         sink: Tensor | None = None,
         soft_cap: float | None = None,
         bias: Tensor | None = None,
+        cross: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The output, and log p [B, H, Nq], the logarithm of what divides it (the astrocyte's calcium response).
 
         Arguments and errors as in `forward`; slower, and of N x N memory where the attention is softmax.
         """
-        call = (key_mask, causal, scale, grid, window, sink, soft_cap, bias)
+        call = (key_mask, causal, scale, grid, window, sink, soft_cap, bias, cross)
         return self._attend(query, key, value, *call, with_normaliser=True)
 
     def decode(
@@ -244,13 +253,20 @@ class AstrocyteAttention(nn.Module):
         window: int | None = None,
         soft_cap: float | None = None,
         bias: bool = False,
+        cross: bool | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> str | None:
         """Why this module cannot serve such attention, at every length or at that one, or None."""
+        crossing = num_queries if is_cross(num_queries, num_keys, causal, cross) else None
+        if cross and causal:
+            return CROSS_CAUSAL
+        if crossing is not None and (window is not None or grid is not None):
+            return CROSS_IN_WINDOW
         if bias and (window is not None or soft_cap is not None):
             return BIAS_BESIDE
         if bias and not self.exact:
             asked = num_keys or 0
-            far = [each for each in self.configs if not (asked and covers(each, asked, None))]
+            far = [each for each in self.configs if not (asked and covers(each, asked, None, crossing))]
             if far and causal:
                 return BIAS_CAUSAL
             if any(each.hidden not in MIXABLE for each in far):
@@ -259,10 +275,11 @@ class AstrocyteAttention(nn.Module):
             return SOFT_CAP_IN_WINDOW
         if soft_cap is not None and not self.exact and not self.shares_keys:
             asked = num_keys or 0
-            if not all(config.hidden == "exact" or (asked and covers(config, asked, None)) for config in self.configs):
+            exact = (asked and covers(config, asked, None, crossing) for config in self.configs)
+            if not all(one or config.hidden == "exact" for one, config in zip(exact, self.configs, strict=True)):
                 return SOFT_CAP
         if window is not None:
-            return None if causal or num_queries == num_keys else NEEDS_SELF_ATTENTION_IN_WINDOW
+            return None
         if num_keys is not None and self.exact:
             return None
         if self.shares_keys:
@@ -271,9 +288,9 @@ class AstrocyteAttention(nn.Module):
             fits = num_queries == num_keys or all(covers(config, num_keys or 0, None) for config, _ in self.budgets)
             return None if fits else "a streaming memory reads each token when it comes: as many queries as keys"
         if not causal:
-            if num_queries == num_keys or all(reads_any_queries(config) for config, _ in self.budgets):
+            if not (cross or crossing is not None) or all(reads_any_queries(config) for config, _ in self.budgets):
                 return None
-            return NEEDS_SELF_ATTENTION
+            return CROSS
         for config, _ in self.budgets:
             asked = num_keys is None or not covers(config, num_keys, None)
             if asked and (reason := _causal_refusal(config)) is not None:
@@ -288,6 +305,7 @@ class AstrocyteAttention(nn.Module):
         causal: bool = False,
         grid: tuple[int, int] | None = None,
         window: int | None = None,
+        cross: bool | None = None,
     ) -> Cost:
         """Positions and products per query, the mean of the heads, counted from their configs for such a sequence.
 
@@ -303,8 +321,9 @@ class AstrocyteAttention(nn.Module):
         if self.exact:
             return Cost(num_keys, 2 * num_keys, 2 * num_keys)
         positions = products = 0.0
+        cross = is_cross(num_queries, num_keys, causal, cross)
         for config, heads in self.budgets:
-            cost = count_cost(config, self.head_dim, num_queries, num_keys, causal, grid)
+            cost = count_cost(config, self.head_dim, num_queries, num_keys, causal, grid, cross)
             positions += heads / self.num_heads * cost.positions
             products += heads / self.num_heads * cost.products
         return Cost(positions, products, 2 * num_keys)
@@ -346,13 +365,15 @@ class AstrocyteAttention(nn.Module):
         sink: Tensor | None,
         soft_cap: float | None,
         bias: Tensor | None,
+        cross: bool | None,
         *,
         with_normaliser: bool,
     ) -> tuple[Tensor, Tensor]:
         query, key, value = autocast(query, key, value)
-        check_call(self, query, key, value, key_mask, causal, scale, grid, window, sink, soft_cap, bias)
+        check_call(self, query, key, value, key_mask, causal, scale, grid, window, sink, soft_cap, bias, cross)
         scale = self.head_dim**-0.5 if scale is None else float(scale)
-        call = Call(query, key, value, key_mask, causal, scale, grid, soft_cap, bias)
+        cross = is_cross(query.shape[2], key.shape[2], causal, cross)
+        call = Call(query, key, value, key_mask, causal, scale, grid, soft_cap, bias, cross)
         if sink is None:
             return self._answer(call, window, with_normaliser)
         out, log_p = self._answer(call, window, True)
@@ -392,7 +413,7 @@ class AstrocyteAttention(nn.Module):
 
     def _answer_alike(self, config: AstroConfig, call: Call, with_normaliser: bool) -> tuple[Tensor, Tensor]:
         """Attend with heads of one config."""
-        if covers(config, plain(call.key.shape[2]), call.grid):
+        if covers(config, plain(call.key.shape[2]), call.grid, call.crossing):
             out, log_p = softmax_attention(call, with_normaliser)
             return self.with_gradients(out), log_p
         if not call.causal:

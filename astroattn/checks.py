@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from astroattn.config import is_tiled
+from astroattn.config import CROSSING, is_tiled
 from astroattn.ops.causal import CausalState
 from astroattn.ops.streaming import Memories, Memory, block_of, each_of
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from astroattn.attention import AstrocyteAttention
     from astroattn.config import AstroConfig
 
-NEEDS_SELF_ATTENTION = (
-    "tiles and Hebbian learning need self-attention (as many queries as keys); a static hidden layer without near, "
-    "exact_keys and exact_queries does not"
+CROSS = (
+    "cross attention is for the Hebbian layer, or for a static one without near, exact_keys and exact_queries; "
+    "hidden='none' needs exact_keys for it"
 )
-NEEDS_SELF_ATTENTION_IN_WINDOW = "a window that is not causal needs as many queries as keys"
+CROSS_CAUSAL = "cross attention is not causal: the queries are those of another sequence than the keys"
+CROSS_IN_WINDOW = "cross attention has no window and no grid: its queries have no place among the keys"
 SOFT_CAP = "soft cap on the attention logits, which no cluster of keys has"
 SOFT_CAP_IN_WINDOW = "soft cap on the attention logits within a sliding window"
 BIAS = "a bias for every query and key, which neither a static layer nor a streaming memory has"
@@ -52,6 +53,7 @@ def check_call(
     sink: Tensor | None = None,
     soft_cap: float | None = None,
     bias: Tensor | None = None,
+    cross: bool | None = None,
 ) -> None:
     """Raise TypeError or ValueError with the argument's name, what came and what is allowed."""
     check_traceable(query)
@@ -79,6 +81,8 @@ def check_call(
             raise ValueError(f"key_mask: shape {tuple(key_mask.shape)}; expected [B, Nk] = {expected}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal: {type(causal).__name__}; expected bool")
+    if cross is not None and not isinstance(cross, bool):
+        raise TypeError(f"cross: {type(cross).__name__}; expected bool or None")
     for name, number in (("scale", scale), ("soft_cap", soft_cap)):
         if number is None:
             continue
@@ -104,11 +108,14 @@ def check_call(
     if bias is not None:
         _check_bias(bias, query, num_keys)
     counts = {"num_queries": num_queries, "num_keys": num_keys}
-    reason = module.refusal(causal=causal, **counts, window=window, soft_cap=soft_cap, bias=bias is not None)
+    beside = {"window": window, "soft_cap": soft_cap, "bias": bias is not None, "cross": cross, "grid": grid}
+    reason = module.refusal(causal=causal, **counts, **beside)  # type: ignore[arg-type]
     if reason in (BIAS, BIAS_BESIDE, BIAS_CAUSAL):
         raise ValueError(f"bias: given with this config; {reason}")
     if reason in (SOFT_CAP, SOFT_CAP_IN_WINDOW):
         raise ValueError(f"soft_cap: {soft_cap} with this config; {reason}")
+    if reason in (CROSS_CAUSAL, CROSS_IN_WINDOW):
+        raise ValueError(f"cross: {cross}; {reason}")
     if reason is not None and causal:
         raise ValueError(f"causal: True with this config; {reason}")
     if reason is not None:
@@ -228,8 +235,15 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, num_heads: int, shar
         raise ValueError(f"{name}: vectors of length 0; needs at least 1")
 
 
+def is_cross(num_queries: int | None, num_keys: int | None, causal: bool, cross: bool | None) -> bool:
+    """Whether queries are those of another sequence than the keys: as it was said, else where their numbers differ."""
+    return bool(num_queries != num_keys and not causal) if cross is None else cross
+
+
 def reads_any_queries(config: AstroConfig) -> bool:
     """Whether the queries need not be those of the keys' own tokens."""
+    if config.hidden in CROSSING:
+        return config.hidden != "none" or config.exact_keys != 0
     return config.hidden == "exact" or not (is_tiled(config) or config.exact_queries)
 
 

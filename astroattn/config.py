@@ -12,6 +12,7 @@ from astroattn.suggestions import suggest
 HIDDEN = ("hebbian", "random", "learned", "streaming", "none", "exact")
 MIXABLE = ("hebbian", "none", "exact")  # without weights of their own, so that the heads of a module may differ
 Preset = Literal["fast", "balanced", "exact"]
+CROSSING = ("hebbian", "none")  # whose tiles may read the keys of another sequence
 BACKENDS = ("auto", "torch", "triton", "native")
 ACTIVATIONS = (
     "positive_exp",
@@ -67,12 +68,13 @@ class AstroConfig:
             a static layer ("random" or "learned") 16.
         near: the near field, in tokens around each query: a run of tokens in a sequence, a rectangle in a patch grid.
             A sub-tile attends exactly to those of its four queries. For causal attention the latest tokens. By length:
-            about 0.15 sqrt(n), 3 to 4; none for a static layer; half the entries for a streaming one.
+            about 0.15 sqrt(n), 3 to 4; none for a static layer; half the entries for a streaming one. Queries of
+            another sequence (cross attention) have none.
         exact_keys: keys beyond the near field that each sub-tile attends exactly, chosen by content. By length: about
             2.4 sqrt(n), at most 128; none for a static layer.
         exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to
             exactly. In a patch grid these are its prefix tokens (CLS, registers) whatever is set here; for a static
-            layer alone (near and exact_keys 0) a grid is a sequence.
+            layer alone (near and exact_keys 0) a grid is a sequence. None in cross attention.
         tiles: "content" puts queries into a tile that ask for the same, wherever they stand; neighbours, where an
             input's neighbours ask for the same more nearly. "position" always puts neighbours.
         tile: queries per tile, in fours. By length: about sqrt(n), and more where there would be more than 128 tiles.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from astroattn.config import STATIC, AstroConfig, is_tiled
+from astroattn.config import CROSSING, STATIC, AstroConfig, is_tiled
 from astroattn.ops.causal import CHUNK
 from astroattn.ops.features import POSITIVE
-from astroattn.ops.layout import LEAST_BODY, LEAST_NEAR, ROOT, SUBTILE, Budget, Layout, cuts
+from astroattn.ops.layout import LEAST_BODY, LEAST_NEAR, LEAST_QUERIES, ROOT, SUBTILE, Budget, Layout, cuts
 from astroattn.ops.order import DIRECTIONS, SAMPLES, TRIALS
 from astroattn.ops.streaming import block_of
 from astroattn.ops.window import block_size
@@ -34,64 +34,72 @@ class Cost:
 
 
 def count_cost(
-    config: AstroConfig, head_dim: int, num_queries: int, num_keys: int, causal: bool, grid: tuple[int, int] | None
+    config: AstroConfig,
+    head_dim: int,
+    num_queries: int,
+    num_keys: int,
+    causal: bool,
+    grid: tuple[int, int] | None,
+    cross: bool = False,
 ) -> Cost:
-    """Count the products of one head of one sequence."""
-    if covers(config, num_keys, grid):
+    """Count the products of one head of one sequence, whose queries are those of another with `cross`."""
+    if covers(config, num_keys, grid, num_queries if cross else None):
         return Cost(num_keys, 2 * num_keys, 2 * num_keys)
     if config.hidden == "streaming":
         return _count_streaming(config, num_keys)
     if causal:
         return _count_causal(config, head_dim, num_keys)
-    prefix = prefix_length(config, num_keys, grid)
+    prefix = prefix_length(config, num_keys, grid, cross)
     body, m = num_keys - prefix, config.num_hidden
     if config.hidden in STATIC and not is_tiled(config) and (not prefix or config.activation in POSITIVE):
         read = num_queries - prefix
         attended = read * (prefix + m) + prefix * num_keys
         multiplied = read * 2 * prefix + (read + body) * m * (1 + _drive(config)) + prefix * 2 * num_keys
         return Cost(attended / num_queries, multiplied / num_queries, 2 * num_keys)
-    layout = budget_of(config, num_keys, grid).at(num_keys, head_dim)
+    layout = budget_of(config, num_keys, grid, cross).at(num_keys, head_dim, num_queries)
     positions = prefix + layout.most_keys(body) + layout.num_hidden
-    products = sum(count_choice(layout, head_dim, num_keys).values())
+    products = sum(count_choice(layout, head_dim, num_queries, num_keys).values())
     if config.hidden in STATIC:
         drive = _drive(config)
         exact = prefix + layout.most_keys(body)
         positions += m
         products += body * (2 * m * (1 + drive) + exact * (1 + drive + m / head_dim))
     else:
-        products += sum(count_reading(layout, num_keys).values())
+        products += sum(count_reading(layout, num_queries, num_keys).values())
     products += prefix * 2 * num_keys
-    return Cost((body * positions + prefix * num_keys) / num_keys, products / num_keys, 2 * num_keys)
+    asked = num_queries - prefix
+    return Cost((asked * positions + prefix * num_keys) / num_queries, products / num_queries, 2 * num_keys)
 
 
-def count_choice(layout: Layout, head_dim: int, num_keys: int) -> dict[str, float]:
+def count_choice(layout: Layout, head_dim: int, num_queries: int, num_keys: int) -> dict[str, float]:
     """Products of length D to choose tiles, clusters and exact keys; sorting and top-k are no products."""
-    body, m, few = num_keys - layout.prefix, layout.num_hidden, min(DIRECTIONS, head_dim)
-    samples, subtiles, part = min(SAMPLES, body), layout.all_subtiles(body), few / head_dim
+    asked, body = num_queries - layout.prefix, num_keys - layout.prefix
+    m, few, subtiles = layout.num_hidden, min(DIRECTIONS, head_dim), layout.all_subtiles(asked)
+    part, samples = few / head_dim, 5 * min(SAMPLES, asked) + 3 * min(SAMPLES, body)
     counts: dict[str, float] = {}
     if layout.by_content or m or layout.exact_keys:
-        counts["coordinates"] = 8 * samples * few + 2 * body * few
+        counts["coordinates"] = samples * few + (asked + body) * few
     if layout.by_content:
-        counts["tree"] = body * (len(cuts(body, layout.tile)) - 1) * (few + 3) / 2 * part
-        counts["neighbours"] = 2 * min(TRIALS, body // SUBTILE) * SUBTILE * min(TRIALS, body)
+        counts["tree"] = asked * (len(cuts(asked, layout.tile)) - 1) * (few + 3) / 2 * part
+        counts["neighbours"] = 2 * min(TRIALS, asked // SUBTILE) * SUBTILE * min(TRIALS, body)
     if m or layout.exact_keys:
-        counts["mean queries"] = 2 * body
-        counts["u.k"] = layout.tiles(body) * num_keys
+        counts["mean queries"] = 2 * asked
+        counts["u.k"] = layout.tiles(asked) * num_keys
     if m:
         counts["clusters"] = body * ((layout.steps + 1) * m + layout.steps + few) * part
         counts["means"] = body * (5 + part)  # w twice, the values' mean, |v - mean v|, |k - w|^2
     if layout.exact_keys:
-        counts["sub-tiles"] = body * 2 + subtiles * m
+        counts["sub-tiles"] = asked * 2 + subtiles * m
         counts["candidates"] = body * 2 * bool(m) + subtiles * layout.candidates(body) * part
     return counts
 
 
-def count_reading(layout: Layout, num_keys: int) -> dict[str, float]:
+def count_reading(layout: Layout, num_queries: int, num_keys: int) -> dict[str, float]:
     """Products of length D to write the hidden layer and to read it beside the exact keys."""
-    body, m, taken = num_keys - layout.prefix, layout.num_hidden, layout.most_keys(num_keys - layout.prefix)
-    counts = {"read": float(body * 2 * (layout.prefix + taken + m))}
+    asked, body, m = num_queries - layout.prefix, num_keys - layout.prefix, layout.num_hidden
+    counts = {"read": float(asked * 2 * (layout.prefix + layout.most_keys(body) + m))}
     if m:
-        counts["sums of tiles"] = layout.tiles(body) * body
+        counts["sums of tiles"] = layout.tiles(asked) * body
     return counts
 
 
@@ -121,17 +129,23 @@ def _drive(config: AstroConfig) -> int:
     return 2 if config.hidden == "learned" else 1
 
 
-def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> bool:
-    """Whether every key is attended exactly, by near field and exact keys together: attention is softmax attention."""
+def covers(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None, crossing: int | None = None) -> bool:
+    """Whether every key is attended exactly, by near field and exact keys together: attention is softmax attention.
+
+    Args:
+        crossing: the number of queries, where they are those of another sequence.
+    """
     if config.hidden == "exact":
+        return True
+    if crossing is not None and config.hidden in CROSSING and crossing < LEAST_QUERIES:
         return True
     if config.hidden == "streaming":
         return num_keys <= config.entries
-    prefix = prefix_length(config, num_keys, grid)
+    prefix = prefix_length(config, num_keys, grid, crossing is not None)
     body = num_keys - prefix
     if body <= 0 or not is_tiled(config):
         return body <= 0
-    near = LEAST_NEAR if config.near == ROOT else config.near
+    near = 0 if crossing is not None else LEAST_NEAR if config.near == ROOT else config.near
     exact_keys = LEAST_BODY if config.exact_keys < 0 else config.exact_keys
     return max(near, exact_keys) >= body  # by a bare comparison, which holds for a range of lengths in a graph
 
@@ -147,23 +161,26 @@ def covered_length(config: AstroConfig) -> int:
     return config.exact_queries + max(near, exact_keys)
 
 
-def budget_of(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> Budget:
-    """The config as the operators take it."""
+def budget_of(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None, cross: bool = False) -> Budget:
+    """The config as the operators take it; queries of another sequence have neither a near field nor a prefix."""
     tiled = is_tiled(config)
     return Budget(
         grid=grid if tiled else None,
-        prefix=prefix_length(config, num_keys, grid),
+        prefix=prefix_length(config, num_keys, grid, cross),
         tile=config.tile,
         by_content=config.tiles == "content",
-        near=config.near,
+        near=0 if cross else config.near,
         exact_keys=config.exact_keys,
         num_hidden=config.num_hidden if config.hidden == "hebbian" else 0,
         steps=config.steps,
+        cross=cross,
     )
 
 
-def prefix_length(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None) -> int:
+def prefix_length(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None, cross: bool = False) -> int:
     """Tokens outside the tiles: those before the patch grid, or the first `exact_queries` of a sequence."""
+    if cross and config.hidden in CROSSING:
+        return 0
     if grid is None or not is_tiled(config):
         return min(config.exact_queries, num_keys)
     return num_keys - grid[0] * grid[1]

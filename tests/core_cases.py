@@ -52,10 +52,10 @@ def layout(**changes: object) -> Layout:
 
 
 def exact_mask(choice: Choice, where: Layout) -> Tensor:
-    """Which keys are exact for each query [Z, N, N]: all for the prefix, and the prefix for all."""
-    size, body = choice.order.shape
+    """Which keys are exact for each query [Z, Nq, N]: all for the prefix, and the prefix for all."""
+    size, asked = choice.order.shape
     prefix = where.prefix
-    mask = torch.ones(size, prefix + body, prefix + body, dtype=torch.bool)
+    mask = torch.ones(size, prefix + asked, prefix + choice.winners.shape[1], dtype=torch.bool)
     mask[:, prefix:, prefix:] = False
     for z in range(size):
         for queries, keys in zip(choice.order[z].split(SUBTILE), choice.keys[z], strict=True):
@@ -74,14 +74,14 @@ def near_far_oracle(
     """The formulas of `ops.near_far` with N x N matrices in float64, given what was chosen; u and w anew."""
     choice = choose(query, key, value, where, bias) if choice is None else choice
     query, key, value = query.double(), key.double(), value.double()
-    bias = query.new_zeros(1, query.shape[1], query.shape[1]) if bias is None else bias.double()
+    bias = query.new_zeros(1, query.shape[1], key.shape[1]) if bias is None else bias.double()
     mask, prefix = exact_mask(choice, where), where.prefix
     if where.num_hidden == 0:
         return softmax_attention(query, key, value, mask, bias)
-    size, body = choice.order.shape
-    tile = torch.empty(size, body, dtype=torch.long)  # of each body token
-    tile.scatter_(1, choice.order.long(), (torch.arange(body) // where.tile).expand(size, -1))
-    same = torch.eye(prefix + body, dtype=torch.float64).repeat(size, 1, 1)  # a prefix query is its own mean
+    size, asked = choice.order.shape
+    tile = torch.empty(size, asked, dtype=torch.long)  # of each query behind the prefix
+    tile.scatter_(1, choice.order.long(), (torch.arange(asked) // where.tile).expand(size, -1))
+    same = torch.eye(prefix + asked, dtype=torch.float64).repeat(size, 1, 1)  # a prefix query is its own mean
     same[:, prefix:, prefix:] = (tile[:, :, None] == tile[:, None]).double()
     same = same / same.sum(-1, keepdim=True)
     mean, mean_bias = same @ query, same @ bias

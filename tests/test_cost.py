@@ -90,7 +90,7 @@ def test_parts_are_the_matrix_products_of_the_code(tokens: int, prefix: int) -> 
     where, dim = layout(prefix=prefix, tile=16, num_hidden=6, exact_keys=7, steps=3), 24
     query, key, _ = draw(1, tokens, dim)
     q, k = query[:, prefix:], key[:, prefix:]
-    counted, body, few = count_choice(where, dim, tokens), tokens - prefix, 8
+    counted, body, few = count_choice(where, dim, tokens, tokens), tokens - prefix, 8
     # The moments of directions, c x c numbers of a sample, are left out.
     found = products(lambda: find_coordinates(q, k), dim)
     assert counted["coordinates"] == pytest.approx(found, rel=0.1)
@@ -107,7 +107,7 @@ def test_reading_is_what_the_code_reads() -> None:
     where, dim = layout(tile=4, near=0, exact_keys=9, num_hidden=6), 24
     query, key, value = draw(1, 64, dim)
     choice = choose(query, key, value, where)
-    counted = count_reading(where, 64)
+    counted = count_reading(where, 64, 64)
     found = products(lambda: near_far.attend(query, key, value, where, choice), dim)
     blocks = 64 // 4 + 6  # of keys, with their padding
     read = 64 * 2 * (9 + 6)
@@ -193,9 +193,7 @@ def test_the_default_never_costs_more_than_softmax_attention(dim: int, tiles: st
         assert attention.cost(side**2 + 1, side**2 + 1, grid=(side, side)).ratio <= 1, side
 
 
-def test_what_the_keys_of_cross_attention_would_cost_before_a_query_comes() -> None:
+def test_what_the_keys_of_cross_attention_cost_before_a_query_comes() -> None:
     """Some twenty queries of softmax attention, docs/method.md."""
-    keys, config = 1500, AstroConfig()
-    counts = count_choice(budget_of(config, keys, None).at(keys, 64), 64, keys)
-    of_keys = counts["coordinates"] / 2 + counts["clusters"] + counts["means"] + 2 * keys  # candidates: two a key
-    assert 18 < of_keys / (2 * keys) < 22
+    where = budget_of(AstroConfig(), 1500, None, cross=True).at(1500, 64, 1)
+    assert 18 < sum(count_choice(where, 64, 1, 1500).values()) / (2 * 1500) < 22

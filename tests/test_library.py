@@ -60,17 +60,23 @@ ON_BACKENDS = pytest.mark.parametrize(
 )
 # Sequences, of different lengths, a grid, and the memory of [B, N, H, D]: what else than tensors the operators take.
 BUDGETS = {
-    "sequence": (None, None, 0, 8, True, 1, 3, 4, 1),
-    "by length": (None, None, 0, -1, True, -1, 3, -1, 1),
-    "lengths": ([33, 9], None, 1, 8, False, 6, 3, 4, 1),
-    "grid": (None, (4, 8), 1, 4, True, 6, 3, 4, 1),
-    "strided": (None, None, 0, 8, False, 1, 0, 4, 1),
+    "sequence": (None, None, 0, 8, True, 1, 3, 4, 1, False),
+    "by length": (None, None, 0, -1, True, -1, 3, -1, 1, False),
+    "lengths": ([33, 9], None, 1, 8, False, 6, 3, 4, 1, False),
+    "grid": (None, (4, 8), 1, 4, True, 6, 3, 4, 1, False),
+    "strided": (None, None, 0, 8, False, 1, 0, 4, 1, False),
+}
+CROSSING = {
+    "fewer queries": ([33, 9], None, 0, 8, True, 0, 3, 4, 1, True),
+    "more queries": (None, None, 0, -1, False, 0, 3, -1, 1, True),
 }
 
 
 def given(case: str, device: str) -> tuple[list[Tensor], tuple]:
-    lengths, *rest = BUDGETS[case]
+    lengths, *rest = (BUDGETS | CROSSING)[case]
     qkv = inputs(33, device=device)
+    if case in CROSSING:
+        qkv[0] = inputs(14 if case == "fewer queries" else 50, device=device)[0]
     lengths = None if lengths is None else torch.tensor(lengths, device=device)
     return strided(qkv) if case == "strided" else qkv, (lengths, *rest)
 
@@ -79,10 +85,11 @@ def given(case: str, device: str) -> tuple[list[Tensor], tuple]:
     ("backend", "device"), [("native", "cpu"), ("torch", "cpu"), pytest.param("torch", "cuda", marks=pytest.mark.gpu)]
 )
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
-@pytest.mark.parametrize("case", BUDGETS)
+@pytest.mark.parametrize("case", BUDGETS | CROSSING)
 def test_near_far_operator(case: str, biased: bool, backend: str, device: str) -> None:
     qkv, budget = given(case, device)
-    bias = torch.randn(1, 2, 33, 33, device=device, requires_grad=case != "grid") if biased else None
+    shape = (1, 2, qkv[0].shape[2], 33)
+    bias = torch.randn(shape, device=device, requires_grad=case != "grid") if biased else None
     torch.library.opcheck(torch.ops.astroattn.near_far_attention.default, (*qkv, bias, *budget, 0.25, backend))
 
 
@@ -110,7 +117,7 @@ def test_a_bias_of_the_cpu_kernels_has_a_gradient(attend: Callable, shape: tuple
 def test_near_linear_operator(case: str, device: str) -> None:
     qkv, budget = given(case, device)
     weight, phase = (x.to(device) for x in layer())
-    args = (*qkv, weight.requires_grad_(case != "grid"), phase, *budget[:-2], 0, 1, "positive_exp", 0.25)
+    args = (*qkv, weight.requires_grad_(case != "grid"), phase, *budget[:-3], 0, 1, False, "positive_exp", 0.25)
     torch.library.opcheck(torch.ops.astroattn.near_linear_attention.default, args)
 
 

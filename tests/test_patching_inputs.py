@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import astroattn
 from astroattn import AstroConfig
+from astroattn.checks import CROSS
 from astroattn.fidelity import compare
 from astroattn.patching import fallbacks, handwritten, probe
 
@@ -178,7 +179,7 @@ def test_a_pipeline_stands_for_its_model() -> None:
             call("bert")
 
 
-def test_the_latents_of_a_perceiver_are_patched_and_their_reading_of_the_input_is_not() -> None:
+def test_a_perceiver_whose_latents_have_a_static_layer_with_a_near_field_reads_its_input_exactly() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"num_latents": 40, "d_latents": 16, "d_model": 12, "num_blocks": 1, "num_self_attends_per_block": 1}
     sizes |= {"num_self_attention_heads": 2, "num_cross_attention_heads": 2, "qk_channels": 16, "v_channels": 16}
@@ -189,7 +190,7 @@ def test_the_latents_of_a_perceiver_are_patched_and_their_reading_of_the_input_i
     with torch.no_grad():
         before = perceiver(**inputs).last_hidden_state
         report = astroattn.patch(perceiver, FULL, inputs=inputs)
-        assert [(row.status, row.reason) for row in report.rows] == [("exact", "cross attention"), ("astrocyte", "")]
+        assert [(row.status, row.reason) for row in report.rows] == [("exact", CROSS), ("astrocyte", "")]
         torch.testing.assert_close(perceiver(**inputs).last_hidden_state, before, rtol=1e-4, atol=1e-5)
         astroattn.patch(perceiver, SHORT, inputs=inputs)
         assert not torch.equal(perceiver(**inputs).last_hidden_state, before)

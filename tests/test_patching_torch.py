@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.patching import fallbacks, patch, unpatch
+from astroattn.patching.site import CROSS_IN_ORDER
 
 EXACT = AstroConfig(near=100_000)
 SHORT = AstroConfig(near=2, exact_keys=0, tile=2, num_hidden=4)
@@ -184,7 +185,7 @@ def test_a_decoder_keeps_its_cross_attention() -> None:
     model = nn.TransformerDecoder(nn.TransformerDecoderLayer(**LAYER, batch_first=True), 2).eval()
     report = patch(model, STATIC)
     assert [row.name for row in report.patched] == ["layers.0.self_attn", "layers.1.self_attn"]
-    assert {row.reason for row in report.exact} == {"cross attention"}
+    assert {row.reason for row in report.exact} == {CROSS_IN_ORDER}
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])

@@ -144,11 +144,11 @@ def _lengths(call: AttentionCall) -> list[tuple[int, int]]:
     (batch, _, queries, _), keys = call.query.shape, call.key.shape[2]
     mask = call.options.get("key_mask")
     real = [keys] * batch if mask is None else mask.sum(1).tolist()
-    return [(min(queries, count), count) for count in real if count]
+    return [(queries if call.cross else min(queries, count), count) for count in real if count]
 
 
 def _cost(core: AstrocyteAttention, call: AttentionCall, queries: int, keys: int) -> Cost:
-    options = {name: call.options.get(name) for name in ("grid", "window")}
+    options = {name: call.options.get(name) for name in ("grid", "window", "cross")}
     return core.cost(queries, keys, causal=call.options.get("causal", False), **options)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
+from astroattn.checks import is_cross
 from astroattn.config import AstroConfig
 from astroattn.cost import count_cost
 
@@ -22,7 +23,7 @@ class AttentionCall(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    options: dict[str, Any]  # key_mask, causal, scale, grid, window, sink, soft_cap, bias
+    options: dict[str, Any]  # key_mask, causal, scale, grid, window, sink, soft_cap, bias, cross
 
     @property
     def scale(self) -> float:
@@ -30,11 +31,17 @@ class AttentionCall(NamedTuple):
         scale = self.options.get("scale")
         return float(self.query.shape[-1] ** -0.5 if scale is None else scale)
 
+    @property
+    def cross(self) -> bool:
+        """Whether the queries are those of another sequence than the keys."""
+        options = bool(self.options.get("causal")), self.options.get("cross")
+        return is_cross(self.query.shape[2], self.key.shape[2], *options)
+
     def real_queries(self) -> Tensor:
-        """Bool [B, Nq]: the queries that are real tokens. Queries are the last of the keys, as in causal attention."""
+        """Bool [B, Nq]: the queries that are real tokens, the last of the keys; those of another sequence all are."""
         batch, _, count, _ = self.query.shape
         mask = self.options.get("key_mask")
-        if mask is None:
+        if mask is None or self.cross:
             return self.query.new_ones(batch, count, dtype=torch.bool)
         real: Tensor = mask[:, mask.shape[1] - count :].expand(batch, count)
         return real
@@ -70,6 +77,7 @@ class _Call(NamedTuple):
     causal: bool
     grid: tuple[int, int] | None
     window: int | None
+    cross: bool
     key_mask: Tensor | None
 
 
@@ -81,6 +89,7 @@ class _Sequence(NamedTuple):
     keys: int
     causal: bool
     grid: tuple[int, int] | None
+    cross: bool
 
 
 class CostMeter:
@@ -115,23 +124,23 @@ class CostMeter:
     def add(self, mask: Tensor | None) -> None:
         """Add up the calls noted; `mask` holds the real tokens of the batch, for the modules left exact."""
         calls: dict[tuple[Any, ...], int] = defaultdict(int)
-        for module, rows, queries, keys, causal, grid, window, key_mask in self._calls:
+        for module, rows, queries, keys, causal, grid, window, cross, key_mask in self._calls:
             if module is None and mask is not None and mask.shape[1] == keys:
                 key_mask = mask
             for real in [keys] * rows if key_mask is None else key_mask.sum(1).tolist():
-                calls[module, min(queries, real), real, causal, grid, window] += 1
+                calls[module, queries if cross else min(queries, real), real, causal, grid, window, cross] += 1
         self._calls.clear()
-        for (module, queries, keys, causal, grid, window), count in calls.items():
+        for (module, queries, keys, causal, grid, window, cross), count in calls.items():
             if keys == 0:
                 continue
             positions, ratio = float(keys), 1.0
             weight = count * queries
             if module is not None:
-                cost = module.cost(queries, keys, causal=causal, grid=grid, window=window)
+                cost = module.cost(queries, keys, causal=causal, grid=grid, window=window, cross=cross)
                 positions, ratio = cost.positions, cost.ratio
                 self._products_of[self._names[module]] += weight * keys * ratio
                 if window is None:
-                    self._sequences[_Sequence(module.head_dim, queries, keys, causal, grid)] += weight
+                    self._sequences[_Sequence(module.head_dim, queries, keys, causal, grid, cross)] += weight
                     self._attended += weight * positions
             self._queries += weight
             self._keys += weight * keys
@@ -178,10 +187,11 @@ class CostMeter:
         key_mask = seen.options.get("key_mask")
         rows, _, queries, _ = seen.query.shape
         causal, grid, window = (seen.options.get(name) for name in ("causal", "grid", "window"))
-        self._calls.append(_Call(module, rows, queries, seen.key.shape[2], bool(causal), grid, window, key_mask))
+        keys = seen.key.shape[2]
+        self._calls.append(_Call(module, rows, queries, keys, bool(causal), grid, window, seen.cross, key_mask))
 
     def _note_exact(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         states = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3]
         if states:
             rows, count, _ = states[0].shape
-            self._calls.append(_Call(None, rows, count, count, False, None, None, None))
+            self._calls.append(_Call(None, rows, count, count, False, None, None, False, None))

@@ -12,6 +12,7 @@ from torch import Tensor
 SUBTILE = 4  # queries that attend to the same keys
 CANDIDATES = 3  # keys that a tile proposes, for each that one of its sub-tiles takes
 LEAST_BODY = 128  # tokens up to which, where the length decides, softmax attention costs no more
+LEAST_QUERIES = 128  # of another sequence, below which softmax attention is faster than the choice among the keys
 MOST_TILES = 128  # of a sequence
 # Where the length decides: so much times a root, within bounds.
 HIDDEN_PER_ROOT, MOST_HIDDEN = 1.45, 64

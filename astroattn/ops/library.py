@@ -344,7 +344,8 @@ def _near_far(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Te
 @_fake(_near_far)
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     budget, tokens, queries = _budget_of(*rest[2:-2]), key.shape[2], query.shape[2]
-    layout, body, asked = budget.at(tokens, query.shape[3], queries), tokens - budget.prefix, budget.asked(tokens, queries)
+    layout, body = budget.at(tokens, query.shape[3], queries), tokens - budget.prefix
+    asked = budget.asked(tokens, queries)
     order = query.new_empty(*query.shape[:2], asked, dtype=torch.int32)
     winners = order.new_empty(*query.shape[:2], body)
     keys = order.new_empty(*query.shape[:2], layout.all_subtiles(asked), _any_number(layout.most_keys(body)))

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from astroattn.attention import AstrocyteAttention
 from astroattn.config import AstroConfig, Preset, as_config
 from astroattn.hidden import LearnedHidden
+from astroattn.ops.layout import LEAST_QUERIES
 from astroattn.patching.checking import Configs, check, check_heads, make_core, run_original, shape_of, site_at
 from astroattn.patching.dense_masks import Expected
 from astroattn.patching.grid import PatchGrid, place_grids
 from astroattn.patching.report import NotPatched, PatchReport, Row, make_notes
-from astroattn.patching.site import CORE, NO_GRID, Site, install, remove, site_of
-from astroattn.patching.survey import Found, Where, front_ends, select, survey
+from astroattn.patching.site import CORE, CROSS_IN_ORDER, NO_GRID, Site, install, remove, site_of
+from astroattn.patching.survey import Found, Where, front_ends, reads_in_order, select, survey
 from astroattn.plan import Plan
 
 LONGEST = ("max_target_positions", "max_position_embeddings")  # settings that bound the length of a causal sequence
@@ -250,7 +251,9 @@ def _patch(
         runs, note = run_original(model, fresh, inputs)
         _install(model, fresh, configs, grids)
         reasons |= check(model, fresh, configs, runs)
+        ordered = [each for each in fresh if each.crosses and reads_in_order(model, found, each)]
         reasons |= {each.name: reason for each in fresh if (reason := _causal_refusal(each))}
+        reasons |= {each.name: CROSS_IN_ORDER for each in ordered}
         for each in fresh:
             if each.name in reasons:
                 remove(each.module)
@@ -278,6 +281,7 @@ def _install(model: nn.Module, fresh: list[Found], configs: Configs, grids: dict
         if shape is None:  # the probe corrects it
             shape = (len(config) if isinstance(config, tuple) else 1, 1)
         site = each.front_end(each.name, type(each.module).__name__, grids.get(each.name))
+        site.cross = each.crosses
         install(site, each.module, make_core(each.module, shape, config))
     _settle(model)
 
@@ -292,6 +296,9 @@ def _remark(each: Found) -> None:
         if not any(seen.window_ended for seen in calls):
             window += "; not checked in longer ones"
         site.remark = "; ".join(filter(None, (site.remark, window)))
+    if each.crosses:
+        cross = f"cross attention: exact where there are fewer than {LEAST_QUERIES} queries"
+        site.remark = "; ".join(filter(None, (site.remark, cross)))
 
 
 def _keep_learned(core: AstrocyteAttention, before: AstrocyteAttention | None) -> None:
@@ -313,7 +320,7 @@ def _causal_refusal(each: Found) -> str | None:
     if core.shares_keys and (reason := _streaming_refusal(each)):
         return reason
     soft_cap, bias = calls[0].soft_cap if calls else None, any(seen.bias for seen in calls)
-    refusal: str | None = core.refusal(causal=causal, soft_cap=soft_cap, bias=bias)
+    refusal: str | None = core.refusal(causal=causal, soft_cap=soft_cap, bias=bias, cross=each.crosses or None)
     return refusal
 
 
@@ -375,7 +382,7 @@ def _report(
         if site is not None:
             core = getattr(each.module, CORE)
             shape, kinds = (core.num_heads, core.head_dim), len(set(core.configs))
-            lost = site.grid is None and site.sees_patches(each.module)
+            lost = site.grid is None and not site.cross and site.sees_patches(each.module)
             reason = "; ".join(filter(None, (site.remark, NO_GRID if lost else "")))
         else:
             reason = reasons.get(each.name) or each.refusal or ("" if each.name in chosen else NOT_SELECTED)

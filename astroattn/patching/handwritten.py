@@ -35,6 +35,7 @@ from astroattn.patching.scores import (
     values_of,
 )
 from astroattn.patching.site import (
+    CROSS_NAMES,
     RECORD,
     WINDOW,
     Call,
@@ -49,7 +50,6 @@ from astroattn.patching.site import (
 from astroattn.patching.swapped import put_over, take_off
 
 ATTENTION_CLASS = re.compile(r"attention|attn|(mh|gp|sh)sa$", re.IGNORECASE)  # *SA: self-attention
-CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 WEIGHTS = ("output_attentions", "need_weights", "return_attention", "return_attention_weights")
 
@@ -129,10 +129,12 @@ class HandwrittenSite(Site):
 
     @classmethod
     def refusal(cls, name: str, module: nn.Module) -> str | None:
-        crossing = getattr(module, "is_cross_attention", False) or getattr(module, "encoder_decoder_attention", False)
-        if "Cross" in type(module).__name__ or CROSS_NAMES.search(name) or crossing is True:
-            return "cross attention"
         return replaced_forward(module)
+
+    @classmethod
+    def crosses(cls, name: str, module: nn.Module) -> bool:
+        crossing = getattr(module, "is_cross_attention", False) or getattr(module, "encoder_decoder_attention", False)
+        return "Cross" in type(module).__name__ or CROSS_NAMES.search(name) is not None or crossing is True
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
@@ -358,7 +360,7 @@ class Watch(TorchFunctionMode):
         count, keys = plain(query.shape[2]), plain(key.shape[2])
         said = read_masks(weights.masks, *parts, count, keys, self.site.causal, self.site.expected)
         causal, refusal = causal or said.causal, said.refusal
-        if not causal:
+        if not causal and not self.site.cross:
             refusal = refusal or unequal(count, keys)
         if self.site.seen is not None and refusal is None:
             self.site.causal = causal

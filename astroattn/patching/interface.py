@@ -8,7 +8,6 @@ astrocyte are answered by it; all others run exactly what they ran before, on th
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from astroattn.patching.handwritten import HandwrittenSite
 from astroattn.patching.masks import KeyMask, attention_mask, dense
 from astroattn.patching.site import (
     CORE,
+    CROSS_NAMES,
     RECORD,
     Call,
     Site,
@@ -41,11 +41,6 @@ HOSTS = ("sdpa", "eager")
 PREFIX = "astroattn_"
 WEIGHTS_HANDLE = "astroattn_handle"  # the attribute of a patched model that holds the handle of `refuse_weights`
 
-CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)
-# an attribute of the module that is not None, False or 0, and what it means
-REFUSED_ATTRIBUTES = {
-    "is_cross_attention": "cross attention",
-}
 # an argument of the attention function that is not None, and what it means
 REFUSED_ARGUMENTS = {
     "head_mask": "head mask",
@@ -77,19 +72,15 @@ class InterfaceSite(Site):
             return "a subclass that computes attention by itself"
         if hasattr(module, "compressor"):  # None in some layers; all share a mask that must stay the host's
             return "keys of compressed tokens beside those of the sequence"
+        return None
+
+    @classmethod
+    def crosses(cls, name: str, module: nn.Module) -> bool:
         parameters = inspect.signature(type(module).forward).parameters
         required = {key for key, value in parameters.items() if value.default is inspect.Parameter.empty}
-        if (
-            "Cross" in type(module).__name__
-            or CROSS_NAMES.search(name)
-            or required & {"key_value_states", "encoder_hidden_states"}
-        ):
-            return "cross attention"
-        for attribute, reason in REFUSED_ATTRIBUTES.items():
-            value = getattr(module, attribute, None)
-            if isinstance(value, (Tensor, nn.Module)) or value:
-                return reason
-        return None
+        named = "Cross" in type(module).__name__ or CROSS_NAMES.search(name) is not None
+        asks = required & {"key_value_states", "encoder_hidden_states"}
+        return named or bool(asks) or getattr(module, "is_cross_attention", False) is True
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
@@ -220,7 +211,7 @@ def _read(
         said = read_mask(mask, query.shape[0], key.shape[2], getattr(module, RECORD).expected)
         refusal = refusal or said.refusal
     real, causal = said.real, causal or said.causal
-    if not aligned:
+    if not aligned and not getattr(module, RECORD).cross:
         refusal = refusal or unequal(query.shape[2], key.shape[2])
     site, core = getattr(module, RECORD), getattr(module, CORE)
     memory = layer_of(module) if core.shares_keys else None

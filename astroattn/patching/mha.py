@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from astroattn.checks import check_traceable
 from astroattn.patching.dense_masks import DENSE, HIDDEN, Mask, read_mask
-from astroattn.patching.site import RECORD, Call, Site, attend, fall_back, replaced_forward, site_of
+from astroattn.patching.site import CROSS_NAMES, Call, Site, attend, fall_back, replaced_forward, site_of
 
 NESTED = "astroattn_use_nested_tensor"  # a TransformerEncoder's use_nested_tensor before it was patched
 
@@ -35,12 +35,15 @@ class MhaSite(Site):
         reasons = {
             "a subclass of torch.nn.MultiheadAttention": type(module) is not nn.MultiheadAttention
             and not isinstance(module, MultiheadAttentionWithAstrocyte),
-            "cross attention": name.rpartition(".")[2] == "multihead_attn",
             "keys and values of other widths (kdim, vdim)": not module._qkv_same_embed_dim,
             "extra key and value (add_bias_kv)": module.bias_k is not None,
             "extra zero key (add_zero_attn)": module.add_zero_attn,
         }
         return next((reason for reason, holds in reasons.items() if holds), replaced_forward(module))
+
+    @classmethod
+    def crosses(cls, name: str, module: nn.Module) -> bool:
+        return name.rpartition(".")[2] == "multihead_attn" or CROSS_NAMES.search(name) is not None
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
@@ -103,20 +106,20 @@ class MultiheadAttentionWithAstrocyte(nn.MultiheadAttention):
                 is_causal=is_causal,
             )
 
-        if site_of(self) is None:  # unpatched under a hook or a class that still leads here
+        if (site := site_of(self)) is None:  # unpatched under a hook or a class that still leads here
             return host()
         check_traceable(query)
         batch = query.shape[0 if self.batch_first else -2]
         mask, seen = _read_masks(key_padding_mask, None if is_causal else attn_mask, batch, self.num_heads)
         refusals = {
             "tensors without a batch or nested": query.dim() != 3 or query.is_nested,
-            "cross attention": not _is_same(query, key),
+            "cross attention, which the name of the module does not say": not (site.cross or _is_same(query, key)),
             "need_weights=True": need_weights,
             "is_causal without attn_mask": attn_mask is None and is_causal,
         }
         refusal = [*(reason for reason, holds in refusals.items() if holds), mask.refusal][0]
         if refusal is not None:
-            fall_back(getattr(self, RECORD), refusal)
+            fall_back(site, refusal)
             return host()
         q, k, v = self._project(query, key, value)
         call = Call(q, k, v, mask.real, is_causal or mask.causal, dropout=self.dropout if self.training else 0.0)

@@ -87,7 +87,7 @@ REFUSALS = {
     "timm.models.edgenext.CrossCovarianceAttn": CHANNELS,
     "timm.layers.diff_attention.DiffAttention": DIFFERENTIAL,
     "timm.models.vision_transformer.DiffParallelScalingBlock": DIFFERENTIAL,
-    "timm.models.crossvit.CrossAttention": "cross attention",
+    "timm.models.crossvit.CrossAttention": POOLING,
     "timm.models.cait.TalkingHeadAttn": HAND_WRITTEN,
 }
 
@@ -106,11 +106,13 @@ class SdpaSite(Site):
     def refusal(cls, name: str, module: nn.Module) -> str | None:
         if (reason := REFUSALS.get(known_class(type(module)) or "")) is not None:
             return reason
-        if getattr(module, "is_cross_attention", False):
-            return "cross attention"
         parts = (module, getattr(module, "processor", None))  # where diffusers has it
         own = not any(CALLS & names_in(each.__code__) for part in parts for each in methods(type(part)))
         return HAND_WRITTEN if own else replaced_forward(module)
+
+    @classmethod
+    def crosses(cls, name: str, module: nn.Module) -> bool:
+        return getattr(module, "is_cross_attention", False) is True
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
@@ -183,7 +185,7 @@ def _read(
 ) -> Call:
     """A call of `F.scaled_dot_product_attention`, in our words."""
     mask = read_mask(attn_mask, query.shape[0], key.shape[-2], site.expected)
-    refusal = mask.refusal or unequal(query.shape[-2], key.shape[-2])
+    refusal = mask.refusal or (None if site.cross else unequal(query.shape[-2], key.shape[-2]))
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)

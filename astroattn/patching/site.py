@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 import warnings
 from collections import Counter
@@ -38,6 +39,11 @@ REPLACED = "its forward was replaced on the instance (accelerate's hooks do so);
 WINDOW = "attention within small windows, which softmax serves best"
 STRIDED = "keys of another length than the queries (pooled or strided), few of them"
 UNEQUAL = "keys of another length than the queries (cross attention or a static cache)"
+CROSS_NAMES = re.compile(r"encoder_attn|encdec|cross_?att", re.IGNORECASE)  # of modules, in models of all libraries
+CROSS_IN_ORDER = (
+    "cross attention of tokens that come in order (a decoder): for one at a time softmax costs least, and a tile would "
+    "show an earlier one what later ones ask for"
+)
 NO_GRID = "patch grid not found: tokens are treated as a sequence"
 OUT_OF_REACH = {  # by what PyTorch's own error names
     "vmap": "torch.vmap does not reach into this astrocyte; loop over the samples",
@@ -69,6 +75,7 @@ class Call:
     bias: Tensor | None = None  # [1 or B, 1 or H, 1 or Nq, Nk], added to the logits
     refusal: str | None = None
     memory: StreamingLayer | None = None  # of the tokens before these
+    cross: bool | None = None  # as in `AstrocyteAttention.forward`
 
 
 @dataclass
@@ -101,6 +108,7 @@ class Site:
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls the host answered, by reason
     seen: list[Seen] | None = None  # a list during the probe forward
     expected: Expected = field(default_factory=Expected)  # what the probe has seen of masks
+    cross: bool = False  # whether its queries are those of another sequence than its keys
     finds_cache: ClassVar[bool] = False  # whether it can have a streaming memory in the cache of a call
     remark: str = ""  # what the report says of it
     handles: list[Any] = field(default_factory=list)  # of its hooks on the module, each from the moment it is there
@@ -125,6 +133,11 @@ class Site:
         raise NotImplementedError
 
     @classmethod
+    def crosses(cls, name: str, module: nn.Module) -> bool:
+        """Whether the queries of a claimed module are those of another sequence than its keys."""
+        return False
+
+    @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:
         """Heads and head dimension as the module's attributes give them, None if they do not."""
         raise NotImplementedError
@@ -132,7 +145,7 @@ class Site:
     @classmethod
     def is_causal(cls, module: nn.Module) -> bool:
         """Whether the module says of itself that it is causal."""
-        return False
+        return getattr(module, "is_decoder", False) is True
 
     @classmethod
     def sees_patches(cls, module: nn.Module) -> bool:
@@ -223,10 +236,12 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
     core: AstrocyteAttention = getattr(module, CORE)
     if not torch.compiler.is_compiling() and site in _running.handed:
         _running.handed[site] = True
+    call.cross = site.cross or None
     if site.seen is not None:
         return _observe(site, core, call, host)
     call.query, call.key, call.value = autocast(call.query, call.key, call.value)
-    if call.grid is None and site.grid is not None and call.query.dim() == 4 and call.documents is None:
+    sees_grid = not site.cross and call.query.dim() == 4 and call.documents is None
+    if call.grid is None and site.grid is not None and sees_grid:
         call.grid = site.grid.of(call.query.shape[2])
         if call.grid is None and not all(covers(each, plain(call.key.shape[2]), None) for each in core.configs):
             site.count(NO_GRID, f"{site.name}: {NO_GRID}")
@@ -257,6 +272,8 @@ def attend(module: nn.Module, call: Call, host: Callable[[], Tensor]) -> Tensor:
 def _answer(core: AstrocyteAttention, call: Call, **options: Any) -> Tensor:
     """What an astrocyte makes of a call."""
     options |= {name: getattr(call, name) for name in ("causal", "scale", "window", "sink", "soft_cap")}
+    if call.cross:
+        options["cross"] = True
     if call.bias is not None:
         options["bias"] = call.bias.expand(-1, -1, call.query.shape[2], -1)
 
@@ -301,6 +318,8 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "a mask over a grid of patches"
     if call.key_mask is not None and call.key_mask.shape != (query.shape[0], key.shape[2]):
         return "a mask for another batch or for other keys"
+    if call.documents is not None and call.cross:
+        return "packed documents in cross attention"
     if call.documents is not None and call.documents.shape != (query.shape[0], query.shape[2]):
         return "a mask for another batch or for other tokens"
     if call.documents is not None and call.memory is not None:
@@ -313,13 +332,14 @@ def _refusal(core: AstrocyteAttention, call: Call) -> str | None:
         return "attention sinks that are not one logit for each head"
     if core.hidden is not None and core.hidden.is_lost(query.device):
         return LOST_WEIGHTS
-    exact = core.exact or all(covers(each, plain(key.shape[2]), call.grid) for each in core.configs)
+    counts = plain(query.shape[2]), plain(key.shape[2])
+    crossing = counts[0] if call.cross else None
+    exact = core.exact or all(covers(each, counts[1], call.grid, crossing) for each in core.configs)
     if call.bias is not None and not exact and is_torn(call.bias):
         return DENSE
-    counts = query.shape[2], key.shape[2]
     if call.causal and counts[0] > counts[1]:
         return "more queries than keys in causal attention"
-    options = {name: getattr(call, name) for name in ("causal", "window", "soft_cap")}
+    options = {name: getattr(call, name) for name in ("causal", "window", "soft_cap", "cross", "grid")}
     return core.refusal(num_queries=counts[0], num_keys=counts[1], bias=call.bias is not None, **options)
 
 
@@ -382,7 +402,7 @@ def _difference(answer: Tensor, ours: Tensor, call: Call) -> float:
     if answer.shape != ours.shape:
         return float("inf")
     error = (answer - ours).float().abs()
-    if call.key_mask is not None and call.query.shape[2] == call.key.shape[2]:
+    if call.key_mask is not None and call.query.shape[2] == call.key.shape[2] and not call.cross:
         real = call.key_mask[:, None, :, None]
         error, answer = error.where(real, 0.0), answer.where(real, 0.0)
     difference = error.max() / answer.float().abs().max().clamp_min(1e-12)

@@ -34,11 +34,12 @@ class Found:
     module: nn.Module
     front_end: type[Site] | None
     refusal: str | None
+    crosses: bool = False
 
     @property
     def is_self_attention(self) -> bool:
         """False for cross attention and pooling, which the indices of `where` pass over."""
-        return not (self.refusal or "").startswith(("cross attention", "one query"))
+        return not (self.crosses or (self.refusal or "").startswith("one query"))
 
 
 def survey(model: nn.Module) -> list[Found]:
@@ -56,11 +57,34 @@ def survey(model: nn.Module) -> list[Found]:
         if front_end is not None:
             parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
             refusal = POOLING if POOLING_CLASS.search(parent) else front_end.refusal(name, module)
-            found.append(Found(name, module, front_end, None if site else refusal))
+            crosses = site.cross if site else front_end.crosses(name, module)
+            found.append(Found(name, module, front_end, None if site else refusal, crosses))
         elif ATTENTION_CLASS.search(type(module).__name__) and not _wraps_attention(available, module):
             window = WINDOW_CLASS.search(type(module).__name__)
             found.append(Found(name, module, None, WINDOW if window else UNKNOWN))
     return found
+
+
+def reads_in_order(model: nn.Module, found: list[Found], cross: Found) -> bool:
+    """Whether the tokens that ask in cross attention come in order: the self-attention nearest to it is causal."""
+    name = cross.name
+    while name:
+        name = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(name), nn.TransformerDecoderLayer):
+            return True  # whether it is depends on the mask of a call
+        inside = f"{name}." if name else ""
+        beside = [each for each in found if not each.crosses and each.name.startswith(inside)]
+        if beside:
+            return any(_is_causal(each) for each in beside)
+    return cross.front_end is not None and cross.front_end.is_causal(cross.module)
+
+
+def _is_causal(each: Found) -> bool:
+    """Whether an attention module is causal: as the probe has seen it, else as the module says."""
+    site = site_of(each.module)
+    if site is not None and site.seen:
+        return any(seen.causal or seen.refusal is not None for seen in site.seen)
+    return each.front_end is not None and each.front_end.is_causal(each.module)
 
 
 def front_ends() -> list[type[Site]]:

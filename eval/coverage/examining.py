@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from astroattn import AstroConfig
 from astroattn.attention import AstrocyteAttention
-from astroattn.checks import BIAS, BIAS_CAUSAL
+from astroattn.checks import BIAS, BIAS_CAUSAL, CROSS
 from astroattn.cost import covers
+from astroattn.fidelity.calls import read_call
 from astroattn.patching import NotPatched, PatchReport, fallbacks, patch, probe, unpatch
 from astroattn.patching.survey import survey
 from eval.coverage.inputs import Inputs
@@ -28,7 +29,8 @@ from eval.coverage.subjects import CannotRun, Subject, describe, subjects
 Row = dict[str, Any]
 
 FULL = AstroConfig(hidden="random", near=4096, exact_keys=0)  # softmax attention, by construction
-FULL_TILED = AstroConfig(hidden="none", near=4096, exact_keys=0)  # where there is a bias, which no static layer has
+# Where there is a bias or the keys of another sequence, which no static layer with a near field has.
+FULL_TILED = AstroConfig(hidden="none", near=4096, exact_keys=4096)
 STATIC = AstroConfig(hidden="random", near=0, exact_keys=0, num_hidden=8)
 DEFAULT = AstroConfig()
 
@@ -135,11 +137,11 @@ def _patch_full(model: nn.Module, inputs: Inputs) -> PatchReport:
         report, error = _patch(model, FULL, inputs), None
     except NotPatched as refused:
         report, error = refused.report, refused
-    biased = {row.name for row in report.exact if row.reason in (BIAS, BIAS_CAUSAL)}
-    if biased:
+    others = {row.name for row in report.exact if row.reason in (BIAS, BIAS_CAUSAL, CROSS)}
+    if others:
         with suppress(NotPatched):
-            both = _patch(model, FULL_TILED, inputs, lambda name, _: name in biased)
-            rows = (new if new.name in biased else old for new, old in zip(both.rows, report.rows, strict=True))
+            both = _patch(model, FULL_TILED, inputs, lambda name, _: name in others)
+            rows = (new if new.name in others else old for new, old in zip(both.rows, report.rows, strict=True))
             return replace(both, rows=tuple(rows))
     if error is not None:
         raise error
@@ -259,9 +261,10 @@ def _check_changed(model: nn.Module, before: _Answers, config: AstroConfig) -> N
 
     def watch(core: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(core, AstrocyteAttention)
-        tokens = (args[1] if len(args) > 1 else kwargs["key"]).shape[2]
+        call = read_call(core, args, kwargs)
+        tokens, crossing = call.key.shape[2], call.query.shape[2] if call.cross else None
         exact = kwargs.get("window") is not None or all(
-            covers(each, tokens, kwargs.get("grid")) for each in core.configs
+            covers(each, tokens, kwargs.get("grid"), crossing) for each in core.configs
         )
         if not exact:
             approximate.append(tokens)
@@ -296,7 +299,8 @@ def _changes_when_enlarged(model: nn.Module, inputs: Inputs) -> bool:
 def _summarise(report: PatchReport) -> Row:
     own = [each for each in report.rows if not each.reason.startswith(OTHER_ATTENTION)]
     reasons = [each.reason for each in own if each.status == "exact"]
-    return {"patched": len(report.patched), "total": len(own), "reasons": _once(reasons)}
+    patched = [each for each in own if each.status == "astrocyte"]
+    return {"patched": len(patched), "total": len(own), "reasons": _once(reasons)}
 
 
 def _left(model: nn.Module) -> list[str]:

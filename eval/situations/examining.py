@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from astroattn import AstroConfig
 from astroattn.attention import AstrocyteAttention
 from astroattn.cost import covers
+from astroattn.fidelity.calls import read_call
 from astroattn.patching import NotPatched, PatchReport, patch, unpatch
 from astroattn.patching.site import CORE, NO_GRID, site_of
 from eval.coverage.subjects import describe
@@ -228,9 +229,11 @@ def _watching(situation: Situation, model: nn.Module) -> Iterator[_Seen]:
     def note_answer(name: str) -> Any:
         def note(core: AstrocyteAttention, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             seen.answers.update([name])
-            keys, mask = args[1].shape[2], kwargs.get("key_mask")
+            call, mask = read_call(core, args, kwargs), kwargs.get("key_mask")
+            keys, crossing = call.key.shape[2], call.query.shape[2] if call.cross else None
             several = keys > 1 if mask is None else bool((mask.sum(1) > 1).any())  # of one key all take the value
-            exact = kwargs.get("window") is not None or all(covers(c, keys, kwargs.get("grid")) for c in core.configs)
+            windowed, grid = kwargs.get("window") is not None, kwargs.get("grid")
+            exact = windowed or all(covers(each, keys, grid, crossing) for each in core.configs)
             seen.approximate += several and not exact
 
         return note
