@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval import packed, position_bias, summary
+from eval import cross_attention, packed, position_bias, summary
 from eval.benchmark.rows import format_markdown as format_speed
 from eval.common import fill_marks, read_rows, run_script, write_figure
 from eval.generate.page import load_results
@@ -114,6 +114,11 @@ def texts() -> dict[Path, dict[str, str]]:
     tables |= {
         "position-bias": position_bias.format_errors(biased),
         "position-bias-time": position_bias.format_times(biased),
+    }
+    crossed = read_rows(summary.RESULTS / "cross_attention.json")
+    tables |= {
+        "cross-attention": cross_attention.format_errors(crossed),
+        "cross-attention-time": cross_attention.format_times(crossed),
     }
     tables["packed"] = packed.format_markdown(read_rows(summary.RESULTS / "packed.json"))
     return {README: numbers, DOCS / "index.md": numbers, DOCS / "benchmarks.md": tables}
