@@ -42,6 +42,7 @@ CASES = {
     "more neurons than tokens": (9, 8, 8, {"tile": 4, "near": 1, "exact_keys": 1, "num_hidden": 40}, None),
     "three tokens": (3, 8, 8, {"near": 1, "exact_keys": 1, "num_hidden": 2}, None),
     "many tokens": (2500, 16, 16, {"exact_keys": 9}, None),
+    "wide heads": (70, 300, 270, {"exact_keys": 9, "num_hidden": 6, "prefix": 1}, None),
 }
 
 

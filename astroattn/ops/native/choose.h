@@ -67,9 +67,10 @@ struct Choose : Clusters {
         const int64_t rows = p.rows ? p.rows : 1, columns = p.rows ? p.columns : body;
         const int64_t first = subtile * SUBTILE, last = std::min(first + SUBTILE, queries_of(tile));
         for (int64_t i = first; i < last; i++) {
-            const int64_t token = tokens_of(tile)[i] - p.prefix;
-            const int64_t top = std::clamp<int64_t>(token / columns - layout.high / 2, 0, rows - layout.high);
-            const int64_t left = std::clamp<int64_t>(token % columns - layout.wide / 2, 0, columns - layout.wide);
+            const int32_t token = tokens_of(tile)[i] - int32_t(p.prefix);
+            const int32_t row = p.rows ? token / int32_t(columns) : 0, column = token - row * int32_t(columns);
+            const int64_t top = std::clamp<int64_t>(row - layout.high / 2, 0, rows - layout.high);
+            const int64_t left = std::clamp<int64_t>(column - layout.wide / 2, 0, columns - layout.wide);
             for (int64_t y = top; y < top + layout.high; y++)
                 for (int64_t x = left; x < left + layout.wide; x++) {
                     const int64_t key = y * columns + x;
@@ -112,12 +113,12 @@ struct Choose : Clusters {
     // How much more than the tile's mean query one of its sub-tiles asks for each cluster, at most.
     void measure_gains(int64_t tile, Bench& room) {
         const int subtiles = int(subtiles_of(tile));
-        const int64_t columns = round_up(hidden, PANEL);
+        const int64_t columns = round_up(hidden, LANES), apart = round_up(hidden, PANEL);
         float *log_share = room.log_share, *gain = room.gain;
         for (int s = 0; s < subtiles; s++) room.a[s] = room.sub_mean + s * dim;
         for (int64_t j = 0; j < hidden; j += PANEL) {
-            for (int s = 0; s < subtiles; s++) room.c[s] = room.drive + s * columns + j;
-            dot_panel(subtiles, WIDE, room.a, weight_panels + j * dim, dim, room.c);
+            for (int s = 0; s < subtiles; s++) room.c[s] = room.drive + s * apart + j;
+            dot_panel(subtiles, vectors_of(hidden - j), room.a, weight_panels + j * dim, dim, room.c);
         }
         for (int64_t j = 0; j < hidden; j++)
             log_share[j] = std::max(sum_of(room.expected + start[j], start[j + 1] - start[j]), FLT_MIN);
@@ -127,7 +128,7 @@ struct Choose : Clusters {
             store(gain + j, spread(-INFINITY));
         }
         for (int s = 0; s < subtiles; s++) {
-            const float* drive = room.drive + s * columns;
+            const float* drive = room.drive + s * apart;
             vec top = spread(-3e38f), all = {};
             for (int64_t j = 0; j < columns; j += LANES) top = larger(load(drive + j) + load(log_share + j), top);
             const float high = largest(top);

@@ -66,7 +66,7 @@ struct Head {
     Layout layout{};
     std::atomic<bool> broken{false};  // whether a key holds NaN or infinity, which a weight of 0 would hide
     // Rows k_stride and v_stride apart: the caller's own where they are float32 without gaps; rows far apart would cost
-    // more in cache misses than a copy does. far_k, far_v: the same in the order of the places.
+    // more in cache misses than a copy does, unless they are read only once. far_k, far_v: in the order of the places.
     const float *k, *v, *far_k, *far_v;
     int64_t k_stride, v_stride, far_k_stride, far_v_stride;
     bool own_keys, own_values;
@@ -81,8 +81,7 @@ struct Head {
           value_dim(round_up(p.value_dim, LANES)),
           padded(round_up(p.tokens + LANES, PANEL)),
           longest(round_up(std::max(p.tokens, p.queries) + LANES, PANEL)),
-          own_keys(p.type == FLOAT32 && p.dim == dim && p.key_stride[2] == dim),
-          own_values(p.type == FLOAT32 && p.value_dim == value_dim && p.value_stride[2] == value_dim) {
+          own_keys(p.type == FLOAT32 && p.dim == dim && p.key_stride[2] == dim) {
         for (int64_t b = 0; b < p.batch; b++) {
             const Layout& x = t.layouts[b];
             int64_t real = (t.lengths ? t.lengths[b] : p.tokens) - p.prefix;
@@ -94,6 +93,8 @@ struct Head {
             most_candidates = std::max(most_candidates, x.candidates);
         }
         bool far = most_hidden > 0, means = far || most_exact > 0;
+        const bool once = far || p.value_stride[2] == value_dim;  // when they are sorted by their clusters
+        own_values = p.type == FLOAT32 && p.value_dim == value_dim && once;
         arena.take(q, p.queries * dim);
         arena.take(key_rows, own_keys ? 0 : p.tokens * dim);
         arena.take(value_rows, own_values ? 0 : p.tokens * value_dim);

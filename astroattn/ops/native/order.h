@@ -118,8 +118,7 @@ struct Order : Reading {
             float* rows = side ? key_axes : query_axes;
             if (first < last && side)
                 project(k + first * k_stride, k_stride, last - first, dim, basis + dim * AXES, rows + first * AXES);
-            else if (first < last)
-                project(q + first * dim, dim, last - first, dim, basis, rows + first * AXES);
+            else if (first < last) project(q + first * dim, dim, last - first, dim, basis, rows + first * AXES);
             get(centre, shift + side * AXES);
             for (int64_t n = first; n < last; n++) {
                 get(x, rows + n * AXES);

@@ -115,9 +115,10 @@ struct Reading : Head {
         }
         for (int64_t j = 0; j < hidden; j++) room.a[j] = weights + j * dim;
         for (int64_t i = 0; i < number; i += PANEL) {
-            fill_panel(room.rest, dim, dim, i, number, room.rest_panels);
+            const int width = vectors_of(number - i);
+            fill_panel(room.rest, dim, dim, i, number, room.rest_panels, width);
             for (int64_t j = 0; j < hidden; j++) room.c[j] = room.drive + j * wide + i;
-            dot_panel(int(hidden), WIDE, room.a, room.rest_panels, dim, room.c);
+            dot_panel(int(hidden), width, room.a, room.rest_panels, dim, room.c);
         }
     }
 

@@ -1,4 +1,4 @@
-// The largest of many numbers, by bisection of a limit: a pass over integers that are ordered as the numbers are.
+// The largest of many numbers, by trying limits: each is a pass over integers that are ordered as the numbers are.
 #pragma once
 
 #include <algorithm>
@@ -40,9 +40,21 @@ static inline void fill_ranks(int32_t* ranks, int64_t count) {
 static inline int64_t count_above(const int32_t* ranks, int64_t count, int32_t limit) {
     ivec number = {};
     for (int64_t n = 0; n < count; n += LANES) number -= load_ranks(ranks + n) > limit;
-    int64_t all = 0;
-    for (int i = 0; i < LANES; i++) all += number[i];
-    return all;
+    return sum_everywhere(number)[0];
+}
+
+static inline float value_of(int64_t rank) {  // as `rank_of` has it
+    const int32_t bits = int32_t(rank) ^ ((int32_t(rank) >> 31) & INT32_MAX);
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// A limit between two, by the share of the numbers' distance; where there is none, or one of them is no number, half of
+// the ranks'.
+static inline int64_t between(int64_t low, int64_t high, float share) {
+    const float a = value_of(low), b = value_of(high), x = a + (b - a) * share;
+    return a < x && x < b ? rank_of(spread(x))[0] : low + (high - low) / 2;
 }
 
 static inline Cut cut_largest(const int32_t* ranks, int64_t count, int64_t most) {
@@ -52,17 +64,21 @@ static inline Cut cut_largest(const int32_t* ranks, int64_t count, int64_t most)
         top = x > top ? x : top;
         bottom = there < bottom ? there : bottom;
     }
-    int64_t high = NEVER, low = INT32_MAX, above_high = 0;
+    int64_t high = NEVER, low = INT32_MAX, above_high = 0, above_low = count_above(ranks, count, NEVER);
     for (int i = 0; i < LANES; i++) {
         high = std::max<int64_t>(high, top[i]);
         low = std::min<int64_t>(low, bottom[i]);
     }
-    if (count_above(ranks, count, NEVER) <= most) return {NEVER, 0};
+    if (above_low <= most) return {NEVER, 0};
     low--;  // more than `most` ranks are above low, and at most as many above high
-    while (high - low > 1) {
-        int64_t middle = low + (high - low) / 2, number = count_above(ranks, count, int32_t(middle));
+    for (int pass = 0; high - low > 1; pass++) {
+        // As if the numbers were spread evenly, now and then in the middle, and by ranks where neither comes to an end.
+        const float even = float(above_low - most) / float(above_low - above_high);
+        const float share = pass % 3 == 2 ? 0.5f : std::min(std::max(even, 0.05f), 0.95f);
+        const int64_t middle = pass < 12 ? between(low, high, share) : low + (high - low) / 2;
+        const int64_t number = count_above(ranks, count, int32_t(middle));
         if (number == most) return {int32_t(middle), 0};
-        if (number > most) low = middle;
+        if (number > most) low = middle, above_low = number;
         else high = middle, above_high = number;
     }
     return {int32_t(high), most - above_high};

@@ -87,10 +87,10 @@ static inline int list_lanes(ivec x, int32_t first, int32_t* to) {
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Lane i is lane index(i) of the vectors a and b put one behind the other.
-template <typename Index>
-static inline vec shuffle(vec a, vec b, Index index) {
+template <typename Vector, typename Index>
+static inline Vector shuffle(Vector a, Vector b, Index index) {
 #if defined(__clang__)
-    vec out;
+    Vector out;
     for (int i = 0; i < LANES; i++) out[i] = index(i) < LANES ? a[index(i)] : b[index(i) - LANES];
     return out;
 #else
@@ -99,8 +99,8 @@ static inline vec shuffle(vec a, vec b, Index index) {
     return __builtin_shuffle(a, b, mask);
 #endif
 }
-template <int HALF = LANES / 2>
-static inline vec sum_everywhere(vec x) {
+template <int HALF = LANES / 2, typename Vector>
+static inline Vector sum_everywhere(Vector x) {
     if constexpr (HALF == 0) return x;
     else return sum_everywhere<HALF / 2>(x + shuffle(x, x, [](int i) { return i ^ HALF; }));
 }
@@ -234,6 +234,8 @@ static inline void dot_panel(int rows, const float* const* a, const float* b, in
         case 1: dot_panel<1, WIDTH>(a, b, depth, c); break;
     }
 }
+// How many vectors of a panel hold something, where so many columns are left.
+static inline int vectors_of(int64_t columns) { return int(columns < PANEL ? (columns + LANES - 1) / LANES : WIDE); }
 static inline void dot_panel(int rows, int width, const float* const* a, const float* b, int64_t depth,
                              float* const* c) {
     if (width == 1) dot_panel<1>(rows, a, b, depth, c);
@@ -302,17 +304,6 @@ static inline float add_row(const float* c, const float* v, int64_t stride, int6
     return all;
 }
 
-// Two vectors whose segments of 2 * HALF lanes are to be summed become one with segments of HALF lanes, in order.
-template <int HALF>
-static inline vec fold(vec a, vec b) {
-    auto first = [](int i) { return i / HALF * 2 * HALF + i % HALF; };
-    return shuffle(a, b, first) + shuffle(a, b, [&](int i) { return first(i) + HALF; });
-}
-template <int HALF>
-static inline vec fold_all(const vec* x) {
-    if constexpr (HALF == LANES / 2) return fold<HALF>(x[0], x[1]);
-    else return fold<HALF>(fold_all<2 * HALF>(x), fold_all<2 * HALF>(x + LANES / (2 * HALF)));
-}
 // Four vectors become one that holds, in each of its fours, the sums of theirs: shuffles within fours are the cheapest.
 static inline vec join_fours(const vec* x) {
     auto halves = [](vec a, vec b) {
@@ -323,14 +314,6 @@ static inline vec join_fours(const vec* x) {
     vec a = halves(x[0], x[1]), b = halves(x[2], x[3]);
     return shuffle(a, b, even) + shuffle(a, b, [&](int i) { return even(i) + 1; });
 }
-// The sums of LANES vectors.
-static inline vec sums_of(const vec* x) {
-    vec fours[LANES / 4];
-    for (int i = 0; i < LANES / 4; i++) fours[i] = join_fours(x + 4 * i);
-    if constexpr (LANES == 4) return fours[0];
-    else return fold_all<4>(fours);
-}
-
 // ---- four rows at a time, their numbers side by side: c[4 n + r] ----
 
 typedef float quad __attribute__((vector_size(16)));
@@ -367,27 +350,77 @@ static inline void ask_for(const float* row, int64_t dim) {
     for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(row + d);
 }
 
-// c[4 n + r] = a[r] . k[index[n]], k[n] without an index; dim a multiple of LANES. The last is
-// repeated to fill a vector.
-static inline void dot_quad(const float* const* a, const float* k, int64_t stride, int64_t dim, const int32_t* index,
-                            int64_t count, float* c) {
-    for (int64_t n = 0; n < count; n += IN_STEP) {
-        vec sums[LANES] = {};
-        const float* key[IN_STEP];
-        for (int i = 0; i < IN_STEP; i++) {
+// Four numbers over and over.
+static inline vec repeat_four(const float* p) {
+#if defined(__AVX512F__)
+    const __m512 all = _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#elif defined(__AVX2__)
+    const __m256 all = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+#else
+    const float* all = p;
+    return load(all);
+#endif
+#if defined(__AVX2__)
+    vec x;
+    memcpy(&x, &all, sizeof x);
+    return x;
+#endif
+}
+
+constexpr int FOURS = 16 / LANES;             // vectors that hold four numbers of each of four rows
+constexpr int AT_ONCE = LANES == 16 ? 8 : 4;  // columns, whose sums keep the multipliers busy
+constexpr int64_t MOST_DEPTH = 256;           // of rows in fours
+
+// c[4 n + r] (+)= rows[r] . k[index[n]], of rows in fours: number d of row r lies at 16 (d / 4) + 4 r + d % 4. The last
+// k is repeated to fill four.
+template <bool MORE>
+static inline void dot_fours(const float* rows, const float* k, int64_t stride, int64_t dim, const int32_t* index,
+                             int64_t count, float* c) {
+    for (int64_t n = 0; n < count; n += AT_ONCE) {
+        vec sums[FOURS][AT_ONCE] = {};
+        const float* key[AT_ONCE];
+        for (int i = 0; i < AT_ONCE; i++) {
             const int64_t at = n + i < count ? n + i : count - 1;
             key[i] = k + (index ? index[at] : at) * stride;
             if (index && at + AHEAD < count) ask_for(k + index[at + AHEAD] * stride, dim);
         }
-        for (int64_t d = 0; d < dim; d += LANES) {
-            vec part[IN_STEP];
-            for (int i = 0; i < IN_STEP; i++) part[i] = load(key[i] + d);
-            for (int r = 0; r < 4; r++) {
-                vec row = load(a[r] + d);
-                for (int i = 0; i < IN_STEP; i++) sums[4 * i + r] += row * part[i];
+        for (int64_t d = 0; d < dim; d += 4) {
+            vec part[FOURS];
+            for (int w = 0; w < FOURS; w++) part[w] = load(rows + 4 * d + w * LANES);
+            for (int i = 0; i < AT_ONCE; i++) {
+                const vec x = repeat_four(key[i] + d);
+                for (int w = 0; w < FOURS; w++) sums[w][i] += part[w] * x;
             }
         }
-        store(c + 4 * n, sums_of(sums));
+        for (int64_t i = 0; i < AT_ONCE && n + i < count; i += 4) {
+            vec dots[FOURS];  // row after row, of four columns each
+            for (int w = 0; w < FOURS; w++) dots[w] = join_fours(sums[w] + i);
+            if constexpr (FOURS == 4) {
+                transpose(dots);
+            } else {
+                const vec first = dots[0], last = dots[FOURS - 1];
+                for (int w = 0; w < FOURS; w++)
+                    dots[w] = shuffle(first, last, [&](int l) { return 4 * (l % 4) + (w * LANES + l) / 4; });
+            }
+            for (int w = 0; w < FOURS; w++) {
+                float* to = c + 4 * (n + i) + w * LANES;
+                store(to, MORE ? load(to) + dots[w] : dots[w]);
+            }
+        }
+    }
+}
+
+// c[4 n + r] = a[r] . k[index[n]], k[n] without an index, for n up to the next multiple of four; dim a multiple of
+// LANES. A vector that holds four numbers of several rows is summed up with fewer shuffles than one of a single row.
+static inline void dot_quad(const float* const* a, const float* k, int64_t stride, int64_t dim, const int32_t* index,
+                            int64_t count, float* c) {
+    float rows[4 * MOST_DEPTH];
+    for (int64_t from = 0; from < dim; from += MOST_DEPTH) {
+        const int64_t depth = dim - from < MOST_DEPTH ? dim - from : MOST_DEPTH;
+        for (int64_t d = 0; d < depth; d += 4)
+            for (int r = 0; r < 4; r++) store_quad(rows + 4 * d + 4 * r, load_quad(a[r] + from + d));
+        if (from) dot_fours<true>(rows, k + from, stride, depth, index, count, c);
+        else dot_fours<false>(rows, k, stride, depth, index, count, c);
     }
 }
 
@@ -484,9 +517,11 @@ static inline void add_outer(int rows, const float* const* c, const float* const
     }
 }
 
-// Rows [from, from + PANEL) of x, transposed to [depth][PANEL]; zeros from row `end` on. depth a multiple of LANES.
-static inline void fill_panel(const float* x, int64_t stride, int64_t depth, int64_t from, int64_t end, float* panel) {
-    for (int64_t i = 0; i < PANEL; i += LANES)
+// Rows [from, from + PANEL) of x, or so many vectors of them, transposed to [depth][PANEL]; zeros from row `end` on.
+// depth a multiple of LANES.
+static inline void fill_panel(const float* x, int64_t stride, int64_t depth, int64_t from, int64_t end, float* panel,
+                              int width = WIDE) {
+    for (int64_t i = 0; i < width * LANES; i += LANES)
         for (int64_t d = 0; d < depth; d += LANES) {
             vec rows[LANES];
             for (int64_t e = 0; e < LANES; e++)
