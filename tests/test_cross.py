@@ -369,3 +369,13 @@ def test_multihead_attention_whose_name_says_so() -> None:
     astroattn.patch(model, FEW, inputs=inputs)
     assert 1e-3 < relative(model(**inputs), before) < 0.5
     assert fallbacks(model) == {}
+
+
+def test_a_decoder_that_was_not_seen_to_be_causal_reads_its_encoder_exactly() -> None:
+    """FSMT's is causal only where it keeps no cache."""
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {"langs": ["en", "de"], "src_vocab_size": 60, "tgt_vocab_size": 60, "d_model": 16}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 16}
+    report = astroattn.patch(transformers.FSMTModel(transformers.FSMTConfig(**sizes)).eval())
+    assert [row.reason for row in report.rows if row.index is None] == [CROSS_IN_ORDER]

@@ -66,17 +66,30 @@ def survey(model: nn.Module) -> list[Found]:
 
 
 def reads_in_order(model: nn.Module, found: list[Found], cross: Found) -> bool:
-    """Whether the tokens that ask in cross attention come in order: the self-attention nearest to it is causal."""
-    name = cross.name
-    while name:
-        name = name.rpartition(".")[0]
-        if isinstance(model.get_submodule(name), nn.TransformerDecoderLayer):
-            return True  # whether it is depends on the mask of a call
-        inside = f"{name}." if name else ""
-        beside = [each for each in found if not each.crosses and each.name.startswith(inside)]
+    """Whether the tokens that ask in cross attention come in order: the self-attention nearest to it is causal.
+
+    Of an encoder and decoder of words it may be so in calls that are not made here, as of PyTorch's own decoder.
+    """
+    parts = cross.name.split(".")
+    names = [
+        ".".join(parts[:depth]) for depth in reversed(range(len(parts)))
+    ]  # of what is around it, the nearest first
+    around = [model.get_submodule(name) for name in names]
+    if any(
+        isinstance(each, nn.TransformerDecoderLayer) or _translates(getattr(each, "config", None)) for each in around
+    ):
+        return True
+    for name in names:
+        beside = [each for each in found if not each.crosses and (not name or each.name.startswith(f"{name}."))]
         if beside:
             return any(_is_causal(each) for each in beside)
     return cross.front_end is not None and cross.front_end.is_causal(cross.module)
+
+
+def _translates(config: object) -> bool:
+    """Whether a config is that of an encoder and a decoder of words."""
+    words = any(name.endswith("vocab_size") for name in getattr(config, "__dict__", {}))
+    return words and getattr(config, "is_encoder_decoder", False) is True
 
 
 def _is_causal(each: Found) -> bool:
