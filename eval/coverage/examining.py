@@ -68,8 +68,9 @@ def examine(subject: Subject) -> Row:
     """Patch and unpatch the model with three configs.
 
     Returns a row of "library", "type", "class", "status" and "reasons" (why modules stay exact or calls were left to
-    the model's own attention, each once; what went wrong), "patched" and "total" (self-attention modules), and
-    "difference", the largest with the full near field over the largest output (None where it was not measured).
+    the model's own attention, each once; what went wrong), "patched" and "total" (self-attention modules), "crossing"
+    (modules of cross attention that were patched), and "difference", the largest with the full near field over the
+    largest output (None where it was not measured).
     """
     row = make_row(subject)
     try:
@@ -94,7 +95,7 @@ def examine_at(index: int) -> Row:
 def make_row(subject: Subject) -> Row:
     """The row of a subject of which nothing is known yet."""
     row: Row = {"library": subject.library, "type": subject.type, "class": "", "status": Status.NOT_RUN}
-    return row | {"reasons": [], "patched": 0, "total": 0, "difference": None}
+    return row | {"reasons": [], "patched": 0, "total": 0, "crossing": 0, "difference": None}
 
 
 def examine_model(model: nn.Module, inputs: Inputs) -> Row:
@@ -300,7 +301,9 @@ def _summarise(report: PatchReport) -> Row:
     own = [each for each in report.rows if not each.reason.startswith(OTHER_ATTENTION)]
     reasons = [each.reason for each in own if each.status == "exact"]
     patched = [each for each in own if each.status == "astrocyte"]
-    return {"patched": len(patched), "total": len(own), "reasons": _once(reasons)}
+    crossing = sum(each.status == "astrocyte" and each.reason.startswith("cross attention") for each in report.rows)
+    counts = {"patched": len(patched), "total": len(own), "crossing": crossing}
+    return counts | {"reasons": _once(reasons)}
 
 
 def _left(model: nn.Module) -> list[str]:

@@ -102,8 +102,10 @@ make up its own)
   config, which needs the whole sequence;
 - and unpatched: outputs must be the original's bit for bit, and so must the keys of the state dict.
 
-Cross attention and pooling by one query are no self-attention of a sequence, and are not counted. A tiny model has the
-modules of its type, not the config of every checkpoint: a checkpoint may turn on what its type can do without.
+Cross attention and pooling by one query are no self-attention of a sequence, and are not counted. Where its queries have
+no order, in {crossing} types, cross attention is taken over too; tiny models have fewer queries than it needs to be
+anything but softmax attention. A tiny model has the modules of its type, not the config of every checkpoint: a checkpoint
+may turn on what its type can do without.
 
 How a model is called, and what is around it, is another question. `python -m eval.situations --count 500 --seed 0`
 draws 500 situations: 29 tiny models, six configs, 17 masks, five dtypes (autocast among them), 19 wrappers (compiled,
@@ -155,7 +157,11 @@ def format_page(result: dict[str, Any], situations: list[Row], oldest: dict[str,
     """
     rows: list[Row] = result["rows"]
     parts = [
-        INTRODUCTION.format(versions=_versions(result), situations=say_situations(situations)),
+        INTRODUCTION.format(
+            versions=_versions(result),
+            situations=say_situations(situations),
+            crossing=sum(row.get("crossing", 0) > 0 for row in result["rows"]),
+        ),
         _counts(rows),
         "## What stands in the way\n\nNumber of types; one type may have several reasons. "
         "[What they mean, and what can be done](troubleshooting.md#why-a-module-stays-exact).",
