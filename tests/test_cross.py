@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -379,3 +380,64 @@ def test_a_decoder_that_was_not_seen_to_be_causal_reads_its_encoder_exactly() ->
         sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 16}
     report = astroattn.patch(transformers.FSMTModel(transformers.FSMTConfig(**sizes)).eval())
     assert [row.reason for row in report.rows if row.index is None] == [CROSS_IN_ORDER]
+
+
+class CrossAttention(nn.Module):
+    """Two heads of 8, by SDPA or written out."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.num_heads, self.fused = 2, fused
+        self.parts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        tokens = [part(z).unflatten(-1, (2, 8)).transpose(1, 2) for part, z in zip(self.parts, (x, y, y), strict=True)]
+        if self.fused:
+            out = F.scaled_dot_product_attention(*tokens, mask)
+        else:
+            scores = tokens[0] @ tokens[1].transpose(-1, -2) * 8**-0.5
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -1e9) if mask.dtype == torch.bool else scores + mask
+            out = scores.softmax(-1) @ tokens[2]
+        return out.transpose(1, 2).flatten(2)
+
+
+class Crossing(nn.Module):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.cross_attn = CrossAttention(fused)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        out: Tensor = self.cross_attn(x, y, mask)
+        return out
+
+
+REAL = torch.arange(300) < torch.tensor([300, 200])[:, None, None, None]
+MASKS = {
+    "none": lambda queries: None,
+    "keys": lambda queries: REAL,
+    "dense": lambda queries: REAL.expand(2, 1, queries, 300).contiguous(),
+    "added": lambda queries: torch.zeros(2, 1, queries, 300).masked_fill(~REAL, torch.finfo(torch.float32).min),
+    "bias": lambda queries: torch.randn(1, 2, queries, 300),
+    "of each query": lambda queries: torch.rand(2, 1, queries, 300) > 0.5,
+}
+
+
+@pytest.mark.parametrize("queries", [140, 300])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", MASKS)
+@torch.no_grad()
+def test_masks_hide_keys_or_are_left_to_the_host(kind: str, fused: bool, queries: int) -> None:
+    model, mask = Crossing(fused).eval(), MASKS[kind](queries)
+    inputs = {"x": 5 * torch.randn(2, queries, 16), "y": torch.randn(2, 300, 16)}
+    before = model(**inputs, mask=mask)
+    report = astroattn.patch(model, AstroConfig(exact_keys=300), inputs=inputs | {"mask": None})
+    assert report.rows[0].index is None
+    with pytest.warns(UserWarning, match="dense mask") if kind == "of each query" else nullcontext():
+        torch.testing.assert_close(model(**inputs, mask=mask), before, rtol=1e-4, atol=1e-5)
+    astroattn.patch(model, AstroConfig(num_hidden=16, exact_keys=32), inputs=inputs | {"mask": None})
+    with pytest.warns(UserWarning, match="dense mask") if kind == "of each query" else nullcontext():
+        after = model(**inputs, mask=mask)
+    assert (fallbacks(model) != {}) == (kind == "of each query")
+    assert relative(after, before) < (1e-5 if kind == "of each query" else 0.3)
+    assert torch.equal(after, before) == (kind == "of each query")

@@ -102,10 +102,10 @@ make up its own)
   config, which needs the whole sequence;
 - and unpatched: outputs must be the original's bit for bit, and so must the keys of the state dict.
 
-Cross attention and pooling by one query are no self-attention of a sequence, and are not counted. Where its queries have
-no order, in {crossing} types, cross attention is taken over too; tiny models have fewer queries than it needs to be
-anything but softmax attention. A tiny model has the modules of its type, not the config of every checkpoint: a checkpoint
-may turn on what its type can do without.
+Cross attention and pooling by one query are no self-attention of a sequence, and are not counted. Where its queries
+have no order, in {crossing} types, cross attention is taken over too; in tiny models, with fewer queries than it needs,
+it is softmax attention. A tiny model has the modules of its type, not the config of every checkpoint: a checkpoint may
+turn on what its type can do without.
 
 How a model is called, and what is around it, is another question. `python -m eval.situations --count 500 --seed 0`
 draws 500 situations: 29 tiny models, six configs, 17 masks, five dtypes (autocast among them), 19 wrappers (compiled,
