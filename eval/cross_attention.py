@@ -70,16 +70,26 @@ def collect_calls() -> list[Tokens]:
 
 @torch.no_grad()
 def measure_errors(calls: list[Tokens]) -> list[dict[str, Any]]:
-    """The relative error of the outputs, the mean over calls, and the products over softmax's."""
+    """The relative error of the outputs, the mean over calls, and the products over softmax's.
+
+    And how far the answers to the first half of the queries move where the second half is not there.
+    """
     rows = []
     for name, config in CONFIGS.items():
         module = AstrocyteAttention(calls[0][0].shape[1], calls[0][0].shape[3], config)
         errors = [relative_error(module(*call, cross=True), F.scaled_dot_product_attention(*call)) for call in calls]
+        moved = [_moved_by_later(module, *call) for call in calls]
         counts = calls[0][0].shape[2], calls[0][1].shape[2]
         cost = module.cost(*counts, cross=True).ratio
         rows.append({"config": name, "queries": counts[0], "keys": counts[1]})
-        rows[-1] |= {"error": sum(errors) / len(errors), "cost": cost}
+        rows[-1] |= {"error": sum(errors) / len(errors), "moved": sum(moved) / len(moved), "cost": cost}
     return rows
+
+
+def _moved_by_later(module: AstrocyteAttention, query: Tensor, key: Tensor, value: Tensor) -> float:
+    half = query.shape[2] // 2
+    alone = module(query[:, :, :half], key, value, cross=True)
+    return relative_error(module(query, key, value, cross=True)[:, :, :half], alone)
 
 
 def measure_times(queries: int, keys: int) -> dict[str, Any]:
@@ -96,8 +106,10 @@ def measure_times(queries: int, keys: int) -> dict[str, Any]:
 
 def format_errors(rows: list[dict[str, Any]]) -> str:
     """A line for each config."""
-    lines = ["| config | error | cost |", "| --- | --- | --- |"]
-    lines += [f"| {row['config']} | {row['error']:.3f} | {row['cost']:.0%} |" for row in rows if "config" in row]
+    lines = ["| config | cost | error | moved by later tokens |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        if "config" in row:
+            lines.append(f"| {row['config']} | {row['cost']:.0%} | {row['error']:.3f} | {row['moved']:.3f} |")
     return "\n".join(lines)
 
 
