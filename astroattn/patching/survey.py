@@ -71,15 +71,11 @@ def reads_in_order(model: nn.Module, found: list[Found], cross: Found) -> bool:
     Of an encoder and decoder of words it may be so in calls that are not made here, as of PyTorch's own decoder.
     """
     parts = cross.name.split(".")
-    names = [
-        ".".join(parts[:depth]) for depth in reversed(range(len(parts)))
-    ]  # of what is around it, the nearest first
-    around = [model.get_submodule(name) for name in names]
-    if any(
-        isinstance(each, nn.TransformerDecoderLayer) or _translates(getattr(each, "config", None)) for each in around
-    ):
-        return True
-    for name in names:
+    around = [".".join(parts[:depth]) for depth in reversed(range(len(parts)))]  # the nearest first
+    for module in map(model.get_submodule, around):
+        if isinstance(module, nn.TransformerDecoderLayer) or _translates(getattr(module, "config", None)):
+            return True
+    for name in around:
         beside = [each for each in found if not each.crosses and (not name or each.name.startswith(f"{name}."))]
         if beside:
             return any(_is_causal(each) for each in beside)
