@@ -18,37 +18,36 @@ typedef float Moment[AXES][AXES];
 static inline void get(Axes& x, const float* from) { memcpy(&x, from, sizeof x); }
 static inline void put(float* to, const Axes& x) { memcpy(to, &x, sizeof x); }
 
-// to[i] = x[i] . basis, basis [dim][AXES].
+// to[i] = x[i] . basis of ROWS rows, basis [dim][AXES].
+template <int ROWS>
+static inline void project(const float* x, int64_t stride, int64_t dim, const float* basis, float* to) {
+    Axes sums[ROWS] = {}, axis;
+    for (int64_t d = 0; d < dim; d++) {
+        get(axis, basis + d * AXES);
+        for (int r = 0; r < ROWS; r++) sums[r] += x[r * stride + d] * axis;
+    }
+    for (int r = 0; r < ROWS; r++) put(to + r * AXES, sums[r]);
+}
 static inline void project(const float* x, int64_t stride, int64_t count, int64_t dim, const float* basis, float* to) {
     int64_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-        Axes sums[4] = {}, axis;
-        for (int64_t d = 0; d < dim; d++) {
-            get(axis, basis + d * AXES);
-            for (int r = 0; r < 4; r++) sums[r] += x[(i + r) * stride + d] * axis;
-        }
-        for (int r = 0; r < 4; r++) put(to + (i + r) * AXES, sums[r]);
-    }
-    for (; i < count; i++) {
-        Axes sum = {}, axis;
-        for (int64_t d = 0; d < dim; d++) {
-            get(axis, basis + d * AXES);
-            sum += x[i * stride + d] * axis;
-        }
-        put(to + i * AXES, sum);
-    }
+    for (; i + 8 <= count; i += 8) project<8>(x + i * stride, stride, dim, basis, to + i * AXES);
+    for (; i < count; i++) project<1>(x + i * stride, stride, dim, basis, to + i * AXES);
 }
 
 // to = x' y: [dim][AXES] of x [count][dim] and y [count][AXES]; dim a multiple of 4.
+template <int COLUMNS>
 static inline void collect(const float* x, int64_t count, int64_t dim, const float* y, float* to) {
-    for (int64_t d = 0; d < dim; d += 4) {
-        Axes sums[4] = {}, axes;
-        for (int64_t i = 0; i < count; i++) {
-            get(axes, y + i * AXES);
-            for (int r = 0; r < 4; r++) sums[r] += x[i * dim + d + r] * axes;
-        }
-        for (int r = 0; r < 4; r++) put(to + (d + r) * AXES, sums[r]);
+    Axes sums[COLUMNS] = {}, axes;
+    for (int64_t i = 0; i < count; i++) {
+        get(axes, y + i * AXES);
+        for (int r = 0; r < COLUMNS; r++) sums[r] += x[i * dim + r] * axes;
     }
+    for (int r = 0; r < COLUMNS; r++) put(to + r * AXES, sums[r]);
+}
+static inline void collect(const float* x, int64_t count, int64_t dim, const float* y, float* to) {
+    int64_t d = 0;
+    for (; d + 8 <= dim; d += 8) collect<8>(x + d, count, dim, y, to + d * AXES);
+    for (; d < dim; d += 4) collect<4>(x + d, count, dim, y, to + d * AXES);
 }
 
 // The sum of x x' of some points, in registers.
