@@ -4,11 +4,12 @@ Documents of 512 tokens begin with a question, what colour the key of somebody i
 where the key of somebody else has the other colour. They come in pairs of the same words, so that a bag of words is
 right in half of them. MiniLM with a new head learns it with softmax attention and labels: that is the original. Then
 all 6 layers are replaced and learn from documents without labels to answer as the original does: first layer by layer
-where the hidden layer is learned, then end to end with every weight moving. Controls are given the same steps end to
-end: random features, uniform attention, the near field alone, which cannot reach the facts. The library's default is
-measured as it is. Reported documents are made of other docstrings than those that are trained on.
+where the hidden layer is learned, then end to end with every weight moving. Controls that are given the same steps end
+to end are random features and uniform attention. Measured as they are: the library's default, its exact keys without
+neurons, Hebbian neurons without exact keys, and near fields alone, which cannot reach the facts. Reported documents
+are about other names, and made of other docstrings, than those that are trained on.
 
-Rates were chosen on documents around a part of the docstrings to train on, as --held-out does.
+Rates of the controls were chosen on documents around a part of the docstrings to train on, as --held-out does.
 
     python -m eval.distill_long_texts --held-out --seeds 1 --rate 4e-4 --conditions "random 64"    # and other rates
     python -m eval.distill_long_texts --json docs/results/distill_long_texts.json     # five seeds
