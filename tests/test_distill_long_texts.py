@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -13,26 +14,29 @@ import pytest
 import torch
 from scripts import run
 
+from astroattn import AstroConfig, patch
 from eval.common import fill_marks, read_rows
 from eval.distill_long_texts import __main__ as script
 from eval.distill_long_texts import page, training
-from eval.distill_long_texts.task import COLOURS, NAMES, QUESTION, TOKENS, Lesson, Writer, labels_of, read_words
+from eval.distill_long_texts.task import COLOURS, NAMES, QUESTION, SHORT, TOKENS, Lesson, Writer, labels_of, read_words
 from eval.distill_long_texts.training import (
     BAG,
     CONDITIONS,
     DEFAULT,
+    DRAWN,
     LABELS,
     LEARNED,
     LEAST_NEAR,
+    LOOKS,
     NEAR,
     NEAR_LEARNED,
-    RANDOM,
+    RANDOM_WHOLE,
     UNIFORM,
     Measure,
     Texts,
     load_texts,
 )
-from eval.trained import ORIGINAL, UNTRAINED, WHOLE, Condition
+from eval.trained import LAYERS, ORIGINAL, UNTRAINED, WHOLE, Condition
 
 WORDS = [*NAMES[0], *NAMES[1], *COLOURS, *"what colour is the key of ? .".split()]  # noqa: SIM905
 FIRST = 3  # of the numbers of words, after padding, beginning and end
@@ -63,7 +67,9 @@ def texts(writer: Writer) -> Texts:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     model = BertForSequenceClassification(BertConfig(vocab_size=200, **sizes, num_labels=2, initializer_range=0.5))
     others = Writer(encode, NAMES[1], 1, 2)
-    return Texts(model.eval(), writer, fillers(4, 0), others.in_each(fillers(3, 1)))
+    return Texts(
+        model.eval(), writer, fillers(4, 0), others.in_each(fillers(3, 1)), others.in_each(fillers(3, 1), SHORT)
+    )
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def small(monkeypatch: pytest.MonkeyPatch, texts: Texts) -> Iterator[Texts]:
     all_of_them = dict(CONDITIONS)  # whose order is the tables'
     for name, condition in all_of_them.items():
         del CONDITIONS[name]
-        if name in (DEFAULT, LEARNED, RANDOM, NEAR, LEAST_NEAR):
+        if name in (DEFAULT, LEARNED, RANDOM_WHOLE, NEAR, LEAST_NEAR):
             stages = {
                 stage: options | {"lessons": [(48, 4, 1), (TOKENS, 2, 1)]}
                 for stage, options in condition.stages.items()
@@ -157,25 +163,24 @@ def test_a_measure_is_that_of_its_model(texts: Texts) -> None:
 def test_a_run_has_every_condition_and_goes_on(small: Texts, tmp_path: Path) -> None:
     path, weights = tmp_path / "rows.json", tmp_path / "original.safetensors"
     options = ("--json", str(path), "--original", str(weights))
-    assert run(script.main, *options, "--seeds", "1", "--conditions", RANDOM).exit_code == 0
+    assert run(script.main, *options, "--seeds", "1", "--conditions", RANDOM_WHOLE).exit_code == 0
     first, written = read_rows(path), weights.read_bytes()
     assert [(row["attention"], row["training"], row["documents"]) for row in first] == [
         (ORIGINAL, LABELS, 10),
         (BAG, LABELS, 8),
-        (RANDOM, UNTRAINED, 0),
-        (RANDOM, WHOLE, 6),
+        (RANDOM_WHOLE, WHOLE, 6),
     ]
     done = run(script.main, *options, "--seeds", "2")
     assert done.exit_code == 0
     rows = read_rows(path)
-    assert rows[:4] == first
+    assert rows[:3] == first
     assert weights.read_bytes() == written
     found = [(row["attention"], row["training"], row["seed"]) for row in rows[2:]]
     expected = {
         (name, stage, seed)
         for name, condition in CONDITIONS.items()
-        for seed in (0, 1)
-        for stage in (*([UNTRAINED] if condition.untrained and not seed else []), *condition.stages)
+        for seed in ((0,) if name in LOOKS else (0, 1))
+        for stage in (*([UNTRAINED] if condition.untrained and (name in DRAWN or not seed) else []), *condition.stages)
     }
     assert set(found) == expected
     assert len(found) == len(set(found))
@@ -187,35 +192,46 @@ def test_a_run_has_every_condition_and_goes_on(small: Texts, tmp_path: Path) -> 
 
 def test_a_rate_takes_the_place_of_the_attention_s_own(small: Texts, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    options = ("--json", str(path), "--seeds", "1", "--conditions", RANDOM, "--original", str(tmp_path / "weights"))
+    options = (
+        "--json",
+        str(path),
+        "--seeds",
+        "1",
+        "--conditions",
+        RANDOM_WHOLE,
+        "--original",
+        str(tmp_path / "weights"),
+    )
     assert run(script.main, *options, "--rate", "1e-12").exit_code == 0
-    *_, untrained, still = read_rows(path)
-    assert still["KL"] == pytest.approx(untrained["KL"], rel=1e-3)
+    still = read_rows(path)[-1]
+    model = copy.deepcopy(small.model)
+    patch(model, AstroConfig(**CONDITIONS[RANDOM_WHOLE].settings))
+    assert still["KL"] == pytest.approx(Measure(small)(model)["KL"], rel=1e-3)
     refused = run(script.main, *options)
     assert refused.exit_code == 2
     assert "has rows of another rate" in " ".join(refused.output.replace("│", " ").split())
 
 
 def row(attention: str, stage: str, seed: int, right: str) -> dict[str, Any]:
-    measures = {"KL": 0.25, "same": right, "right": right}
+    measures = {"KL": 0.25, "same": right, "right": right, "short": right}
     return {"attention": attention, "training": stage, "seed": seed, "documents": 9, "seconds": 2.0} | measures
 
 
 def test_tables_by_hand() -> None:
     rows = [row(ORIGINAL, LABELS, 0, "1" * 16), row(DEFAULT, UNTRAINED, 0, "1" * 15 + "0")]
-    rows += [row(NEAR_LEARNED, WHOLE, seed, "1" * 14 + ("10", "11")[seed]) for seed in range(2)]
+    rows += [row(NEAR_LEARNED, LAYERS, seed, "1" * 14 + ("10", "11")[seed]) for seed in range(2)]
     rows += [row(NEAR, UNTRAINED, 0, "10" * 8)]
-    rows += [row(LEARNED, WHOLE, 0, "10" * 8), row(UNIFORM, WHOLE, 0, "01" * 8)]
+    rows += [row(LEARNED, LAYERS, 0, "10" * 8), row(UNIFORM, UNTRAINED, 0, "01" * 8)]
     lines = page.format_results(rows).splitlines()
-    assert lines[2] == f"| {ORIGINAL} | {LABELS} | 1 | 9 | 2 | 100.0 | 100.0 | 0.250 |"
-    assert lines[4].startswith(f"| {NEAR_LEARNED} | {WHOLE} | 2 | 9 | 2 | 96.9 ± 39.7 |")
+    assert lines[2] == f"| {ORIGINAL} | {LABELS} | 1 | 9 | 2 | 100.0 | 100.0 | 0.250 | 100.0 |"
+    assert lines[4].startswith(f"| {NEAR_LEARNED} | {LAYERS} | 2 | 9 | 2 | 96.9 ± 39.7 |")
     difference = page.format_differences(rows).splitlines()[2]
-    assert difference.startswith(f"| {NEAR_LEARNED}, {WHOLE} | {NEAR}, {UNTRAINED} | +46.9 [")
+    assert difference.startswith(f"| {NEAR_LEARNED}, {LAYERS} | {NEAR}, {UNTRAINED} | +46.9 [")
     near, uniform, better, worse = page.format_answer(rows).splitlines()
     assert near.endswith("96.9 % right against 50.0 % right, **more**.")
     assert uniform.endswith("no difference shown.")
     assert f"*{DEFAULT}*, untrained (93.8 %)" in better
-    assert f"*{NEAR_LEARNED}*, trained layer by layer and end to end (96.9 %)" in better
+    assert f"*{NEAR_LEARNED}*, trained layer by layer (96.9 %)" in better
     assert f"*{NEAR}*, untrained (50.0 %)" in worse
 
 
@@ -224,9 +240,9 @@ def test_the_page_is_made_from_the_results() -> None:
     text, tables = page.PAGE.read_text("utf-8"), page.tables(rows)
     assert all(tables.values())
     assert text == fill_marks(text, tables)
-    trained = [(name, stage) for name, condition in CONDITIONS.items() for stage in condition.stages]
-    for key in trained:
-        assert len({row["seed"] for row in rows if (row["attention"], row["training"]) == key}) >= 5
+    for name in DRAWN:
+        assert len({row["seed"] for row in rows if row["attention"] == name}) >= 5
+    assert {row["attention"] for row in rows} == {ORIGINAL, BAG, *CONDITIONS}
     assert {len(row["right"]) for row in rows} == {2 * training.MEASURED}
     words = next(row for row in rows if row["attention"] == BAG)
     assert words["right"].count("1") == training.MEASURED

@@ -3,16 +3,14 @@
 Documents of 512 tokens begin with a question, what colour the key of somebody is, and answer it in their second half,
 where the key of somebody else has the other colour. They come in pairs of the same words, so that a bag of words is
 right in half of them. MiniLM with a new head learns it with softmax attention and labels: that is the original. Then
-all 6 layers are replaced and learn from documents without labels to answer as the original does: first layer by layer
-where the hidden layer is learned, then end to end with every weight moving. Controls that are given the same steps end
-to end are random features and uniform attention. Measured as they are: the library's default, its exact keys without
-neurons, Hebbian neurons without exact keys, and near fields alone, which cannot reach the facts. Reported documents
-are about other names, and made of other docstrings, than those that are trained on.
+all 6 layers are replaced. Learned neurons learn layer by layer to attend as it does; measured as they are, are the
+library's default, its exact keys without neurons, Hebbian neurons without exact keys, random features, uniform
+attention, and near fields alone, which cannot reach the facts. Some, asked for by name, are trained end to end too.
+Reported documents are about other names, and made of other docstrings, than those that are trained on.
 
-Rates of the controls were chosen on documents around a part of the docstrings to train on, as --held-out does.
-
-    python -m eval.distill_long_texts --held-out --seeds 1 --rate 4e-4 --conditions "random 64"    # and other rates
     python -m eval.distill_long_texts --json docs/results/distill_long_texts.json     # five seeds
+    python -m eval.distill_long_texts --json docs/results/distill_long_texts.json --seeds 1 \\
+        --conditions "learned 64, end to end"      # and others
     python -m eval.distill_long_texts.page      # docs/experiments/long_texts.md
 """
 
@@ -30,7 +28,9 @@ from eval.common import JsonOption, LimitOption, SeedsOption, run_script
 from eval.distill_long_texts.page import format_differences, format_results
 from eval.distill_long_texts.training import (
     CONDITIONS,
+    DRAWN,
     LABELS,
+    LOOKS,
     Measure,
     Texts,
     fit_original,
@@ -42,7 +42,8 @@ from eval.trained import ORIGINAL, RateOption, Row, add_rows, start_rows
 
 Name = StrEnum("Name", {name: name for name in CONDITIONS})
 ConditionsOption = Annotated[
-    list[Name] | None, typer.Option("--conditions", help="Only this attention; may be given several times.")
+    list[Name] | None,
+    typer.Option("--conditions", help="Only this attention; may be given several times. Some are only measured so."),
 ]
 HeldOutOption = Annotated[
     bool, typer.Option("--held-out", help="Measure on documents around other docstrings, to choose settings on.")
@@ -66,7 +67,7 @@ def measure(
     if not rows:
         rows.append({"attention": ORIGINAL, "training": LABELS, "seed": 0, **cost} | measure_model(texts.model))
         rows.append(measure_words(texts, measure_model) | ({} if rate is None else {"rate": rate}))
-    several = [name for name in names if CONDITIONS[name].stages]
+    several = [name for name in names if CONDITIONS[name].stages or name in DRAWN]
     wanted = [(seed, name) for seed in range(seeds) for name in (several if seed else names)]
     add_rows(rows, wanted, lambda name, seed: train_and_measure(texts, measure_model, name, seed, rate), json)
 
@@ -85,7 +86,8 @@ def main(
     rows = start_rows(json, rate)
     texts = load_texts(limit, held_out=held_out)
     cost = fit_original(texts, original)
-    measure(texts, cost, conditions or list(CONDITIONS), seeds, rows, json, rate)
+    names = conditions or [name for name in CONDITIONS if name not in LOOKS]
+    measure(texts, cost, names, seeds, rows, json, rate)
     print(f"{format_results(rows)}\n\n{format_differences(rows)}")
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from astroattn.data import PYTHON_DOCS, load_data
 
-TOKENS = 512
+TOKENS, SHORT = 512, 48  # of a document; of those that nothing is far away in
 COLOURS = ("red", "blue")  # by label
 NAMES = (  # each one token; to train with, and others to measure with
     [
@@ -62,9 +62,9 @@ class Writer:
             found.append([self.begin, *text, self.end])
         return found[0], found[1]
 
-    def in_each(self, filler: Sequence[list[int]]) -> dict[str, Tensor]:
+    def in_each(self, filler: Sequence[list[int]], tokens: int = TOKENS) -> dict[str, Tensor]:
         """A batch of a pair in each chunk, always the same."""
-        return collate([self(chunk, TOKENS, random.Random(place)) for place, chunk in enumerate(filler)])
+        return collate([self(chunk, tokens, random.Random(place)) for place, chunk in enumerate(filler)])
 
 
 def make_writer(tokenizer: Any, names: Sequence[str]) -> Writer:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from astroattn import AstroConfig, Distiller, patch
@@ -21,6 +24,7 @@ from astroattn.models import find_package_folder
 from eval.common import rounded
 from eval.distill_long_texts.task import (
     NAMES,
+    SHORT,
     TOKENS,
     Documents,
     Lesson,
@@ -43,11 +47,12 @@ ORIGINAL_SEED = 1_000  # and on, of its documents
 
 # Of the original. What to look for is learned in short texts, which cost little.
 LESSONS = (Lesson(48, 32, 60), Lesson(128, 16, 30), Lesson(256, 8, 30), Lesson(512, 8, 40))
-RATE, HEAD_RATE, RISE, MOST = 1e-4, 1e-3, 30, 1.0  # Adam; the rates rise over so many steps; norm of gradients
+RATE, HEAD_RATE, MOST = 1e-4, 1e-3, 1.0  # Adam; norm of gradients
+RISE, SOONER = 30, 8  # steps over which the rates rise; of all others, end to end
 
-# Every weight, towards the original's last hidden states and logits.
+# Every weight, towards the original's last hidden states and logits. One rate, for all: others were not tried.
 END_TO_END: Options = {
-    **{"lessons": [(48, 16, 24), (512, 4, 6)], "loss": "end_to_end", "train": "all"},
+    **{"lessons": [(48, 32, 60), (512, 8, 8)], "loss": "end_to_end", "train": "all"},
     **{"host_learning_rate": 1e-4, "learning_rate": 0.005},
 }
 
@@ -65,20 +70,30 @@ def linear(hidden: str, num_hidden: int, **others: Any) -> dict[str, Any]:
 DEFAULT, KEYS, HEBBIAN = "default", "exact keys alone", "hebbian 64"
 NEAR_HEBBIAN, NEAR_LEARNED, NEAR = "near 16 + hebbian 64", "near 16 + learned 64", "near 16"
 LEARNED, RANDOM, UNIFORM, LEAST_NEAR = "learned 64", "random 64", "uniform", "near 1"
+LEARNED_WHOLE, RANDOM_WHOLE, UNIFORM_WHOLE = (f"{name}, end to end" for name in (LEARNED, RANDOM, UNIFORM))
+LOOKS = (LEARNED_WHOLE, RANDOM_WHOLE, UNIFORM_WHOLE)  # only where they are asked for
+FLAT = linear("random", 1, activation="constant")
+BY_LAYERS = {LAYERS: transfer(512, 40)}
 BESIDE = {"num_hidden": 64, "near": 16, **PLACED}
 CONDITIONS = {
     DEFAULT: Condition({}, untrained=True),
     KEYS: Condition({"hidden": "none"}, untrained=True),  # the default's, near field and all, without its neurons
     NEAR_HEBBIAN: Condition({"hidden": "hebbian", **BESIDE}, untrained=True),
     HEBBIAN: Condition(linear("hebbian", 64, exact_keys=0), untrained=True),
-    NEAR_LEARNED: Condition({"hidden": "learned", **BESIDE}, {LAYERS: transfer(128, 12), WHOLE: END_TO_END}),
-    LEARNED: Condition(linear("learned", 64), {LAYERS: transfer(512, 20), WHOLE: END_TO_END}),
-    RANDOM: Condition(linear("random", 64), {WHOLE: END_TO_END}, untrained=True),
-    UNIFORM: Condition(linear("random", 1, activation="constant"), {WHOLE: END_TO_END}, untrained=True),
+    NEAR_LEARNED: Condition({"hidden": "learned", **BESIDE}, {LAYERS: transfer(128, 12)}, untrained=True),
+    LEARNED: Condition(linear("learned", 64), BY_LAYERS, untrained=True),
+    LEARNED_WHOLE: Condition(linear("learned", 64), BY_LAYERS | {WHOLE: END_TO_END}),
+    RANDOM: Condition(linear("random", 64), untrained=True),
+    RANDOM_WHOLE: Condition(linear("random", 64), {WHOLE: END_TO_END}),
+    UNIFORM: Condition(FLAT, untrained=True),
+    UNIFORM_WHOLE: Condition(FLAT, {WHOLE: END_TO_END}),
     # What CLS sees is the same in both documents of a pair; of near 1, the first four tokens. No training changes that.
     NEAR: Condition({"hidden": "none", "near": 16, **PLACED}, untrained=True),
     LEAST_NEAR: Condition({"hidden": "none", "near": 1, **PLACED}, untrained=True),
 }
+
+
+DRAWN = (NEAR_LEARNED, LEARNED, RANDOM)  # another with every seed before it is trained
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ class Texts:
     writer: Writer
     filler: Sequence[list[int]]
     measured: dict[str, Tensor]
+    short: dict[str, Tensor]  # as many of few tokens
 
     def training(self, lessons: Iterable[Lesson], seed: int) -> Documents:
         """Batches of these lessons."""
@@ -108,9 +124,9 @@ def load_texts(limit: int | None, *, held_out: bool) -> Texts:
     model = load_classifier(str(folder), 2).eval()
     writer, other = (make_writer(tokenizer, names) for names in NAMES)
     even = read_filler(tokenizer, "even")
-    if held_out:
-        return Texts(model, writer, even[CHOSEN:], other.in_each(even[:CHOSEN][:limit]))
-    return Texts(model, writer, even, other.in_each(read_filler(tokenizer, "odd")[:MEASURED][:limit]))
+    training = even[CHOSEN:] if held_out else even
+    others = (even[:CHOSEN] if held_out else read_filler(tokenizer, "odd")[:MEASURED])[:limit]
+    return Texts(model, writer, training, other.in_each(others), other.in_each(others, SHORT))
 
 
 def fit_original(texts: Texts, path: Path) -> dict[str, float]:
@@ -132,15 +148,20 @@ def learn(model: nn.Module, batches: Documents) -> None:
     for name, weight in model.named_parameters():
         groups[name.startswith("classifier")].append(weight)
     optimiser = torch.optim.Adam([{"params": groups[False], "lr": RATE}, {"params": groups[True], "lr": HEAD_RATE}])
-    rise = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / RISE))
+    schedule = rise(optimiser, RISE)
     for batch in (bar := tqdm(batches, "original", unit="step")):
         loss = F.cross_entropy(model(**batch).logits, labels_of(batch))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MOST)
         optimiser.step()
-        rise.step()
+        schedule.step()
         bar.set_postfix(tokens=batch["input_ids"].shape[1], loss=f"{loss.item():.3f}")
+
+
+def rise(optimiser: Optimizer, steps: int) -> LambdaLR:
+    """Rates that stay after so many steps: the longest texts come last."""
+    return LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / steps))
 
 
 @torch.inference_mode()
@@ -150,7 +171,10 @@ def read(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 class Measure:
-    """What a model's logits have of the original's, and of the labels; one letter a document, "1" for yes."""
+    """What a model's logits have of the original's, and of the labels; one letter a document, "1" for yes.
+
+    "short" is what is right in documents of few tokens.
+    """
 
     def __init__(self, texts: Texts) -> None:
         self._texts, self._original = texts, read(texts.model, texts.measured)
@@ -161,7 +185,9 @@ class Measure:
         theirs = self._original.log_softmax(-1)
         divergence = (theirs.exp() * (theirs - logits.log_softmax(-1))).sum(-1).mean()
         same = logits.argmax(-1) == self._original.argmax(-1)
-        return {"KL": divergence.item(), "same": letters(same), "right": self.right(logits.argmax(-1))}
+        short = read(model, self._texts.short).argmax(-1)
+        found = {"KL": divergence.item(), "same": letters(same)}
+        return found | {"right": self.right(logits.argmax(-1)), "short": self.right(short)}
 
     def right(self, chosen: Tensor) -> str:
         """Of labels that were chosen."""
@@ -193,7 +219,7 @@ def train_and_measure(
     own = {} if rate is None else {"rate": rate}
     model, shown, rows = copy.deepcopy(texts.model), 0, []
     patch(model, AstroConfig(**condition.settings, seed=seed))
-    before = condition.untrained and seed == 0
+    before = condition.untrained and (seed == 0 or name in DRAWN)
     stages = run_stages(condition, before, rate, lambda options: train(model, texts, options, seed))
     for stage, options, seconds in stages:
         if options is not None:
@@ -212,6 +238,9 @@ def train(model: nn.Module, texts: Texts, options: Options, seed: int) -> None:
     """One stage."""
     settings = {name: value for name, value in options.items() if name != "lessons"}
     batches = texts.training(lessons_of(options), seed)
-    total = len(batches) if settings["loss"] == "rows" else None  # end to end the rates stay, as the longest come last
-    distiller = Distiller(model, total_steps=total, seed=seed, **settings)
+    if settings["loss"] == "rows":
+        settings["total_steps"] = len(batches)
+    else:
+        settings["schedule"] = partial(rise, steps=SOONER)
+    distiller = Distiller(model, seed=seed, **settings)
     distiller.run(batches, len(batches), held_out=[next(iter(batches))], progress=False)
