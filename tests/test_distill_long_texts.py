@@ -241,7 +241,7 @@ def test_the_page_is_made_from_the_results() -> None:
     assert all(tables.values())
     assert text == fill_marks(text, tables)
     for name in DRAWN:
-        assert len({row["seed"] for row in rows if row["attention"] == name}) >= SEEDS
+        assert len({row["seed"] for row in rows if row["attention"] == name}) >= 3
     assert {row["attention"] for row in rows} >= {ORIGINAL, BAG, *CONDITIONS} - set(LOOKS)
     assert {len(row["right"]) for row in rows} == {2 * training.MEASURED}
     words = next(row for row in rows if row["attention"] == BAG)

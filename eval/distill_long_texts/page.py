@@ -21,11 +21,14 @@ from eval.distill_long_texts.training import (
     KEYS,
     LABELS,
     LEARNED,
+    LEARNED_WHOLE,
     NEAR,
     NEAR_HEBBIAN,
     NEAR_LEARNED,
     RANDOM,
+    RANDOM_WHOLE,
     UNIFORM,
+    UNIFORM_WHOLE,
 )
 from eval.trained import LAYERS, ORIGINAL, UNTRAINED, WHOLE, Figures, Row, half_width, interval, p_value
 
@@ -39,6 +42,10 @@ TOLD: list[tuple[Key, Key]] = [  # in words
     ((LEARNED, LAYERS), (LEARNED, UNTRAINED)),
     ((LEARNED, LAYERS), (RANDOM, UNTRAINED)),
     ((LEARNED, LAYERS), (UNIFORM, UNTRAINED)),
+    ((LEARNED_WHOLE, WHOLE), (LEARNED, LAYERS)),
+    ((LEARNED_WHOLE, WHOLE), (RANDOM_WHOLE, WHOLE)),
+    ((LEARNED_WHOLE, WHOLE), (UNIFORM_WHOLE, WHOLE)),
+    ((LEARNED_WHOLE, WHOLE), (DEFAULT, UNTRAINED)),
     ((HEBBIAN, UNTRAINED), (UNIFORM, UNTRAINED)),
     ((DEFAULT, UNTRAINED), (KEYS, UNTRAINED)),
 ]
@@ -164,16 +171,16 @@ def format_answer(rows: Sequence[Row]) -> str:
 
 def _name(key: Key) -> str:
     attention, training = key
-    words = {UNTRAINED: "untrained", LAYERS: "trained layer by layer", WHOLE: "as a whole"}
-    return f"*{attention}*, {words.get(training, f'trained {training}')}"
+    words = {UNTRAINED: ", untrained", LAYERS: ", trained layer by layer", LABELS: ", trained on labels", WHOLE: ""}
+    return f"*{attention}*{words[training]}"
 
 
 def format_data(rows: Sequence[Row]) -> str:
     """What the figures are of."""
     found = figures(rows, (ORIGINAL, LABELS), "right")
     assert found is not None
-    pairs, seeds = found.values.shape[1], len({row["seed"] for row in rows})
-    return f"Reported: {2 * pairs} documents in {pairs} pairs; {seeds} seeds (of neurons and of documents shown)."
+    pairs = found.values.shape[1]
+    return f"Reported: {2 * pairs} documents in {pairs} pairs. Seeds are of the neurons and of the documents shown."
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
