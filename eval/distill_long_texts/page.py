@@ -126,8 +126,7 @@ def format_training(rows: Sequence[Row]) -> str:
     columns = (
         "attention",
         "training",
-        "steps",
-        "documents a step",
+        "documents",
         "loss",
         "rate of hidden layers",
         "of other weights",
