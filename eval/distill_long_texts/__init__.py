@@ -1,0 +1,1 @@
+"""What training brings back to a reader of long texts with few neurons."""
