@@ -449,6 +449,10 @@ def test_gpus_that_are_not_served(
     tensor: Any = SimpleNamespace(dtype=torch.float32, device="cuda:0", is_cuda=True, shape=(1, 1, 4, 4))
     if reason is None:
         assert backends.choose_backend("auto", "linear", tensor, tensor) == "triton"
+        tensor.shape = (1, 1, 4, 256)
+        assert backends.choose_backend("auto", "near_far", tensor, tensor) == "triton"
+        expected = "torch" if capability == (12, 0) else "triton"  # by shared memory
+        assert backends.choose_backend("auto", "causal", tensor, tensor) == expected
         return
     with pytest.raises(ValueError, match=reason):
         backends.choose_backend("triton", "linear", tensor, tensor)

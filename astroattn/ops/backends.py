@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astroattn.ops.kernels.device import LEAST_SHARED, shared_memory
 from astroattn.ops.native import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels
 MOST_DIM = 256  # of a head, in the Triton kernels
 LEAST_CAPABILITY = (8, 0)  # of a GPU: for older ones Triton makes no matrix instructions, and blocks do not fit
+LARGE = ("linear", "causal")  # gradients of float32 heads above 128 do not fit into the least shared memory
 
 # The kernels of each backend, by operation. Plain PyTorch computes all of them, and "near_linear" besides.
 MODULES = {
@@ -97,7 +99,13 @@ def _refusal(backend: str, operation: str, query: Tensor, value: Tensor) -> str 
     if query.is_cuda and (reason := _refused_gpu(query)) is not None:
         return reason
     dim = max(query.shape[-1], value.shape[-1])
-    return f"its kernels take heads of at most {MOST_DIM}, not {dim}" if dim > MOST_DIM else None
+    if dim > MOST_DIM:
+        return f"its kernels take heads of at most {MOST_DIM}, not {dim}"
+    if dim > MOST_DIM // 2 and query.dtype == torch.float32 and operation in LARGE and query.is_cuda:
+        found = torch.cuda.get_device_properties(query.device)
+        if shared_memory((found.major, found.minor)) == LEAST_SHARED:
+            return f"its kernels take heads of at most {MOST_DIM // 2} in float32 on {found.name}, not {dim}"
+    return None
 
 
 def _refused_gpu(query: Tensor) -> str | None:

@@ -31,6 +31,7 @@ from astroattn.ops.kernels.causal_forward import (
     write_kernel,
 )
 from astroattn.ops.kernels.causal_step import recurrent_step
+from astroattn.ops.kernels.device import is_small
 from astroattn.ops.kernels.features import LOWEST
 from astroattn.ops.kernels.rows import Rows, power_of_2, rows_of
 from astroattn.ops.kernels.static import INDEFINITE, NORM
@@ -71,6 +72,8 @@ BACKWARD = {
     (4, 256): Blocks(16, 16, 8, 1),
 }
 TABLE = {"forward": FORWARD, "backward": BACKWARD}
+# In their place where a block has 99 KiB of shared memory.
+SMALL = {("forward", 2, 256): Blocks(64, 16, 8, 1)}
 
 
 def causal_attention_forward(
@@ -113,7 +116,7 @@ def causal_attention_forward(
             key, value = torch.cat([state.key, key], 2), torch.cat([state.value, value], 2)
             key_mask = torch.cat([state.real[:, 0], new], 1)
     query, key, value = map(dense_rows, (query, key, value))
-    blocks, options = _options("forward", query.dtype, query.shape[-1], value.shape[-1], weight.shape[2])
+    blocks, options = _options("forward", query, value.shape[-1], weight.shape[2])
     shape = _shape(query, key, key_mask, near, shift, options["T"])
     layer = layer_of(weight, phase, activation, scale_root)
     inputs = (rows_of(query), rows_of(key), rows_of(value), layer)
@@ -156,7 +159,7 @@ def causal_attention_backward(
     d_out, query, key, value, out = map(dense_rows, (d_out, query, key, value, out))
     d_log_p = None if d_log_p is None else d_log_p.contiguous()
     sequences, tokens, past, m = _sequences(query), query.shape[2], max(near - 1, 0), weight.shape[2]
-    blocks, options = _options("backward", query.dtype, query.shape[-1], value.shape[-1], m)
+    blocks, options = _options("backward", query, value.shape[-1], m)
     block = options["T"]
     shape = _shape(query, key, key_mask, near, past, block)
     layer = layer_of(weight, phase, activation, scale_root)
@@ -278,13 +281,20 @@ def _shape(query: Tensor, key: Tensor, key_mask: Tensor | None, near: int, shift
     return Shape(mask, heads, tokens, key.shape[2], past, shift, chunk, tl.constexpr(int(near > 0)))
 
 
-@cache
-def _options(kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int) -> tuple[int, Options]:
+def _options(kernel: str, query: Tensor, dv: int, m: int) -> tuple[int, Options]:
     """The number of blocks of neurons, and what the kernels are compiled for."""
+    return _options_for(kernel, query.dtype, query.shape[-1], dv, m, is_small(query.device))
+
+
+@cache
+def _options_for(kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int, small: bool) -> tuple[int, Options]:
     widest = max(64, power_of_2(dim), power_of_2(dv))
     if widest > MOST_DIM:
         raise ValueError(f"head_dim: {max(dim, dv)}; the kernels take at most {MOST_DIM}")
-    sizes = TABLE[kernel][2 if dtype == torch.bfloat16 else 4, widest]
+    operand = 2 if dtype == torch.bfloat16 else 4
+    sizes = TABLE[kernel][operand, widest]
+    if small:
+        sizes = SMALL.get((kernel, operand, widest), sizes)
     neurons = power_of_2(m, most=sizes.neurons)
     return triton.cdiv(m, neurons), {
         "M": neurons,

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from astroattn.ops.backends import MOST_DIM
+from astroattn.ops.kernels.device import is_small
 from astroattn.ops.kernels.static_backward import read_backward_kernel, write_backward_kernel
 from astroattn.ops.kernels.static_forward import combine_kernel, read_kernel, write_kernel
 from astroattn.ops.rows import dense_rows, empty_rows
@@ -70,6 +71,8 @@ TABLE = {
         (4, 256): Blocks(16, 16, 4, 1, 1),
     },
 }
+# In their place where a block has 99 KiB of shared memory.
+SMALL = {("backward", 4, 128): Blocks(16, 16, 8, 1, 1)}
 # Tokens of a chunk, at least (below, another launch to sum the chunks costs more than it saves) and at most.
 CHUNKS = {"write": (256, 1024), "read": (1, 512), "backward": (256, 1024)}
 
@@ -99,9 +102,9 @@ def linear_attention_forward(
         ValueError: D or Dv above 256.
     """
     query, key, value = map(dense_rows, (query, key, value))
-    (batch, heads, num_queries, dim), (num_keys, dv), m = query.shape, value.shape[2:], weight.shape[2]
+    (batch, heads, num_queries), (num_keys, dv), m = query.shape[:3], value.shape[2:], weight.shape[2]
     hidden = _hidden(weight, phase, query.dtype)
-    blocks, resident, options = _options("write", query.dtype, dim, dv, m)
+    blocks, resident, options = _options("write", query, dv, m)
     chunk, chunks = _split("write", num_keys, batch * heads * blocks, resident, options["N"], key, value)
     states = _new_states(key, chunks, m, dv)
     write_kernel[(batch * heads * chunks * blocks,)](
@@ -146,7 +149,7 @@ def linear_attention_backward(
     query, key, value, out, d_out = map(dense_rows, (query, key, value, out, d_out))
     (batch, heads, num_queries, dim), (num_keys, dv), m = query.shape, value.shape[2:], weight.shape[2]
     hidden, states = _hidden(weight, phase, query.dtype), (kv_state, z_state, top)
-    blocks, resident, options = _options("backward", query.dtype, dim, dv, m)
+    blocks, resident, options = _options("backward", query, dv, m)
     more = {"BLOCKS": blocks, "ACTIVATION": activation, "NORM": NORM.get(activation, 0)}
     query_chunk, query_chunks = _split(
         "backward", num_queries, batch * heads, resident, options["N"], query, out, d_out
@@ -193,8 +196,8 @@ def _read(
     log_p: Tensor,
     sign: Tensor | None,
 ) -> None:
-    (batch, heads, num_queries, dim), (m, dv) = query.shape, states[0].shape[2:]
-    blocks, resident, options = _options("read", query.dtype, dim, dv, m)
+    (batch, heads, num_queries), (m, dv) = query.shape[:3], states[0].shape[2:]
+    blocks, resident, options = _options("read", query, dv, m)
     chunk, chunks = _split("read", num_queries, batch * heads, resident, options["N"], query, out)
     read_kernel[(batch * heads * chunks,)](
         *(_strided(query), hidden, states, _strided(out), log_p, sign, num_queries, chunk, chunks),
@@ -227,13 +230,22 @@ def _new_states(like: Tensor, chunks: int, m: int, dv: int) -> tuple[Tensor, ...
     return tuple(like.new_empty(*shape, *more, dtype=torch.float32) for more in ((dv,), (), ()))
 
 
-@cache
-def _options(kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int) -> tuple[int, int, dict[str, int]]:
+def _options(kernel: str, query: Tensor, dv: int, m: int) -> tuple[int, int, dict[str, int]]:
     """Blocks of neurons, programs that a processor holds, and what the kernel is compiled for."""
+    return _options_for(kernel, query.dtype, query.shape[-1], dv, m, is_small(query.device))
+
+
+@cache
+def _options_for(
+    kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int, small: bool
+) -> tuple[int, int, dict[str, int]]:
     padded, padded_v = (max(16, triton.next_power_of_2(size)) for size in (dim, dv))
     if max(padded, padded_v) > MOST_DIM:
         raise ValueError(f"head_dim: {max(dim, dv)}; the kernels take at most {MOST_DIM}")
-    blocks = TABLE[kernel][2 if dtype == torch.bfloat16 else 4, max(64, padded, padded_v)]
+    operand, widest = 2 if dtype == torch.bfloat16 else 4, max(64, padded, padded_v)
+    blocks = TABLE[kernel][operand, widest]
+    if small:
+        blocks = SMALL.get((kernel, operand, widest), blocks)
     neurons = min(blocks.neurons, max(16, triton.next_power_of_2(m)))
     options = {"D": dim, "DP": padded, "DV": dv, "DVP": padded_v, "M": neurons, "N": blocks.tokens}
     registers = min(255, REGISTERS // (blocks.resident * blocks.warps * 32))
