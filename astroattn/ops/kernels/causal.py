@@ -40,7 +40,6 @@ from astroattn.ops.rows import dense_rows, empty_rows
 __all__ = ["causal_attention_backward", "causal_attention_forward", "new_state", "recurrent_step"]
 
 Options = dict[str, int]
-
 LEAST_CHUNK, MOST_CHUNK = 256, 1024  # tokens: shorter ones cost more in launches and sums than they save
 PROGRAMS = 264  # two for each multiprocessor of a large GPU; a constant, so that results do not depend on the GPU
 
@@ -288,13 +287,10 @@ def _options(kernel: str, query: Tensor, dv: int, m: int) -> tuple[int, Options]
 
 @cache
 def _options_for(kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int, small: bool) -> tuple[int, Options]:
-    widest = max(64, power_of_2(dim), power_of_2(dv))
-    if widest > MOST_DIM:
+    if (widest := max(64, power_of_2(dim), power_of_2(dv))) > MOST_DIM:
         raise ValueError(f"head_dim: {max(dim, dv)}; the kernels take at most {MOST_DIM}")
-    operand = 2 if dtype == torch.bfloat16 else 4
-    sizes = TABLE[kernel][operand, widest]
-    if small:
-        sizes = SMALL.get((kernel, operand, widest), sizes)
+    size = (2 if dtype == torch.bfloat16 else 4, widest)
+    sizes = SMALL[kernel, *size] if small and (kernel, *size) in SMALL else TABLE[kernel][size]
     neurons = power_of_2(m, most=sizes.neurons)
     return triton.cdiv(m, neurons), {
         "M": neurons,
