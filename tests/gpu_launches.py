@@ -30,7 +30,7 @@ HEADS, HIDDEN = 2, 64
 
 
 class Kind(NamedTuple):
-    """What inputs are like; padded: of a batch of two, the second of which has half as many tokens beyond 256."""
+    """What inputs are like; padded: of a batch of two, the second of which has half as many tokens."""
 
     dtype: torch.dtype
     dim: int
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
         return torch.randn(1, tokens, heads, self.dim).to(self.dtype).transpose(1, 2)
 
     def lengths(self, tokens: int) -> Tensor | None:
-        return torch.tensor([tokens, tokens // 2 if tokens > 256 else tokens]) if self.padded else None
+        return torch.tensor([tokens, (tokens + 1) // 2]) if self.padded else None
 
     def mask(self, tokens: int) -> Tensor | None:
         lengths = self.lengths(tokens)

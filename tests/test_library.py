@@ -423,6 +423,16 @@ def test_auto_on_a_cpu(operation: str, dtype: torch.dtype, expected: str) -> Non
     assert backends.choose_backend("auto", operation, query, value) == expected
 
 
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
+def test_a_short_row_of_a_batch_is_exact(backend: str) -> None:
+    """Where the length decides it has all of its keys, more than a sub-tile of the longest row has."""
+    query, key, value = draw(2, 2, 133, 16, dtype=torch.float32)
+    real = torch.arange(133) < torch.tensor([[67], [133]])
+    out = AstrocyteAttention(2, 16, AstroConfig(backend=backend))(query, key, value, key_mask=real)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x[:1, :, :67] for x in (query, key, value)))
+    assert relative(out[:1, :, :67], expected) < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)
 def test_auto_on_a_gpu_is_triton(dtype: torch.dtype) -> None:
