@@ -13,7 +13,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from astroattn.ops.kernels.causal_forward import (
 from astroattn.ops.kernels.causal_step import recurrent_step
 from astroattn.ops.kernels.device import is_small
 from astroattn.ops.kernels.features import LOWEST
-from astroattn.ops.kernels.rows import Rows, power_of_2, rows_of
+from astroattn.ops.kernels.rows import Rows, cdiv, power_of_2, rows_of
 from astroattn.ops.kernels.static import INDEFINITE, NORM
 from astroattn.ops.rows import dense_rows, empty_rows
 
@@ -173,13 +172,13 @@ def causal_attention_backward(
             *(*inputs, sums, None, rows_of(out), log_p, sign, shape), **options, BLOCKS=blocks
         )
     delta = torch.empty_like(log_p)
-    delta_kernel[(sequences * triton.cdiv(tokens, block),)](
+    delta_kernel[(sequences * cdiv(tokens, block),)](
         rows_of(d_out), rows_of(out), d_log_p, log_p, delta, shape, T=block
     )
     normaliser = (log_p, sign, delta)
 
     # The slots of the last near field have no queries beside them.
-    chunks, key_chunks = _chunks(shape), triton.cdiv(tokens + past, shape.chunk)
+    chunks, key_chunks = _chunks(shape), cdiv(tokens + past, shape.chunk)
     d_query, d_key, d_value = (empty_rows(x, x.shape[-1]) for x in (query, key, value))
     total, parts, key_parts = chunks + key_chunks, None, None
     if with_weight:
@@ -223,7 +222,7 @@ def _sums_before(inputs: tuple[Rows, Rows, Rows, Layer], before: Sums | None, sh
     parts, sums = (_new_sums(value, layer, shape, count) for count in (chunks - 1, chunks))
     sequences = _sequences(key.data)
     if chunks > 1:
-        blocks = triton.cdiv(layer.size, options["M"])
+        blocks = cdiv(layer.size, options["M"])
         write_kernel[(sequences * (chunks - 1) * blocks,)](key, value, layer, parts, shape, **options)
     scan_kernel[(sequences * layer.size,)](parts, before, sums, layer.size, REVERSE=False, num_warps=1)
     return sums
@@ -243,7 +242,7 @@ def _sums_behind(
     parts, sums = (_new_sums(d_out, layer, shape, count) for count in (more, key_chunks))
     sequences = _sequences(query.data)
     if more:
-        blocks = triton.cdiv(layer.size, options["M"])
+        blocks = cdiv(layer.size, options["M"])
         behind_kernel[(sequences * more * blocks,)](query, d_out, layer, *normaliser, parts, shape, **options)
     scan_kernel[(sequences * layer.size,)](parts, None, sums, layer.size, REVERSE=True, num_warps=1)
     return sums
@@ -268,14 +267,14 @@ def _sequences(x: Tensor) -> int:
 
 
 def _chunks(shape: Shape) -> int:
-    return int(triton.cdiv(shape.tokens, shape.chunk))
+    return cdiv(shape.tokens, shape.chunk)
 
 
 def _shape(query: Tensor, key: Tensor, key_mask: Tensor | None, near: int, shift: int, block: int) -> Shape:
     batch, heads, tokens, _ = query.shape
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    wanted = triton.cdiv(tokens * batch * heads, PROGRAMS)
-    chunk = triton.cdiv(min(max(wanted, LEAST_CHUNK), MOST_CHUNK, tokens), block) * block
+    wanted = cdiv(tokens * batch * heads, PROGRAMS)
+    chunk = cdiv(min(max(wanted, LEAST_CHUNK), MOST_CHUNK, tokens), block) * block
     past = max(near - 1, 0)
     return Shape(mask, heads, tokens, key.shape[2], past, shift, chunk, tl.constexpr(int(near > 0)))
 
@@ -292,7 +291,7 @@ def _options_for(kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int, sma
     size = (2 if dtype == torch.bfloat16 else 4, widest)
     sizes = SMALL[kernel, *size] if small and (kernel, *size) in SMALL else TABLE[kernel][size]
     neurons = power_of_2(m, most=sizes.neurons)
-    return triton.cdiv(m, neurons), {
+    return cdiv(m, neurons), {
         "M": neurons,
         "T": sizes.tokens,
         "num_warps": sizes.warps,

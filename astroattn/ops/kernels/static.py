@@ -15,11 +15,11 @@ from math import log
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from astroattn.ops.backends import MOST_DIM
 from astroattn.ops.kernels.device import is_small
+from astroattn.ops.kernels.rows import cdiv, power_of_2
 from astroattn.ops.kernels.static_backward import read_backward_kernel, write_backward_kernel
 from astroattn.ops.kernels.static_forward import combine_kernel, read_kernel, write_kernel
 from astroattn.ops.rows import dense_rows, empty_rows
@@ -239,30 +239,30 @@ def _options(kernel: str, query: Tensor, dv: int, m: int) -> tuple[int, int, dic
 def _options_for(
     kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int, small: bool
 ) -> tuple[int, int, dict[str, int]]:
-    padded, padded_v = (max(16, triton.next_power_of_2(size)) for size in (dim, dv))
+    padded, padded_v = map(power_of_2, (dim, dv))
     if max(padded, padded_v) > MOST_DIM:
         raise ValueError(f"head_dim: {max(dim, dv)}; the kernels take at most {MOST_DIM}")
     operand, widest = 2 if dtype == torch.bfloat16 else 4, max(64, padded, padded_v)
     blocks = TABLE[kernel][operand, widest]
     if small:
         blocks = SMALL.get((kernel, operand, widest), blocks)
-    neurons = min(blocks.neurons, max(16, triton.next_power_of_2(m)))
+    neurons = power_of_2(m, most=blocks.neurons)
     options = {"D": dim, "DP": padded, "DV": dv, "DVP": padded_v, "M": neurons, "N": blocks.tokens}
     registers = min(255, REGISTERS // (blocks.resident * blocks.warps * 32))
     options |= {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": registers}
-    return triton.cdiv(m, neurons), blocks.resident, options
+    return cdiv(m, neurons), blocks.resident, options
 
 
 def _split(kernel: str, tokens: int, programs: int, resident: int, block: int, *tensors: Tensor) -> tuple[int, int]:
     """Tokens per chunk and number of chunks: so that `programs` times as many fill the GPU in whole waves."""
     least, most = CHUNKS[kernel]
     slots = resident * _processors(tensors[0].device)
-    waves = max(1, triton.cdiv(tokens * programs, slots * most))
-    chunk = max(least, triton.cdiv(tokens * programs, slots * waves))
+    waves = max(1, cdiv(tokens * programs, slots * most))
+    chunk = max(least, cdiv(tokens * programs, slots * waves))
     # Offsets within a chunk are 32-bit numbers.
     chunk = max(1, min(chunk, (2**31 - 1) // max(1, *(x.stride(2) for x in tensors)) - block, tokens))
-    chunk = triton.cdiv(chunk, block) * block
-    return chunk, max(1, triton.cdiv(tokens, chunk))
+    chunk = cdiv(chunk, block) * block
+    return chunk, max(1, cdiv(tokens, chunk))
 
 
 @cache
