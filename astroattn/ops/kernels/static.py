@@ -71,8 +71,12 @@ TABLE = {
         (4, 256): Blocks(16, 16, 4, 1, 1),
     },
 }
-# In their place where a block has 99 KiB of shared memory.
-SMALL = {("backward", 4, 128): Blocks(16, 16, 8, 1, 1)}
+# In their place where a block has 99 KiB of shared memory, and a multiprocessor little more.
+SMALL = {
+    ("write", 2, 64): Blocks(64, 64, 4, 3, 2),
+    ("read", 2, 64): Blocks(64, 64, 4, 3, 2),
+    ("backward", 4, 128): Blocks(16, 16, 8, 1, 1),
+}
 # Tokens of a chunk, at least (below, another launch to sum the chunks costs more than it saves) and at most.
 CHUNKS = {"write": (256, 1024), "read": (1, 512), "backward": (256, 1024)}
 
