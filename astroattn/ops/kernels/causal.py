@@ -70,7 +70,7 @@ BACKWARD = {
     (4, 256): Blocks(16, 16, 8, 1),
 }
 TABLE = {"forward": FORWARD, "backward": BACKWARD}
-# In their place where a block has 99 KiB of shared memory.
+# In their place where there is less shared memory than on an H100.
 SMALL = {("forward", 2, 256): Blocks(64, 16, 8, 1)}
 
 

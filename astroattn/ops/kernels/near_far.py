@@ -65,7 +65,7 @@ BACKWARD = {
     (4, 128): Blocks(16, 16, 8, 1),
     (4, 256): Blocks(16, 16, 8, 1),
 }
-# In its place where a block has 99 KiB of shared memory: those GPUs have no wgmma, and more would spill.
+# In its place where there is less shared memory than on an H100, and no wgmma: more would spill.
 SMALL = {(2, 64): Blocks(32, 32, 8, 1)}
 NEURONS = {64: 64, 128: 32, 256: 32}  # that one program differentiates, at most, by padded head dim
 KEYS, SUMMED = 32, 16  # in a block of `write`, backward, and of the sums

@@ -71,7 +71,7 @@ TABLE = {
         (4, 256): Blocks(16, 16, 4, 1, 1),
     },
 }
-# In their place where a block has 99 KiB of shared memory, and a multiprocessor little more.
+# In their place where there is less shared memory than on an H100.
 SMALL = {
     ("write", 2, 64): Blocks(64, 64, 4, 3, 2),
     ("read", 2, 64): Blocks(64, 64, 4, 3, 2),
