@@ -10,6 +10,8 @@ benchmark's, the shortest first. What the benchmark measured until it was stoppe
 from __future__ import annotations
 
 import json as json_format
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,8 @@ from eval.common import JsonOption, print_rows, rounded, run_script, write_json
 
 ROOT = Path(__file__).parents[1]
 TAIL = 2000  # characters of a stage's output that are kept
-TESTS = ("pytest", "-m", "gpu", "-q", "-n", "0", "-p", "no:cacheprovider")
+# Most of their time the compiler takes, so several processes share the GPU.
+TESTS = ("pytest", "-m", "gpu", "-q", "-n", "8", "-p", "no:cacheprovider")
 BENCHMARK = ("eval.benchmark", "--device", "cuda", "--repeats", "10", "--seconds", "0.5")
 
 
@@ -72,17 +75,20 @@ def check(stages: Mapping[str, Stage], seconds: float, folder: Path) -> list[dic
 def run(stage: Stage, seconds: float, results: Path) -> tuple[str, str]:
     """The result of one stage in words, and the end of what it printed."""
     command = [sys.executable, "-m", *stage.arguments, *(("--json", str(results)) if stage.measures else ())]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        return f"stopped after {seconds:.0f} s", _end(error.output)
-    return "ok" if done.returncode == 0 else f"failed with exit status {done.returncode}", _end(done.stdout)
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes of its own, which would keep the GPU
+            output, _ = process.communicate()
+            return f"stopped after {seconds:.0f} s", _end(output)
+    return "ok" if process.returncode == 0 else f"failed with exit status {process.returncode}", _end(output)
 
 
-def _end(output: bytes | None) -> str:
-    return (output or b"").decode("utf-8", "replace")[-TAIL:]
+def _end(output: bytes) -> str:
+    return output.decode("utf-8", "replace")[-TAIL:]
 
 
 def main(

@@ -36,9 +36,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(causal, "TABLE", {"forward": sizes, "backward": sizes})
     monkeypatch.setattr(causal, "LEAST_CHUNK", 32)
     monkeypatch.setattr(causal, "MOST_CHUNK", 32)
-    causal._options.cache_clear()
+    causal._options_for.cache_clear()
     yield
-    causal._options.cache_clear()
+    causal._options_for.cache_clear()
 
 
 class Problem(NamedTuple):

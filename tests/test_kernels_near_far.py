@@ -25,33 +25,71 @@ def forward(name: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], l
     return inputs, list(near_far.near_far_forward(*inputs, None, of_batch, budget_of(changes), dim**-0.5))
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_forward_and_backward_equal_plain_pytorch(name: str, device: str) -> None:
+def backward(name: str, inputs: list[Tensor], results: list[Tensor], *gradients: Tensor) -> tuple[Tensor, ...]:
     _, dim, _, changes, lengths = CASES[name]
-    inputs, (out, log_p, *choices) = forward(name, device, torch.float32)
+    of_batch = None if lengths is None else torch.tensor(lengths, device=inputs[0].device)
+    return near_far.near_far_backward(*gradients, *inputs, None, *results, of_batch, budget_of(changes), dim**-0.5)
+
+
+def check(name: str, inputs: list[Tensor], results: list[Tensor], bound: float, log_bound: float) -> None:
+    """Against plain PyTorch in float64 on the same inputs, the gradients to twice the bound of the output."""
+    _, _, _, changes, lengths = CASES[name]
+    out, log_p, *choices = results
     exact = [x.double().requires_grad_() for x in inputs]
     expected, expected_log_p = given_choices(exact, choices, lengths, changes)
-    assert relative(out, expected) < 2e-6
-    torch.testing.assert_close(log_p.double(), expected_log_p, rtol=1e-5, atol=1e-5)
+    real = expected_log_p > -torch.inf
+    assert torch.equal(log_p > -torch.inf, real)
+    assert relative(out, expected) < bound
+    torch.testing.assert_close(log_p.double(), expected_log_p, rtol=1e-5, atol=log_bound)
 
     d_out, d_log_p = torch.randn_like(out), torch.randn_like(log_p)
-    real = expected_log_p > -torch.inf
-    of_batch = None if lengths is None else torch.tensor(lengths, device=device)
-    given = (*inputs, None, out, log_p, *choices, of_batch, budget_of(changes), dim**-0.5)
-    grads = near_far.near_far_backward(d_out, d_log_p * real, *given)
+    grads = backward(name, inputs, results, d_out, d_log_p * real)
     wanted = torch.autograd.grad([expected, expected_log_p[real]], exact, [d_out.double(), d_log_p[real].double()])
-    for ours, theirs in zip(grads, wanted, strict=True):
-        assert relative(ours, theirs) < 4e-6
+    for ours, theirs, like in zip(grads, wanted, inputs, strict=True):
+        assert ours.dtype == like.dtype
+        assert relative(ours, theirs) < 2 * bound
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_forward_and_backward_equal_plain_pytorch(name: str, device: str) -> None:
+    check(name, *forward(name, device, torch.float32), bound=2e-6, log_bound=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
-def test_low_precision(dtype: torch.dtype, bound: float, device: str) -> None:
+@pytest.mark.parametrize("name", ["ViT", "no far field"])
+def test_low_precision(name: str, dtype: torch.dtype, bound: float, device: str) -> None:
     """As near to plain PyTorch in float64 on the rounded inputs as the products' operands are rounded."""
-    inputs, (out, log_p, *choices) = forward("ViT", device, dtype)
-    expected, expected_log_p = given_choices([x.double() for x in inputs], choices, None, CASES["ViT"][3])
-    assert out.dtype == dtype
-    assert relative(out.double(), expected) < bound
-    assert (log_p - expected_log_p).abs().max() < 5 * bound
+    inputs, results = forward(name, device, dtype)
+    assert results[0].dtype == dtype
+    check(name, inputs, results, bound, 5 * bound)
+
+
+def test_several_blocks_of_queries_and_of_neurons(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one tile, and of the clusters of one sequence."""
+    case = (90, 16, 24, {"tile": 40, "exact_keys": 6, "num_hidden": 40, "near": 2}, [90, 61])
+    monkeypatch.setitem(CASES, "blocks", case)
+    monkeypatch.setattr(near_far, "BACKWARD", {key: near_far.Blocks(16, 16, 4, 1) for key in near_far.BACKWARD})
+    monkeypatch.setattr(near_far, "SMALL", {})
+    monkeypatch.setattr(near_far, "NEURONS", dict.fromkeys(near_far.NEURONS, 16))
+    check("blocks", *forward("blocks", device, torch.float32), bound=2e-6, log_bound=1e-5)
+
+
+def test_equal_inputs_give_equal_bits(device: str) -> None:
+    inputs, results = forward("ViT", device, torch.bfloat16)
+    gradients = torch.randn_like(results[0]), torch.randn_like(results[1])
+    once, again = (backward("ViT", inputs, results, *gradients) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+
+
+def test_large_heads_in_float32_are_differentiated_by_plain_pytorch(device: str) -> None:
+    """Their products would spill registers."""
+    inputs = [x.to(device) for x in draw(20, 136, 8, batch=1)]
+    changes: dict[str, object] = {"exact_keys": 3, "num_hidden": 4, "tile": 8}
+    results = near_far.near_far_forward(*inputs, None, None, budget_of(changes), 0.1)
+    gradients = torch.randn_like(results[0]), torch.randn_like(results[1])
+    ours = near_far.near_far_backward(*gradients, *inputs, None, *results, None, budget_of(changes), 0.1)
+    theirs = plain.near_far_backward(*gradients, *inputs, None, *results[2:], None, budget_of(changes), 0.1)
+    assert all(map(torch.equal, ours, theirs))
 
 
 def test_large_logits_lose_no_digits(device: str) -> None:

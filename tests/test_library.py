@@ -6,6 +6,8 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -421,13 +423,54 @@ def test_auto_on_a_cpu(operation: str, dtype: torch.dtype, expected: str) -> Non
     assert backends.choose_backend("auto", operation, query, value) == expected
 
 
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
+def test_a_short_row_of_a_batch_is_exact(backend: str) -> None:
+    """Where the length decides it has all of its keys, more than a sub-tile of the longest row has."""
+    query, key, value = draw(2, 2, 133, 16, dtype=torch.float32)
+    real = torch.arange(133) < torch.tensor([[67], [133]])
+    out = AstrocyteAttention(2, 16, AstroConfig(backend=backend))(query, key, value, key_mask=real)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x[:1, :, :67] for x in (query, key, value)))
+    assert relative(out[:1, :, :67], expected) < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)
 def test_auto_on_a_gpu_is_triton(dtype: torch.dtype) -> None:
     query, value = (x.cuda() for x in draw(1, 1, 4, 4, count=2, dtype=dtype))
-    for operation in ("linear", "causal"):
+    for operation in ("near_far", "linear", "causal", "streaming"):
         assert backends.choose_backend("auto", operation, query, value) == "triton"
-    assert backends.choose_backend("auto", "near_far", query, value) == "torch"
+    assert backends.choose_backend("auto", "near_linear", query, value) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "reason"),
+    [("6.4", (9, 0), "ROCm"), (None, (7, 5), "Tesla T4 has 7.5"), (None, (8, 0), None), (None, (12, 0), None)],
+)
+def test_gpus_that_are_not_served(
+    hip: str | None, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by name, and under "auto" plain PyTorch stands in and says so once."""
+    major, minor = capability
+    found = SimpleNamespace(major=major, minor=minor, name="Tesla T4")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(backends, "_TRITON", True)
+    monkeypatch.setattr(backends, "_warned", False)
+    tensor: Any = SimpleNamespace(dtype=torch.float32, device="cuda:0", is_cuda=True, shape=(1, 1, 4, 4))
+    if reason is None:
+        assert backends.choose_backend("auto", "linear", tensor, tensor) == "triton"
+        tensor.shape = (1, 1, 4, 256)
+        assert backends.choose_backend("auto", "near_far", tensor, tensor) == "triton"
+        expected = "torch" if capability == (12, 0) else "triton"  # by shared memory
+        assert backends.choose_backend("auto", "causal", tensor, tensor) == expected
+        return
+    with pytest.raises(ValueError, match=reason):
+        backends.choose_backend("triton", "linear", tensor, tensor)
+    with pytest.warns(UserWarning, match=f"stands in for the GPU kernels.*{reason}"):
+        assert backends.choose_backend("auto", "linear", tensor, tensor) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose_backend("auto", "causal", tensor, tensor) == "torch"
 
 
 def test_native_is_used_by_the_default_config(monkeypatch: pytest.MonkeyPatch) -> None:

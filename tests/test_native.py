@@ -31,6 +31,7 @@ CASES = {
     "by position": (300, 32, 32, {"by_content": False, "tile": 16, "near": 9, "exact_keys": 5}, None),
     "grid by position": (197, 32, 32, {"grid": (14, 14), "prefix": 1, "by_content": False, "near": 9}, None),
     "padding": (331, 40, 24, {"prefix": 2}, [331, 150]),
+    "padding, all keys exact": (133, 24, 24, {}, [67, 133]),
     "padding by position": (131, 40, 24, {"prefix": 2, "exact_keys": 8, "by_content": False}, [131, 50]),
     "nothing real": (67, 16, 16, {"exact_keys": 8, "num_hidden": 5}, [0, 67]),
     "padding, prefix alone real": (67, 16, 16, {"prefix": 3, "exact_keys": 8, "num_hidden": 5}, [2, 67]),

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astroattn.ops.kernels.device import LEAST_SHARED, shared_memory
 from astroattn.ops.native import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels
 MOST_DIM = 256  # of a head, in the Triton kernels
+LEAST_CAPABILITY = (8, 0)  # of a GPU: for older ones Triton makes no matrix instructions, and blocks do not fit
+LARGE = ("linear", "causal")  # gradients of float32 heads above 128 do not fit into the least shared memory
 
 # The kernels of each backend, by operation. Plain PyTorch computes all of them, and "near_linear" besides.
 MODULES = {
@@ -51,7 +54,7 @@ def choose_backend(backend: str, operation: str, query: Tensor, value: Tensor) -
     """The backend for an operation ("near_far", "linear", "causal", "streaming" ...) on such tensors.
 
     "auto" takes Triton on a GPU and C++ on a CPU where they can run, else plain PyTorch. It warns once where the C++
-    kernels would serve but are not there.
+    kernels would serve but are not there, and on a GPU that the Triton kernels do not serve at all.
 
     Raises:
         ValueError: the backend was named and cannot run, with the reason.
@@ -61,9 +64,13 @@ def choose_backend(backend: str, operation: str, query: Tensor, value: Tensor) -
     if backend == "auto":
         backend = "triton" if query.is_cuda else "native"
         reason = _refusal(backend, operation, query, value)
-        if reason is not None and reason is _NO_NATIVE:
-            _warn_once()
-        return backend if reason is None else "torch"
+        if reason is None:
+            return backend
+        if reason is _NO_NATIVE:
+            _warn_once(f"the CPU kernels, and takes some three times as long: {reason}")
+        elif backend == "triton" and reason == _refused_gpu(query):
+            _warn_once(f"the GPU kernels: {reason}")
+        return "torch"
     reason = _refusal(backend, operation, query, value)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot run here; {reason}")
@@ -89,16 +96,34 @@ def _refusal(backend: str, operation: str, query: Tensor, value: Tensor) -> str 
         return "the package triton is not installed"
     if not query.is_cuda and not _INTERPRETED:
         return f"its kernels run on a CUDA device, not on {query.device}"
+    if query.is_cuda and (reason := _refused_gpu(query)) is not None:
+        return reason
     dim = max(query.shape[-1], value.shape[-1])
-    return f"its kernels take heads of at most {MOST_DIM}, not {dim}" if dim > MOST_DIM else None
+    if dim > MOST_DIM:
+        return f"its kernels take heads of at most {MOST_DIM}, not {dim}"
+    if dim > MOST_DIM // 2 and query.dtype == torch.float32 and operation in LARGE and query.is_cuda:
+        found = torch.cuda.get_device_properties(query.device)
+        if shared_memory((found.major, found.minor)) == LEAST_SHARED:
+            return f"its kernels take heads of at most {MOST_DIM // 2} in float32 on {found.name}, not {dim}"
+    return None
 
 
-def _warn_once() -> None:
+def _refused_gpu(query: Tensor) -> str | None:
+    """Why the Triton kernels serve nothing on the GPU of a tensor, or None."""
+    if torch.version.hip is not None:  # whose devices PyTorch calls "cuda" too
+        return "its kernels are made for NVIDIA's GPUs, and this PyTorch is built for ROCm"
+    found = torch.cuda.get_device_properties(query.device)
+    if (found.major, found.minor) < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        return f"its kernels need compute capability {least}, and {found.name} has {found.major}.{found.minor}"
+    return None
+
+
+def _warn_once(whose: str) -> None:
     global _warned
     if not _warned and not torch.compiler.is_compiling():  # a graph has no such side effects
         _warned = True
         warnings.warn(
-            f"astroattn: plain PyTorch stands in for the CPU kernels, and takes some three times as long: {_NO_NATIVE} "
-            "(backend='torch' says that they are not wanted)",
+            f"astroattn: plain PyTorch stands in for {whose} (backend='torch' says that they are not wanted)",
             stacklevel=6,
         )

@@ -113,6 +113,13 @@ class Budget(NamedTuple):
         """How many queries are behind the prefix; so many are those of another sequence, if they are."""
         return queries if self.cross else tokens - self.prefix
 
+    def most_keys(self, tokens: int, dim: int, queries: int, lengths: Tensor | None) -> int:
+        """Most exact keys of a sub-tile in any sequence of a batch: one of up to 128 tokens may have more."""
+        layout, body = self.at(tokens, dim, queries), tokens - self.prefix
+        if lengths is None or self.exact_keys >= 0:
+            return layout.most_keys(body)
+        return layout.near_keys(body) + max(layout.exact_keys, min(body, LEAST_BODY))
+
     def at(self, tokens: int, dim: int, queries: int = 0) -> Layout:
         """The layout of a sequence of so many tokens, more than those of the prefix, in a head of this dimension.
 

@@ -348,7 +348,8 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ..
     asked = budget.asked(tokens, queries)
     order = query.new_empty(*query.shape[:2], asked, dtype=torch.int32)
     winners = order.new_empty(*query.shape[:2], body)
-    keys = order.new_empty(*query.shape[:2], layout.all_subtiles(asked), _any_number(layout.most_keys(body)))
+    most = budget.most_keys(tokens, query.shape[3], queries, rest[1])
+    keys = order.new_empty(*query.shape[:2], layout.all_subtiles(asked), _any_number(most))
     mass = torch.empty_like(winners, dtype=torch.float32)
     return _new_rows(query, value.shape[-1]), _new_log_p(query), order, winners, mass, keys
 

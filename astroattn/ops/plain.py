@@ -57,7 +57,8 @@ def near_far_forward(
     order = torch.arange(asked, device=query.device, dtype=torch.int32).repeat(query.shape[0] * query.shape[1], 1)
     winners = order.new_zeros(len(order), body)
     mass = torch.zeros_like(winners, dtype=torch.float32)
-    keys = order.new_full((len(order), whole.all_subtiles(asked), whole.most_keys(body)), -1)
+    most = budget.most_keys(tokens, key.shape[3], queries, lengths)
+    keys = order.new_full((len(order), whole.all_subtiles(asked), most), -1)
 
     def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         choice = near_far.choose(q, k, v, layout, b)

@@ -13,7 +13,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -31,15 +30,15 @@ from astroattn.ops.kernels.causal_forward import (
     write_kernel,
 )
 from astroattn.ops.kernels.causal_step import recurrent_step
+from astroattn.ops.kernels.device import is_small
 from astroattn.ops.kernels.features import LOWEST
-from astroattn.ops.kernels.rows import Rows, power_of_2, rows_of
+from astroattn.ops.kernels.rows import Rows, cdiv, power_of_2, rows_of
 from astroattn.ops.kernels.static import INDEFINITE, NORM
 from astroattn.ops.rows import dense_rows, empty_rows
 
 __all__ = ["causal_attention_backward", "causal_attention_forward", "new_state", "recurrent_step"]
 
 Options = dict[str, int]
-
 LEAST_CHUNK, MOST_CHUNK = 256, 1024  # tokens: shorter ones cost more in launches and sums than they save
 PROGRAMS = 264  # two for each multiprocessor of a large GPU; a constant, so that results do not depend on the GPU
 
@@ -71,6 +70,8 @@ BACKWARD = {
     (4, 256): Blocks(16, 16, 8, 1),
 }
 TABLE = {"forward": FORWARD, "backward": BACKWARD}
+# In their place where there is less shared memory than on an H100.
+SMALL = {("forward", 2, 256): Blocks(64, 16, 8, 1)}
 
 
 def causal_attention_forward(
@@ -113,7 +114,7 @@ def causal_attention_forward(
             key, value = torch.cat([state.key, key], 2), torch.cat([state.value, value], 2)
             key_mask = torch.cat([state.real[:, 0], new], 1)
     query, key, value = map(dense_rows, (query, key, value))
-    blocks, options = _options("forward", query.dtype, query.shape[-1], value.shape[-1], weight.shape[2])
+    blocks, options = _options("forward", query, value.shape[-1], weight.shape[2])
     shape = _shape(query, key, key_mask, near, shift, options["T"])
     layer = layer_of(weight, phase, activation, scale_root)
     inputs = (rows_of(query), rows_of(key), rows_of(value), layer)
@@ -156,7 +157,7 @@ def causal_attention_backward(
     d_out, query, key, value, out = map(dense_rows, (d_out, query, key, value, out))
     d_log_p = None if d_log_p is None else d_log_p.contiguous()
     sequences, tokens, past, m = _sequences(query), query.shape[2], max(near - 1, 0), weight.shape[2]
-    blocks, options = _options("backward", query.dtype, query.shape[-1], value.shape[-1], m)
+    blocks, options = _options("backward", query, value.shape[-1], m)
     block = options["T"]
     shape = _shape(query, key, key_mask, near, past, block)
     layer = layer_of(weight, phase, activation, scale_root)
@@ -171,13 +172,13 @@ def causal_attention_backward(
             *(*inputs, sums, None, rows_of(out), log_p, sign, shape), **options, BLOCKS=blocks
         )
     delta = torch.empty_like(log_p)
-    delta_kernel[(sequences * triton.cdiv(tokens, block),)](
+    delta_kernel[(sequences * cdiv(tokens, block),)](
         rows_of(d_out), rows_of(out), d_log_p, log_p, delta, shape, T=block
     )
     normaliser = (log_p, sign, delta)
 
     # The slots of the last near field have no queries beside them.
-    chunks, key_chunks = _chunks(shape), triton.cdiv(tokens + past, shape.chunk)
+    chunks, key_chunks = _chunks(shape), cdiv(tokens + past, shape.chunk)
     d_query, d_key, d_value = (empty_rows(x, x.shape[-1]) for x in (query, key, value))
     total, parts, key_parts = chunks + key_chunks, None, None
     if with_weight:
@@ -221,7 +222,7 @@ def _sums_before(inputs: tuple[Rows, Rows, Rows, Layer], before: Sums | None, sh
     parts, sums = (_new_sums(value, layer, shape, count) for count in (chunks - 1, chunks))
     sequences = _sequences(key.data)
     if chunks > 1:
-        blocks = triton.cdiv(layer.size, options["M"])
+        blocks = cdiv(layer.size, options["M"])
         write_kernel[(sequences * (chunks - 1) * blocks,)](key, value, layer, parts, shape, **options)
     scan_kernel[(sequences * layer.size,)](parts, before, sums, layer.size, REVERSE=False, num_warps=1)
     return sums
@@ -241,7 +242,7 @@ def _sums_behind(
     parts, sums = (_new_sums(d_out, layer, shape, count) for count in (more, key_chunks))
     sequences = _sequences(query.data)
     if more:
-        blocks = triton.cdiv(layer.size, options["M"])
+        blocks = cdiv(layer.size, options["M"])
         behind_kernel[(sequences * more * blocks,)](query, d_out, layer, *normaliser, parts, shape, **options)
     scan_kernel[(sequences * layer.size,)](parts, None, sums, layer.size, REVERSE=True, num_warps=1)
     return sums
@@ -266,27 +267,31 @@ def _sequences(x: Tensor) -> int:
 
 
 def _chunks(shape: Shape) -> int:
-    return int(triton.cdiv(shape.tokens, shape.chunk))
+    return cdiv(shape.tokens, shape.chunk)
 
 
 def _shape(query: Tensor, key: Tensor, key_mask: Tensor | None, near: int, shift: int, block: int) -> Shape:
     batch, heads, tokens, _ = query.shape
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    wanted = triton.cdiv(tokens * batch * heads, PROGRAMS)
-    chunk = triton.cdiv(min(max(wanted, LEAST_CHUNK), MOST_CHUNK, tokens), block) * block
+    wanted = cdiv(tokens * batch * heads, PROGRAMS)
+    chunk = cdiv(min(max(wanted, LEAST_CHUNK), MOST_CHUNK, tokens), block) * block
     past = max(near - 1, 0)
     return Shape(mask, heads, tokens, key.shape[2], past, shift, chunk, tl.constexpr(int(near > 0)))
 
 
-@cache
-def _options(kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int) -> tuple[int, Options]:
+def _options(kernel: str, query: Tensor, dv: int, m: int) -> tuple[int, Options]:
     """The number of blocks of neurons, and what the kernels are compiled for."""
-    widest = max(64, power_of_2(dim), power_of_2(dv))
-    if widest > MOST_DIM:
+    return _options_for(kernel, query.dtype, query.shape[-1], dv, m, is_small(query.device))
+
+
+@cache
+def _options_for(kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int, small: bool) -> tuple[int, Options]:
+    if (widest := max(64, power_of_2(dim), power_of_2(dv))) > MOST_DIM:
         raise ValueError(f"head_dim: {max(dim, dv)}; the kernels take at most {MOST_DIM}")
-    sizes = TABLE[kernel][2 if dtype == torch.bfloat16 else 4, widest]
+    size = (2 if dtype == torch.bfloat16 else 4, widest)
+    sizes = SMALL[kernel, *size] if small and (kernel, *size) in SMALL else TABLE[kernel][size]
     neurons = power_of_2(m, most=sizes.neurons)
-    return triton.cdiv(m, neurons), {
+    return cdiv(m, neurons), {
         "M": neurons,
         "T": sizes.tokens,
         "num_warps": sizes.warps,

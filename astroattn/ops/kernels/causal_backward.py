@@ -104,7 +104,7 @@ def d_half_square(e, base, slope, NORM: tl.constexpr):
     return tl.sum(e * base, 1) if NORM == 1 else tl.sum(e * slope, 1) * NORM
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def query_kernel(
     d_out, query, key, value, layer, sums, log_p, sign, delta, d_query, d_weight, parts, shape, NORM: tl.constexpr,
     M: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr,
@@ -193,7 +193,7 @@ def query_kernel(
         add_d_weight(d_weight, z_index * parts + chunk, neuron, layer.size, False, d_w, query.DIM, query.PADDED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def key_kernel(
     d_out, query, key, value, layer, sums, log_p, sign, delta, d_key, d_value, d_weight, parts, shape,
     NORM: tl.constexpr, M: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr,

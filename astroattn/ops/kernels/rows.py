@@ -29,8 +29,13 @@ def rows_of(x: Tensor) -> Rows:
 
 
 def power_of_2(number: int, least: int = 16, most: int = 1 << 30) -> int:
-    """The smallest power of two that is not below `number`, within bounds."""
-    return int(min(max(triton.next_power_of_2(number), least), most))
+    """The smallest power of two that is not below `number`, within bounds; in plain Python, as Triton's own is slow."""
+    return min(max(1 << max(number - 1, 0).bit_length(), least), most)
+
+
+def cdiv(number: int, by: int) -> int:
+    """Their quotient, rounded up."""
+    return -(-number // by)
 
 
 @triton.jit

@@ -15,10 +15,11 @@ from math import log
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from astroattn.ops.backends import MOST_DIM
+from astroattn.ops.kernels.device import is_small
+from astroattn.ops.kernels.rows import cdiv, power_of_2
 from astroattn.ops.kernels.static_backward import read_backward_kernel, write_backward_kernel
 from astroattn.ops.kernels.static_forward import combine_kernel, read_kernel, write_kernel
 from astroattn.ops.rows import dense_rows, empty_rows
@@ -70,6 +71,12 @@ TABLE = {
         (4, 256): Blocks(16, 16, 4, 1, 1),
     },
 }
+# In their place where there is less shared memory than on an H100.
+SMALL = {
+    ("write", 2, 64): Blocks(64, 64, 4, 3, 2),
+    ("read", 2, 64): Blocks(64, 64, 4, 3, 2),
+    ("backward", 4, 128): Blocks(16, 16, 8, 1, 1),
+}
 # Tokens of a chunk, at least (below, another launch to sum the chunks costs more than it saves) and at most.
 CHUNKS = {"write": (256, 1024), "read": (1, 512), "backward": (256, 1024)}
 
@@ -99,9 +106,9 @@ def linear_attention_forward(
         ValueError: D or Dv above 256.
     """
     query, key, value = map(dense_rows, (query, key, value))
-    (batch, heads, num_queries, dim), (num_keys, dv), m = query.shape, value.shape[2:], weight.shape[2]
+    (batch, heads, num_queries), (num_keys, dv), m = query.shape[:3], value.shape[2:], weight.shape[2]
     hidden = _hidden(weight, phase, query.dtype)
-    blocks, resident, options = _options("write", query.dtype, dim, dv, m)
+    blocks, resident, options = _options("write", query, dv, m)
     chunk, chunks = _split("write", num_keys, batch * heads * blocks, resident, options["N"], key, value)
     states = _new_states(key, chunks, m, dv)
     write_kernel[(batch * heads * chunks * blocks,)](
@@ -146,7 +153,7 @@ def linear_attention_backward(
     query, key, value, out, d_out = map(dense_rows, (query, key, value, out, d_out))
     (batch, heads, num_queries, dim), (num_keys, dv), m = query.shape, value.shape[2:], weight.shape[2]
     hidden, states = _hidden(weight, phase, query.dtype), (kv_state, z_state, top)
-    blocks, resident, options = _options("backward", query.dtype, dim, dv, m)
+    blocks, resident, options = _options("backward", query, dv, m)
     more = {"BLOCKS": blocks, "ACTIVATION": activation, "NORM": NORM.get(activation, 0)}
     query_chunk, query_chunks = _split(
         "backward", num_queries, batch * heads, resident, options["N"], query, out, d_out
@@ -193,8 +200,8 @@ def _read(
     log_p: Tensor,
     sign: Tensor | None,
 ) -> None:
-    (batch, heads, num_queries, dim), (m, dv) = query.shape, states[0].shape[2:]
-    blocks, resident, options = _options("read", query.dtype, dim, dv, m)
+    (batch, heads, num_queries), (m, dv) = query.shape[:3], states[0].shape[2:]
+    blocks, resident, options = _options("read", query, dv, m)
     chunk, chunks = _split("read", num_queries, batch * heads, resident, options["N"], query, out)
     read_kernel[(batch * heads * chunks,)](
         *(_strided(query), hidden, states, _strided(out), log_p, sign, num_queries, chunk, chunks),
@@ -227,30 +234,39 @@ def _new_states(like: Tensor, chunks: int, m: int, dv: int) -> tuple[Tensor, ...
     return tuple(like.new_empty(*shape, *more, dtype=torch.float32) for more in ((dv,), (), ()))
 
 
-@cache
-def _options(kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int) -> tuple[int, int, dict[str, int]]:
+def _options(kernel: str, query: Tensor, dv: int, m: int) -> tuple[int, int, dict[str, int]]:
     """Blocks of neurons, programs that a processor holds, and what the kernel is compiled for."""
-    padded, padded_v = (max(16, triton.next_power_of_2(size)) for size in (dim, dv))
+    return _options_for(kernel, query.dtype, query.shape[-1], dv, m, is_small(query.device))
+
+
+@cache
+def _options_for(
+    kernel: str, dtype: torch.dtype, dim: int, dv: int, m: int, small: bool
+) -> tuple[int, int, dict[str, int]]:
+    padded, padded_v = map(power_of_2, (dim, dv))
     if max(padded, padded_v) > MOST_DIM:
         raise ValueError(f"head_dim: {max(dim, dv)}; the kernels take at most {MOST_DIM}")
-    blocks = TABLE[kernel][2 if dtype == torch.bfloat16 else 4, max(64, padded, padded_v)]
-    neurons = min(blocks.neurons, max(16, triton.next_power_of_2(m)))
+    operand, widest = 2 if dtype == torch.bfloat16 else 4, max(64, padded, padded_v)
+    blocks = TABLE[kernel][operand, widest]
+    if small:
+        blocks = SMALL.get((kernel, operand, widest), blocks)
+    neurons = power_of_2(m, most=blocks.neurons)
     options = {"D": dim, "DP": padded, "DV": dv, "DVP": padded_v, "M": neurons, "N": blocks.tokens}
     registers = min(255, REGISTERS // (blocks.resident * blocks.warps * 32))
     options |= {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": registers}
-    return triton.cdiv(m, neurons), blocks.resident, options
+    return cdiv(m, neurons), blocks.resident, options
 
 
 def _split(kernel: str, tokens: int, programs: int, resident: int, block: int, *tensors: Tensor) -> tuple[int, int]:
     """Tokens per chunk and number of chunks: so that `programs` times as many fill the GPU in whole waves."""
     least, most = CHUNKS[kernel]
     slots = resident * _processors(tensors[0].device)
-    waves = max(1, triton.cdiv(tokens * programs, slots * most))
-    chunk = max(least, triton.cdiv(tokens * programs, slots * waves))
+    waves = max(1, cdiv(tokens * programs, slots * most))
+    chunk = max(least, cdiv(tokens * programs, slots * waves))
     # Offsets within a chunk are 32-bit numbers.
     chunk = max(1, min(chunk, (2**31 - 1) // max(1, *(x.stride(2) for x in tensors)) - block, tokens))
-    chunk = triton.cdiv(chunk, block) * block
-    return chunk, max(1, triton.cdiv(tokens, chunk))
+    chunk = cdiv(chunk, block) * block
+    return chunk, max(1, cdiv(tokens, chunk))
 
 
 @cache

@@ -77,7 +77,7 @@ def near_far_forward(
     order = torch.empty(batch, heads, asked, dtype=torch.int32)
     winners = torch.empty(batch, heads, body, dtype=torch.int32)
     mass = torch.empty(batch, heads, body)
-    most = layout.most_keys(body)
+    most = budget.most_keys(tokens, dim, queries, lengths)
     keys = torch.empty(batch, heads, layout.all_subtiles(asked), most, dtype=torch.int32)
     layouts = _layouts(budget, lengths, query, tokens)
     bias = _dense_bias(bias, query)

@@ -1,0 +1,51 @@
+"""Launches of our kernels, and how many variants of each the lengths of a thousand sequences compile, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+MOST_VARIANTS = 12
+# Of our kernels, at 4,096 tokens.
+LAUNCHES = {
+    "static forward": 3,
+    "static backward": 2,
+    "causal forward": 3,
+    "causal backward": 7,
+    "causal step": 1,
+    "near + far forward": 2,
+    "near + far backward": 4,
+    "streaming, a text": 1,
+    "streaming step": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, Any]:
+    """In a process of its own, where kernels are not those of the interpreter."""
+    command = [sys.executable, "-m", "tests.gpu_launches", "1000"]
+    run = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.slow
+def test_launches(counted: dict[str, Any]) -> None:
+    plain, padded = counted.values()
+    assert {name: len(kernels) for name, kernels in plain["launches"].items()} == LAUNCHES
+    two_lengths = {name: number * (1 + name.startswith("near")) for name, number in LAUNCHES.items()}
+    assert {name: len(kernels) for name, kernels in padded["launches"].items()} == two_lengths
+
+
+@pytest.mark.slow
+def test_lengths_compile_few_variants(counted: dict[str, Any]) -> None:
+    for kind, found in counted.items():
+        for kernel, variants in found["variants"].items():
+            assert variants <= MOST_VARIANTS, (kind, kernel)
