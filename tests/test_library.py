@@ -453,6 +453,7 @@ def test_gpus_that_are_not_served(
     major, minor = capability
     found = SimpleNamespace(major=major, minor=minor, name="Tesla T4")
     monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
     monkeypatch.setattr(backends, "_TRITON", True)
     monkeypatch.setattr(backends, "_warned", False)

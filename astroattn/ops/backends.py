@@ -101,7 +101,8 @@ def _refusal(backend: str, operation: str, query: Tensor, value: Tensor) -> str 
     dim = max(query.shape[-1], value.shape[-1])
     if dim > MOST_DIM:
         return f"its kernels take heads of at most {MOST_DIM}, not {dim}"
-    if dim > MOST_DIM // 2 and query.dtype == torch.float32 and operation in LARGE and query.is_cuda:
+    large = dim > MOST_DIM // 2 and query.dtype == torch.float32 and operation in LARGE
+    if large and query.is_cuda and torch.cuda.is_available():
         found = torch.cuda.get_device_properties(query.device)
         if shared_memory((found.major, found.minor)) == LEAST_SHARED:
             return f"its kernels take heads of at most {MOST_DIM // 2} in float32 on {found.name}, not {dim}"
@@ -112,6 +113,8 @@ def _refused_gpu(query: Tensor) -> str | None:
     """Why the Triton kernels serve nothing on the GPU of a tensor, or None."""
     if torch.version.hip is not None:  # whose devices PyTorch calls "cuda" too
         return "its kernels are made for NVIDIA's GPUs, and this PyTorch is built for ROCm"
+    if not torch.cuda.is_available():  # a tensor that stands for one elsewhere
+        return None
     found = torch.cuda.get_device_properties(query.device)
     if (found.major, found.minor) < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
