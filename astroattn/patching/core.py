@@ -315,7 +315,8 @@ def _causal_refusal(each: Found) -> str | None:
     causal = calls[0].causal if calls else type(site).is_causal(each.module)
     settings = getattr(each.module, "config", None)
     longest = next((value for name in LONGEST if isinstance(value := getattr(settings, name, None), int)), None)
-    if longest is not None and all(c.hidden == "exact" or c.near >= longest for c in core.configs):
+    near = longest is not None and not each.crosses
+    if near and all(config.hidden == "exact" or config.near >= longest for config in core.configs):
         return None
     if core.shares_keys and (reason := _streaming_refusal(each)):
         return reason

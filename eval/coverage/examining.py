@@ -22,6 +22,7 @@ from astroattn.checks import BIAS, BIAS_CAUSAL, CROSS
 from astroattn.cost import covers
 from astroattn.fidelity.calls import read_call
 from astroattn.patching import NotPatched, PatchReport, fallbacks, patch, probe, unpatch
+from astroattn.patching.report import Row as ReportRow
 from astroattn.patching.survey import survey
 from eval.coverage.inputs import Inputs
 from eval.coverage.subjects import CannotRun, Subject, describe, subjects
@@ -37,7 +38,7 @@ DEFAULT = AstroConfig()
 ROUNDING = 1e-4  # of the largest output
 OWN_TOKENS = 4  # that a model puts beside those it is given, at most
 ASKS = "inputs=batch"  # what reasons say that inputs would help
-OTHER_ATTENTION = ("cross attention", "one query", "keys of another length")  # no self-attention of a sequence
+OTHER_ATTENTION = ("one query", "keys of another length")  # that only a forward shows
 
 
 class Status(StrEnum):
@@ -114,11 +115,11 @@ def examine_model(model: nn.Module, inputs: Inputs) -> Row:
         except NotPatched as error:
             before.require_same(model)
             reasons = [row.reason for row in error.report.rows]
-            mine = [each for each in reasons if not each.startswith(OTHER_ATTENTION)]
+            mine = [row.reason for row in error.report.rows if _is_counted(row)]
             return {"status": Status.REFUSED, "reasons": _once(mine or reasons), "total": len(mine) or len(reasons)}
         row = _summarise(report)
         row["difference"] = _check_full(model, before)
-        row["reasons"] = _once([*row["reasons"], *_left(model)])
+        row["reasons"] = _once([*row["reasons"], *_left(model, report)])
         for name, config in (("static layer", STATIC), ("default config", DEFAULT)):
             step = name
             _check_changed(model, before, config)
@@ -298,17 +299,23 @@ def _changes_when_enlarged(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _summarise(report: PatchReport) -> Row:
-    own = [each for each in report.rows if not each.reason.startswith(OTHER_ATTENTION)]
+    own = [each for each in report.rows if _is_counted(each)]
     reasons = [each.reason for each in own if each.status == "exact"]
     patched = [each for each in own if each.status == "astrocyte"]
-    crossing = sum(each.status == "astrocyte" and each.reason.startswith("cross attention") for each in report.rows)
+    crossing = sum(each.status == "astrocyte" and each.index is None for each in report.rows)
     counts = {"patched": len(patched), "total": len(own), "crossing": crossing}
     return counts | {"reasons": _once(reasons)}
 
 
-def _left(model: nn.Module) -> list[str]:
-    """What calls were left to the model's own attention for."""
-    reasons = [reason for counts in fallbacks(model).values() for reason in counts]
+def _is_counted(row: ReportRow) -> bool:
+    """Whether a module is self-attention of a sequence."""
+    return row.index is not None and not row.reason.startswith(OTHER_ATTENTION)
+
+
+def _left(model: nn.Module, report: PatchReport) -> list[str]:
+    """What calls of self-attention were left to the model's own attention for."""
+    counted = {row.name for row in report.rows if _is_counted(row)}
+    reasons = [reason for name, counts in fallbacks(model).items() if name in counted for reason in counts]
     return [f"{reason} (in some calls)" for reason in reasons]
 
 
