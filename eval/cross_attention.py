@@ -134,4 +134,4 @@ def main(json: JsonOption = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, data=True)

@@ -57,7 +57,7 @@ BAD = [
     ("value", torch.zeros(2, 3, 50, 0), ValueError, "^value: vectors of length 0"),
     ("value", torch.zeros(2, 3, 49, 8), ValueError, "^value: 49 tokens; key has 50"),
     ("key", torch.zeros(2, 3, 49, 8), ValueError, "^value: 50 tokens; key has 49"),
-    ("query", torch.zeros(2, 3, 49, 8), ValueError, "^query: 49 tokens and 50 keys; .*need self-attention"),
+    ("cross", 1, TypeError, "^cross: int; expected bool or None"),
     ("key_mask", torch.ones(2, 50), TypeError, "^key_mask: torch.float32; expected a bool tensor"),
     ("key_mask", torch.ones(2, 50, dtype=torch.long), TypeError, "^key_mask: torch.int64"),
     ("key_mask", [[True] * 50] * 2, TypeError, "^key_mask: list"),
@@ -101,8 +101,13 @@ def test_bad_combinations() -> None:
     with pytest.raises(ValueError, match=r"^query: 60 tokens, more than the 50 keys; causal needs at most as many"):
         call(query=query, causal=True, config=AstroConfig(hidden="random"))
     for tiled in ({"near": 3}, {"exact_keys": 3}, {"exact_queries": 3}):
-        with pytest.raises(ValueError, match=r"^query: 60 tokens and 50 keys; .*need self-attention"):
+        with pytest.raises(ValueError, match=r"^query: 60 tokens and 50 keys; cross attention is for"):
             call(query=query, config=AstroConfig(hidden="random", **tiled))
+    for more in ({"window": 3}, {"grid": (7, 7)}):
+        with pytest.raises(ValueError, match=r"^cross: True; cross attention has no window and no grid"):
+            call(cross=True, **more)
+    with pytest.raises(ValueError, match=r"^cross: True; cross attention is not causal"):
+        call(cross=True, causal=True, config=AstroConfig(hidden="random"))
     empty = torch.zeros(2, 3, 0, 8)
     with pytest.raises(ValueError, match=r"^key: no tokens; needs at least 1"):
         call(key=empty, value=empty)
