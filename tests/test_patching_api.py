@@ -96,7 +96,7 @@ def test_the_report_says_from_which_length_on_the_default_was_faster(monkeypatch
             "AVX2",
             None,
         ): "AVX2 the default's attention, in C++, was faster than softmax's from 1,024 tokens on",
-        ("AVX512", None): "AVX512 the default's attention, in C++, was faster than softmax's from 2,048 tokens on",
+        ("AVX512", None): "AVX512 the default's attention, in C++, was faster than softmax's from 1,024 tokens on",
         ("DEFAULT", None): "not measured on such a CPU",
         ("AVX2", "none"): f"in plain PyTorch, was slower than softmax's at every length up to {longest:,} tokens",
     }

@@ -17,7 +17,7 @@ from astroattn.tables import Block, Table, render
 
 # Tokens from which on the default took less time than SDPA, forward, with the C++ kernels for such CPUs or with plain
 # PyTorch; docs/results/benchmark.json, benchmark_avx512.json.
-FASTER_FROM = {"avx2": 1024, "avx512": 2048, "torch": None}
+FASTER_FROM = {"avx2": 1024, "avx512": 1024, "torch": None}
 
 
 @dataclass(frozen=True)
