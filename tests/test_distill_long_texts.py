@@ -240,9 +240,9 @@ def test_the_page_is_made_from_the_results() -> None:
     text, tables = page.PAGE.read_text("utf-8"), page.tables(rows)
     assert all(tables.values())
     assert text == fill_marks(text, tables)
-    for name in DRAWN:
-        assert len({row["seed"] for row in rows if row["attention"] == name}) >= 3
-    assert {row["attention"] for row in rows} >= {ORIGINAL, BAG, *CONDITIONS} - set(LOOKS)
+    for name in (*DRAWN, *LOOKS):
+        assert len({row["seed"] for row in rows if row["attention"] == name}) == 5
+    assert {row["attention"] for row in rows} == {ORIGINAL, BAG, *CONDITIONS}
     assert {len(row["right"]) for row in rows} == {2 * training.MEASURED}
     words = next(row for row in rows if row["attention"] == BAG)
     assert words["right"].count("1") == training.MEASURED
