@@ -441,3 +441,12 @@ def test_masks_hide_keys_or_are_left_to_the_host(kind: str, fused: bool, queries
     assert (fallbacks(model) != {}) == (kind == "of each query")
     assert relative(after, before) < (1e-5 if kind == "of each query" else 0.3)
     assert torch.equal(after, before) == (kind == "of each query")
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_where_no_sequence_has_a_real_key_gradients_are_zero(backend: str) -> None:
+    attention, tokens = AstrocyteAttention(2, 8, AstroConfig(backend=backend)), crossing()
+    tokens = [x.requires_grad_() for x in tokens]
+    out = attention(*tokens, key_mask=torch.zeros(2, 200, dtype=torch.bool))
+    assert not out.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), tokens))

@@ -302,17 +302,10 @@ def _by_length(
     """
     with without_autocast(query.device):
         q, k, v = _flat(query) * scale, _flat(key), _flat(value)
-        tokens, every = k.shape[1], torch.arange(len(q), device=q.device)
-        if lengths is None:
-            found = [(every, tokens)]
-        else:
-            of_row = lengths.repeat_interleave(query.shape[1])
-            found = [(every[of_row == length], length) for length in sorted(set(lengths.tolist()))]
+        tokens = k.shape[1]
         out, log_p = q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_full(q.shape[:2], -torch.inf)
-        for group, length in found:
+        for group, length in groups_of(lengths, key):
             asked = q.shape[1] if budget.cross else length
-            if budget.cross and length == 0:
-                continue
             layout = budget.at(length, q.shape[2], asked) if length > budget.prefix else None
             most = max(_largest(layout, length, asked, q.shape[2]), 0 if bias is None else asked * length)
             for rows in group.split(max(1, WORKSPACE // most)):
@@ -330,6 +323,16 @@ def _by_length(
                     out[rows, :asked], log_p[rows, :asked] = found_out, found_log_p
     shape = query.shape[:2]
     return out.to(query.dtype).unflatten(0, shape), log_p.unflatten(0, shape)
+
+
+def groups_of(lengths: Tensor | None, key: Tensor) -> list[tuple[Tensor, int]]:
+    """Places of the sequences of one length, in batch and heads, and the length; None: that of all keys."""
+    batch, heads, tokens, _ = key.shape
+    every = torch.arange(batch * heads, device=key.device)
+    if lengths is None:
+        return [(every, tokens)]
+    of_row = lengths.repeat_interleave(heads)
+    return [(every[of_row == length], length) for length in sorted(set(lengths.tolist()))]
 
 
 def _bias_of(bias: Tensor, rows: Tensor, heads: int, asked: int, length: int) -> Tensor:

@@ -11,7 +11,6 @@ PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -107,7 +106,7 @@ def near_far_backward(
         given = [x.flatten(0, 1) for x in (out, log_p, d_out.to(dtype), d_log_p)]
         chosen = [x.flatten(0, 1) for x in (order, winners, mass, keys)]
         grads = [torch.zeros_like(x) for x in (q, k, v)]
-        for group, length in _by_length(lengths, query):
+        for group, length in plain.groups_of(lengths, key):
             body = length - budget.prefix
             layout = budget.at(length, dim) if body > 0 else None
             most = length * length
@@ -260,15 +259,3 @@ def _by_key(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     of_key, places = index.where(index >= 0, tokens).flatten(1).sort(dim=1, stable=True)
     keys = torch.arange(tokens + 1, device=index.device, dtype=index.dtype).expand(len(index), -1).contiguous()
     return places.int(), torch.searchsorted(of_key, keys).int()
-
-
-def _by_length(lengths: Tensor | None, query: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Places of the sequences of one length, in batch and heads, and the length."""
-    every = torch.arange(query.shape[0] * query.shape[1], device=query.device)
-    if lengths is None:
-        yield every, query.shape[2]
-        return
-    of_row = lengths.repeat_interleave(query.shape[1])
-    for length in sorted(set(lengths.tolist())):
-        if length:
-            yield every[of_row == length], length
