@@ -19,6 +19,7 @@ from tqdm import tqdm
 from eval.common import read_rows, write_json
 
 Row = dict[str, Any]
+Key = tuple[str, str]  # attention and training
 Options = dict[str, Any]  # of a Distiller, with "steps" and what else a step of the experiment needs
 
 ORIGINAL, UNTRAINED, LAYERS, WHOLE = "original", "none", "layer by layer", "and end to end"
@@ -112,6 +113,29 @@ def interval(some: Figures, others: Figures) -> tuple[float, float]:
         found.append(means[0] - means[1])
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
+
+
+def format_differences(
+    rows: Sequence[Row],
+    pairs: Iterable[tuple[Key, Key]],
+    columns: tuple[str, str],
+    figures: Callable[[Sequence[Row], Key, str], Figures | None],
+) -> str:
+    """A line per pair that was measured: points of "right" and "same", which the columns name, with intervals and p."""
+    heads = ("first", "second", columns[0], "p", columns[1], "p")
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for pair in pairs:
+        cells = [f"{attention}, {training}" for attention, training in pair]
+        for what in ("right", "same"):
+            some, others = (figures(rows, key, what) for key in pair)
+            if some is None or others is None:
+                break
+            low, high = interval(some, others)
+            difference = 100 * (some.mean() - others.mean())
+            cells += [f"{difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{p_value(some, others):.2g}"]
+        else:
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def p_value(some: Figures, others: Figures) -> float:

@@ -35,7 +35,6 @@ from astroattn.patching.scores import (
     values_of,
 )
 from astroattn.patching.site import (
-    CROSS_NAMES,
     RECORD,
     WINDOW,
     Call,
@@ -133,8 +132,7 @@ class HandwrittenSite(Site):
 
     @classmethod
     def crosses(cls, name: str, module: nn.Module) -> bool:
-        crossing = getattr(module, "is_cross_attention", False) or getattr(module, "encoder_decoder_attention", False)
-        return "Cross" in type(module).__name__ or CROSS_NAMES.search(name) is not None or crossing is True
+        return super().crosses(name, module) or getattr(module, "encoder_decoder_attention", False) is True
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:

@@ -23,7 +23,6 @@ from astroattn.patching.handwritten import HandwrittenSite
 from astroattn.patching.masks import KeyMask, attention_mask, dense
 from astroattn.patching.site import (
     CORE,
-    CROSS_NAMES,
     RECORD,
     Call,
     Site,
@@ -78,9 +77,7 @@ class InterfaceSite(Site):
     def crosses(cls, name: str, module: nn.Module) -> bool:
         parameters = inspect.signature(type(module).forward).parameters
         required = {key for key, value in parameters.items() if value.default is inspect.Parameter.empty}
-        named = "Cross" in type(module).__name__ or CROSS_NAMES.search(name) is not None
-        asks = required & {"key_value_states", "encoder_hidden_states"}
-        return named or bool(asks) or getattr(module, "is_cross_attention", False) is True
+        return super().crosses(name, module) or bool(required & {"key_value_states", "encoder_hidden_states"})
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from astroattn.checks import check_traceable
 from astroattn.patching.dense_masks import DENSE, HIDDEN, Mask, read_mask
-from astroattn.patching.site import CROSS_NAMES, Call, Site, attend, fall_back, replaced_forward, site_of
+from astroattn.patching.site import Call, Site, attend, fall_back, replaced_forward, site_of
 
 NESTED = "astroattn_use_nested_tensor"  # a TransformerEncoder's use_nested_tensor before it was patched
 
@@ -43,7 +43,7 @@ class MhaSite(Site):
 
     @classmethod
     def crosses(cls, name: str, module: nn.Module) -> bool:
-        return name.rpartition(".")[2] == "multihead_attn" or CROSS_NAMES.search(name) is not None
+        return super().crosses(name, module) or name.rpartition(".")[2] == "multihead_attn"
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:

@@ -134,8 +134,9 @@ class Site:
 
     @classmethod
     def crosses(cls, name: str, module: nn.Module) -> bool:
-        """Whether the queries of a claimed module are those of another sequence than its keys."""
-        return False
+        """Whether the queries of a claimed module are those of another sequence than its keys, as far as names say."""
+        named = "Cross" in type(module).__name__ or CROSS_NAMES.search(name) is not None
+        return named or getattr(module, "is_cross_attention", False) is True
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int] | None:

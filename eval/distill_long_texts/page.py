@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eval import trained
 from eval.common import fill_marks, read_rows, run_script
 from eval.distill_long_texts.task import SHORT
 from eval.distill_long_texts.training import (
@@ -30,9 +31,7 @@ from eval.distill_long_texts.training import (
     UNIFORM,
     UNIFORM_WHOLE,
 )
-from eval.trained import LAYERS, ORIGINAL, UNTRAINED, WHOLE, Figures, Row, half_width, interval, p_value
-
-Key = tuple[str, str]  # attention and training
+from eval.trained import LAYERS, ORIGINAL, UNTRAINED, WHOLE, Figures, Key, Row, half_width, interval, p_value
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE, RESULTS = DOCS / "experiments" / "long_texts.md", DOCS / "results" / "distill_long_texts.json"
@@ -105,20 +104,7 @@ def _mean(values: Sequence[float], form: str) -> str:
 
 def format_differences(rows: Sequence[Row]) -> str:
     """A line per pair of `PAIRS` that was measured: points of what is right and of agreement, with intervals and p."""
-    columns = ("first", "second", "right, points", "p", "agreement, points", "p")
-    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for pair in PAIRS:
-        cells = [f"{attention}, {training}" for attention, training in pair]
-        for what in ("right", "same"):
-            some, others = (figures(rows, key, what) for key in pair)
-            if some is None or others is None:
-                break
-            low, high = interval(some, others)
-            difference = 100 * (some.mean() - others.mean())
-            cells += [f"{difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{p_value(some, others):.2g}"]
-        else:
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return trained.format_differences(rows, PAIRS, ("right, points", "agreement, points"), figures)
 
 
 def format_training(rows: Sequence[Row]) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eval import trained
 from eval.common import fill_marks, read_rows, run_script, show, spread, write_figure
 from eval.distill_photos.training import (
     BY_LAYERS,
@@ -27,12 +28,11 @@ from eval.distill_photos.training import (
     WIDE,
     WIDE_LONGER,
 )
-from eval.trained import LAYERS, ORIGINAL, UNTRAINED, WHOLE, Figures, Row, interval, p_value
+from eval.trained import LAYERS, ORIGINAL, UNTRAINED, WHOLE, Figures, Key, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Key = tuple[str, str]  # attention and training
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 RESULTS, FIGURE = DOCS / "results" / "distill_photos.json", DOCS / "figures" / "photos.png"
@@ -93,20 +93,7 @@ def _mean(values: Sequence[float], form: str) -> str:
 
 def format_differences(rows: Sequence[Row]) -> str:
     """A line per pair of `PAIRS` that was measured: points of top-1 and of agreement, with intervals and p."""
-    columns = ("first", "second", "top-1, points", "p", "agreement, points", "p")
-    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for pair in PAIRS:
-        cells = [f"{attention}, {training}" for attention, training in pair]
-        for what in ("right", "same"):
-            some, others = (flags(rows, key, what) for key in pair)
-            if some is None or others is None:
-                break
-            low, high = interval(some, others)
-            difference = 100 * (some.mean() - others.mean())
-            cells += [f"{difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{p_value(some, others):.2g}"]
-        else:
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return trained.format_differences(rows, PAIRS, ("top-1, points", "agreement, points"), flags)
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
