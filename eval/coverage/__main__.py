@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from eval.common import JsonOption, print_rows, provenance, rounded, run_script, write_json
 from eval.coverage.examining import Row, Status, examine_at, make_row
-from eval.coverage.page import count_statuses, format_page
+from eval.coverage.page import count_pretrained, count_statuses, format_page
 from eval.coverage.pool import run_all
 from eval.coverage.subjects import subjects
 from eval.summary import RESULTS
@@ -86,6 +86,7 @@ def main(
             modules = f"{row['patched']} of {row['total']}"
             print(f"{row['library']} {row['type']}: {row['status']}, {modules}", *row["reasons"], sep="\n    ")
     print_rows(count_statuses(rows), title="Number of types")
+    print_rows(count_pretrained(rows), title="Number of pretrained names of timm, by what came of their family")
 
 
 if __name__ == "__main__":

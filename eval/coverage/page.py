@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from typing import Any
 
+import timm
+
 from eval.coverage.examining import Status
 
 Row = dict[str, Any]
@@ -124,6 +126,14 @@ def count_statuses(rows: list[Row]) -> list[Row]:
         numbers = {library: counts[status, library] for library in libraries}
         table.append({"status": status} | numbers | {"all": sum(numbers.values())})
     return table
+
+
+def count_pretrained(rows: list[Row]) -> list[Row]:
+    """One row a status, with how many of timm's pretrained names belong to a family that has it."""
+    statuses = {row["type"]: row["status"] for row in rows if row["library"] == "timm"}
+    names = (timm.model_entrypoint(name.partition(".")[0]).__module__ for name in timm.list_pretrained())
+    counts = Counter(statuses.get(name.rpartition(".")[2]) for name in names)
+    return [{"status": status, "pretrained names": counts[status]} for status in STATUSES]
 
 
 def count_reasons(rows: list[Row]) -> list[tuple[str, int, int]]:
