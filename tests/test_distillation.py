@@ -181,14 +181,29 @@ def test_neurons_start_as_queries_and_keys_that_they_attend_to(causal: bool) -> 
     assert sequences == {0, 1}
 
 
+LAYERS = [  # causal, what the config has, the grid
+    *((False, {"exact_queries": count}, None) for count in (0, 1, 3)),
+    *((True, {"near": near}, None) for near in (0, 4)),
+    *((False, {"near": 3, "tiles": tiles, "tile": 8}, None) for tiles in ("content", "position")),
+    (False, {"near": 3, "tiles": "position", "tile": 8, "exact_queries": 2}, None),
+    (False, {"exact_keys": 2, "tile": 8}, None),
+    (False, {"near": 4, "exact_keys": 1, "tile": 8, "exact_queries": 1}, None),
+    (False, {"near": 4, "tile": 8, "tiles": "position"}, (3, 6)),
+    (False, {"near": 32}, None),
+]
+
+
 @pytest.mark.parametrize(
-    ("causal", "exact_queries", "near"), [(False, 0, 0), (False, 1, 0), (False, 3, 0), (True, 0, 0), (True, 0, 4)]
+    ("causal", "settings", "grid", "padding"),
+    [(*layer, padding) for layer in LAYERS for padding in (None, "left", "right") if not (layer[2] and padding)],
+    ids=str,
 )
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-def test_rows_are_those_of_the_module(causal: bool, exact_queries: int, near: int, padding: str | None) -> None:
+def test_rows_are_those_of_the_module(
+    causal: bool, settings: dict[str, Any], grid: tuple[int, int] | None, padding: str | None
+) -> None:
     """The rows of some queries against the output where the values are the identity matrix."""
     torch.manual_seed(0)
-    module = AstrocyteAttention(2, 8, dataclasses.replace(LEARNED, exact_queries=exact_queries, near=near))
+    module = AstrocyteAttention(2, 8, dataclasses.replace(LEARNED, backend="torch", **settings))
     nn.init.normal_(module.hidden.query_weight)
     softmax = AstrocyteAttention(2, 8)
     softmax.exact = True
@@ -197,7 +212,7 @@ def test_rows_are_those_of_the_module(causal: bool, exact_queries: int, near: in
     mask = {None: None, "left": place >= 20 - lengths, "right": place < lengths}[padding]
     if mask is not None:
         key[~mask[:, None].expand(3, 2, 20)] = 1e3  # a padding key that every neuron would see
-    call = AttentionCall(query, key, key, {"key_mask": mask, "causal": causal, "scale": 0.7})
+    call = AttentionCall(query, key, key, {"key_mask": mask, "causal": causal, "scale": 0.7, "grid": grid})
     real = call.real_queries()
     queries = torch.rand(real.shape).masked_fill(~real, -1).topk(2)[1]
     identity = torch.eye(20).expand(3, 2, -1, -1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.distillation.rows import QUERIES, is_row_by_row, log_rows, softmax_rows
+from astroattn.distillation.rows import QUERIES, log_rows, softmax_rows
 from astroattn.fidelity.calls import AttentionCall
 from astroattn.fidelity.passes import Outputs, forward, token_mask
 
@@ -21,10 +21,10 @@ OfModel = Callable[[nn.Module, nn.Module, Any], Tensor]  # of the model, the ori
 def divergence(module: AstrocyteAttention, call: AttentionCall, generator: torch.Generator) -> Tensor:
     """KL(softmax attention || the module's) in nats, mean over heads and queries that are real tokens.
 
-    Of each sequence `QUERIES` queries are drawn, where a row can be had without the others.
+    Of each sequence `QUERIES` queries are drawn.
     """
     real, queries = call.real_queries(), None
-    if is_row_by_row(module, call) and real.shape[1] > QUERIES:
+    if real.shape[1] > QUERIES:
         draw = torch.rand(real.shape, generator=generator).to(real.device)
         queries = draw.masked_fill(~real, -1).topk(QUERIES)[1]
         real = real.gather(1, queries)

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from astroattn.attention import AstrocyteAttention
-from astroattn.config import is_tiled
-from astroattn.cost import covers, prefix_length
+from astroattn.config import AstroConfig, is_tiled
+from astroattn.cost import budget_of, covers, prefix_length
 from astroattn.fidelity.calls import AttentionCall
 from astroattn.hidden import LearnedHidden
+from astroattn.ops.padding import in_order, sort_tokens
+from astroattn.ops.plain import groups_of
+from astroattn.ops.static import exact_pairs
 from astroattn.ops.streaming import soft_capped
 from astroattn.patching.record import unwrapped
 
@@ -29,23 +32,14 @@ def softmax_rows(call: AttentionCall, queries: Tensor | None = None) -> Tensor:
 
 def log_rows(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None = None) -> Tensor:
     """The logarithm of the module's attention, at least that of `LEAST_SHARE`."""
-    if is_row_by_row(module, call):
-        return _hide(_far_logits(module, call, queries), call, queries).log_softmax(-1).clamp(min=log(LEAST_SHARE))
-    batch, heads, keys, _ = call.key.shape
-    identity = torch.eye(keys, dtype=call.key.dtype, device=call.key.device).expand(batch, heads, -1, -1)
-    rows = take(module(call.query, call.key, identity, **call.options | {"sink": None}), queries)
-    return rows.clamp(min=LEAST_SHARE).log()
+    logits = _exact_logits(call, queries) if is_softmax(module, call) else _far_logits(module, call, queries)
+    return _hide(logits, call, queries).log_softmax(-1).clamp(min=log(LEAST_SHARE))
 
 
-def is_row_by_row(module: AstrocyteAttention, call: AttentionCall) -> bool:
-    """Whether the row of a query can be had alone: without tiles, whose queries choose keys together."""
-    keys, grid, causal = call.key.shape[2], call.options.get("grid"), call.options.get("causal")
-    if call.options.get("window") is not None:  # which is exact
-        return False
-    return all(
-        config.hidden == "learned" and (causal or not is_tiled(config)) and not covers(config, keys, grid)
-        for config in module.configs
-    )
+def is_softmax(module: AstrocyteAttention, call: AttentionCall) -> bool:
+    """Whether a module with a learned hidden layer attends to every key exactly: to few of them, or in a window."""
+    in_window = call.options.get("window") is not None
+    return in_window or covers(module.configs[0], call.key.shape[2], call.options.get("grid"))
 
 
 def learned_layer(module: AstrocyteAttention) -> LearnedHidden:
@@ -90,6 +84,8 @@ def _far_logits(module: AstrocyteAttention, call: AttentionCall, queries: Tensor
 def _is_exact(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None) -> Tensor | None:
     """Where a key is one of the `near` latest real ones, or it or the query one of the exact ones; None: nowhere."""
     (many, keys), config = (call.query.shape[2], call.key.shape[2]), module.configs[0]
+    if is_tiled(config) and not call.options.get("causal"):
+        return _is_exact_in_tiles(config, call, queries)
     real: Tensor | None = call.options.get("key_mask")
     prefix, near = prefix_length(config, keys, None), config.near if call.options.get("causal") else 0
     if not prefix and not near:
@@ -103,10 +99,33 @@ def _is_exact(module: AstrocyteAttention, call: AttentionCall, queries: Tensor |
     return exact[:, None]
 
 
+@torch.no_grad()
+def _is_exact_in_tiles(config: AstroConfig, call: AttentionCall, queries: Tensor | None) -> Tensor:
+    """Where a key is one that the tiles of a bidirectional layer read exactly [B, H, S, N]."""
+    (batch, heads, keys, _), grid = call.key.shape, call.options.get("grid")
+    real: Tensor | None = call.options.get("key_mask")
+    query, key, value, lengths = call.query, call.key, call.value, None
+    place = torch.arange(keys, device=key.device).expand(batch, -1)  # of each token in the order of the tiles
+    if real is not None:
+        order, lengths = sort_tokens(~real)[0], real.sum(1)
+        query, key, value = (in_order(x, order) for x in (query, key, value))
+        place = order.argsort(1)
+    asking = place if queries is None else place.gather(1, queries)
+    asking = asking.repeat_interleave(heads, 0)
+    budget, many = budget_of(config, keys, grid), asking.shape[1]
+    q, k, v = query.flatten(0, 1) * call.scale, key.flatten(0, 1), value.flatten(0, 1)
+    exact = torch.ones(batch * heads, many, keys, dtype=torch.bool, device=key.device)
+    for rows, length in groups_of(lengths, key):
+        if length > budget.prefix:
+            layout, mine = budget.at(length, q.shape[2]), asking[rows].clamp(max=length - 1)
+            exact[rows, :, :length] = exact_pairs(*(x[rows, :length] for x in (q, k, v)), mine, layout)
+    return exact.unflatten(0, (batch, heads)).gather(3, place[:, None, None].expand(-1, heads, many, -1))
+
+
 def missing_gain(module: AstrocyteAttention, call: AttentionCall, queries: Tensor) -> Tensor:
     """log of sum exp(q.k) over the keys that are read through phi, minus log of sum phi(q).phi(k) [B, H, S].
 
-    NaN where there is no such key. The tiles of a bidirectional layer, which choose exact keys, are passed over.
+    NaN where there is no such key.
     """
     real: Tensor | None = call.options.get("key_mask")
     exact, sums = _is_exact(module, call, queries), []

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from astroattn.ops.features import respond
@@ -145,6 +146,21 @@ def near_linear_attention(
     process = shares.sum(-1, keepdim=True) + fade * total
     out = shares @ take_rows(value, index) + fade * (phi_query @ (phi_key.mT @ value)[:, None])
     return assemble(*divide(out, process, high), choice.order, query, key, value, prefix)
+
+
+@torch.no_grad()
+def exact_pairs(query: Tensor, key: Tensor, value: Tensor, asking: Tensor, layout: Layout) -> Tensor:
+    """Which keys some queries attend to exactly [Z, S, N] in `near_linear_attention`: `asking` are their places [Z, S].
+
+    The prefix attends exactly to all keys, and all queries to it.
+    """
+    choice, prefix = choose(query, key, value, layout), layout.prefix
+    body = key.shape[1] - prefix
+    subtile = choice.order.argsort(1).gather(1, (asking - prefix).clamp(min=0)) // SUBTILE
+    keys = choice.keys.gather(1, subtile[..., None].expand(-1, -1, choice.keys.shape[2]))
+    exact = torch.zeros(*keys.shape[:2], body + 1, dtype=torch.bool, device=key.device)  # no key is behind the last
+    exact = exact.scatter(2, keys.where(keys >= 0, body), True)[..., :body]
+    return F.pad(exact, (prefix, 0), value=True) | (asking < prefix)[..., None]
 
 
 def add_states(old: State, new: State) -> State:

@@ -28,6 +28,7 @@ from eval.distill_photos.page import format_differences, format_results
 from eval.distill_photos.training import (
     CONDITIONS,
     LOOKS,
+    SIDE,
     Measure,
     Photos,
     load_photos,
@@ -43,6 +44,7 @@ ConditionsOption = Annotated[
 HeldOutOption = Annotated[
     bool, typer.Option("--held-out", help="Measure on a quarter of the even half, to choose settings on.")
 ]
+PixelsOption = Annotated[int, typer.Option("--pixels", min=16, help="Per side of a photo; a patch has 16.")]
 
 
 def measure(
@@ -59,6 +61,7 @@ def measure(
 
 def main(
     conditions: ConditionsOption = None,
+    pixels: PixelsOption = SIDE,
     held_out: HeldOutOption = False,
     rate: RateOption = None,
     seeds: SeedsOption = 5,
@@ -72,7 +75,7 @@ def main(
     torch.set_flush_denormal(True)  # the exponentials of hidden layers make many, which slow a CPU down
     rows = start_rows(json, rate)
     names = conditions or [name for name in CONDITIONS if name not in LOOKS]
-    measure(load_photos(folder, limit, held_out=held_out), names, seeds, rows, json, rate)
+    measure(load_photos(folder, limit, pixels, held_out=held_out), names, seeds, rows, json, rate)
     print(f"{format_results(rows)}\n\n{format_differences(rows)}")
 
 

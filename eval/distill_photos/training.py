@@ -18,7 +18,7 @@ from astroattn.models import load_model
 from eval.common import rounded
 from eval.trained import LAYERS, PLACED, WHOLE, Condition, Options, run_stages
 
-SIDE, LEAST = 224, 0.9  # pixels of a photo; the least side of a crop, as a share
+SIDE, LEAST = 224, 0.9  # pixels of a photo, if nothing else is said; the least side of a crop, as a share
 BATCH = 25  # photos that are measured at once
 
 
@@ -47,7 +47,10 @@ NEAR, NEAR_LEARNED, LEARNED = "near 16", "near 16 + learned 64", "learned 64"
 WIDE, RANDOM, UNIFORM, LEAST_NEAR = "learned 256", "random 64", "uniform", "near 1"
 NEAR_LONGER, LONGER, WIDE_LONGER = (f"{name}, longer" for name in (NEAR_LEARNED, LEARNED, WIDE))
 BY_LAYERS = f"{WIDE}, longer layer by layer"
-LOOKS = (NEAR_LONGER, LONGER, WIDE, WIDE_LONGER, BY_LAYERS)  # only where they are asked for
+CHOSEN = "16 by content"
+CHOSEN_LEARNED, CHOSEN_HEBBIAN = f"{CHOSEN} + learned 64", f"{CHOSEN} + Hebbian 64"
+LOOKS = (NEAR_LONGER, LONGER, WIDE, WIDE_LONGER, BY_LAYERS, CHOSEN, CHOSEN_LEARNED, CHOSEN_HEBBIAN)  # if asked for
+BY_CONTENT = {"near": 4, "exact_keys": 16}  # in the default's tiles
 BOTH = {"hidden": "learned", "num_hidden": 64, "near": 16, **PLACED}
 LONG_STAGES = {LAYERS: transfer(150), WHOLE: END_TO_END | {"steps": 60}}
 CONDITIONS = {
@@ -59,6 +62,11 @@ CONDITIONS = {
     WIDE: Condition(linear("learned", 256), {LAYERS: transfer(100), WHOLE: END_TO_END}),
     WIDE_LONGER: Condition(linear("learned", 256), LONG_STAGES),
     BY_LAYERS: Condition(linear("learned", 256), {LAYERS: transfer(300), WHOLE: END_TO_END | {"learning_rate": 0.005}}),
+    CHOSEN_LEARNED: Condition(
+        {"hidden": "learned", "num_hidden": 64, **BY_CONTENT}, {LAYERS: transfer(40), WHOLE: END_TO_END}
+    ),
+    CHOSEN_HEBBIAN: Condition({"num_hidden": 64, **BY_CONTENT}, {WHOLE: END_TO_END}, untrained=True),
+    CHOSEN: Condition({"hidden": "none", **BY_CONTENT}, {WHOLE: END_TO_END}, untrained=True),
     RANDOM: Condition(linear("random", 64), {WHOLE: FASTER}, untrained=True),
     UNIFORM: Condition(linear("random", 1, activation="constant"), {WHOLE: FASTER}, untrained=True),
     # Hardly any attention: a sub-tile's four patches and CLS are all that a patch sees.
@@ -68,7 +76,7 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class Photos:
-    """Photos to train on, and labelled others to measure on; [P, 3, 224, 224] as the model takes them."""
+    """Photos to train on, and labelled others to measure on; [P, 3, pixels, pixels] as the model takes them."""
 
     model: nn.Module
     training: Tensor
@@ -76,9 +84,10 @@ class Photos:
     labels: Tensor
 
 
-def load_photos(folder: Path, limit: int | None, *, held_out: bool) -> Photos:
+def load_photos(folder: Path, limit: int | None, pixels: int = SIDE, *, held_out: bool) -> Photos:
     """The even half to train on and the odd to measure on; held out: the fourth quarter of the even half instead."""
-    vit = load_model("timm:vit_tiny_patch16_224", weights=folder / "vit_tiny_patch16_224" / "model.safetensors")
+    weights = folder / "vit_tiny_patch16_224" / "model.safetensors"
+    vit = load_model("timm:vit_tiny_patch16_224", weights=weights, size=None if pixels == SIDE else pixels)
     images, labels = {}, {}
     for half in ("even", "odd"):
         data = load_data(str(folder / "imagenet_photos" / "photos.tar"), "image", half=half, limit=limit)
@@ -109,13 +118,14 @@ class Views(Sequence[Tensor]):
 
 
 def _crop(photo: Tensor, draw: torch.Generator) -> Tensor:
-    """A random square of a photo [3, 224, 224], reflected or not, in its size again [1, 3, 224, 224]."""
+    """A random square of a photo [3, P, P], reflected or not, in its size again [1, 3, P, P]."""
+    whole = photo.shape[-1]
     share, reflected = torch.rand(2, generator=draw).tolist()
-    side = int(SIDE * (LEAST + (1 - LEAST) * share))
-    row, column = torch.randint(SIDE - side + 1, (2,), generator=draw).tolist()
+    side = int(whole * (LEAST + (1 - LEAST) * share))
+    row, column = torch.randint(whole - side + 1, (2,), generator=draw).tolist()
     part = photo[None, :, row : row + side, column : column + side]
     part = part.flip(-1) if reflected < 0.5 else part
-    return F.interpolate(part, (SIDE, SIDE), mode="bicubic", antialias=True)
+    return F.interpolate(part, (whole, whole), mode="bicubic", antialias=True)
 
 
 @torch.inference_mode()
