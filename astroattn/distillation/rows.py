@@ -118,8 +118,8 @@ def _is_exact_in_tiles(config: AstroConfig, call: AttentionCall, queries: Tensor
     for rows, length in groups_of(lengths, key):
         if length > budget.prefix:
             layout, mine = budget.at(length, q.shape[2]), asking[rows].clamp(max=length - 1)
-            exact[rows, :, :length] = exact_pairs(*(x[rows, :length] for x in (q, k, v)), mine, layout)
-    return exact.unflatten(0, (batch, heads)).gather(3, place[:, None, None].expand(-1, heads, many, -1))
+            exact[rows, :, :length] = exact_pairs(q[rows, :length], k[rows, :length], v[rows, :length], mine, layout)
+    return torch.take_along_dim(exact.unflatten(0, (batch, heads)), place[:, None, None], 3)
 
 
 def missing_gain(module: AstrocyteAttention, call: AttentionCall, queries: Tensor) -> Tensor:
