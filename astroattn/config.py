@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from math import inf
 from types import MappingProxyType
-from typing import Literal
+from typing import ClassVar, Literal
 
 from astroattn.suggestions import suggest
 
@@ -29,12 +30,14 @@ TILES = ("content", "position")
 STATIC = ("random", "learned")  # with weights that no sequence changes
 BY_LENGTH = -1  # of a number that the length of the sequence decides
 HALF_BY_LENGTH = -2  # half of that
+KEY_ERROR = 0.02  # where exact keys are left to the length
 STATIC_HIDDEN = 16  # neurons of a static layer that is not told how many
 ENTRIES_STEP, LEAST_ENTRIES = 8, 16  # of a streaming memory
 _LEAST = {
     "num_hidden": 1,
     "near": 0,
     "exact_keys": 0,
+    "key_error": 0,
     "exact_queries": 0,
     "tile": 1,
     "steps": 0,
@@ -45,6 +48,7 @@ _BY_LENGTH = {
     "num_hidden": (BY_LENGTH, HALF_BY_LENGTH),
     "near": (BY_LENGTH,),
     "exact_keys": (BY_LENGTH, HALF_BY_LENGTH),
+    "key_error": (BY_LENGTH,),
     "tile": (BY_LENGTH,),
 }
 
@@ -70,8 +74,14 @@ class AstroConfig:
             A sub-tile attends exactly to those of its four queries. For causal attention the latest tokens. By length:
             about 0.15 sqrt(n), 3 to 4; none for a static layer; half the entries for a streaming one. Queries of
             another sequence (cross attention) have none.
-        exact_keys: keys beyond the near field that each sub-tile attends exactly, chosen by content. By length: about
-            2.4 sqrt(n), at most 128; none for a static layer.
+        exact_keys: keys beyond the near field that each sub-tile attends exactly, chosen by content. By length: as many as
+            `key_error` asks for, at most about 7.2 sqrt(n) and 384; none for a static layer. Without a hidden layer about
+            2.4 sqrt(n), at most 128.
+        key_error: what may be missing where a key is read through the astrocyte, times sqrt(n): a key of which more is
+            expected (its share of a sub-tile's attention, times the error of reading it so, relative to how far values
+            are apart) is attended exactly, as long as `exact_keys` has room. So n errors that have nothing to do with
+            each other add up to so much at most. By length (-1): 0.02, or 0.04 with half the exact keys, where they are
+            left to the length; else 0, and there are as many exact keys as that says.
         exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to
             exactly. In a patch grid these are its prefix tokens (CLS, registers) whatever is set here; for a static
             layer alone (near and exact_keys 0) a grid is a sequence. None in cross attention.
@@ -97,6 +107,7 @@ class AstroConfig:
     num_hidden: int = BY_LENGTH
     near: int = BY_LENGTH
     exact_keys: int = BY_LENGTH
+    key_error: float = float(BY_LENGTH)
     exact_queries: int = 0
     tiles: str = "content"
     tile: int = BY_LENGTH
@@ -106,14 +117,18 @@ class AstroConfig:
     orthogonal: bool = True
     seed: int = 0
     backend: str = "auto"
+    # What `key_error` comes to, in millionths: a graph takes a number that is not whole for one that it does not know.
+    millionths: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.type == "float" and type(value) is int:
+                object.__setattr__(self, field.name, value := float(value))
             if type(value).__name__ != field.type:  # bool is an int, but not a number of neurons
                 raise TypeError(f"{field.name}: {value!r} of type {type(value).__name__}; expected {field.type}")
             by_length = _BY_LENGTH.get(field.name, ())
-            if field.name in _LEAST and value < _LEAST[field.name] and value not in by_length:
+            if field.name in _LEAST and not _LEAST[field.name] <= value < inf and value not in by_length:
                 or_else = f", or {BY_LENGTH}: by the length" if by_length else ""
                 or_else += f", or {HALF_BY_LENGTH}: half of that" if HALF_BY_LENGTH in by_length else ""
                 raise ValueError(f"{field.name}: {value}; must be at least {_LEAST[field.name]}{or_else}")
@@ -126,6 +141,8 @@ class AstroConfig:
             raise ValueError(f"seed: {self.seed}; must be less than 2**64")
         if self.hidden == "none" and self.near == 0 and self.exact_keys == 0:
             raise ValueError("near: 0 with exact_keys=0 and hidden='none' leaves a query no key at all; needs one")
+        if self.key_error > 0 and self.hidden in (*STATIC, "none"):
+            raise ValueError(f"key_error: {self.key_error} with hidden={self.hidden!r}; needs hidden='hebbian'")
         if self.hidden == "streaming":
             if self.entries % ENTRIES_STEP:
                 raise ValueError(f"entries: {self.entries}; must be a multiple of {ENTRIES_STEP}")
@@ -133,10 +150,19 @@ class AstroConfig:
                 object.__setattr__(self, "near", self.entries // 2)
             if self.near > (most := self.entries - ENTRIES_STEP):
                 raise ValueError(f"near: {self.near}; entries={self.entries} has room for at most {most} newest tokens")
+        object.__setattr__(self, "millionths", round(1e6 * self._decided_key_error()))
         if self.hidden in STATIC:  # its weights are there before any sequence
             for name, value in (("num_hidden", STATIC_HIDDEN), ("near", 0), ("exact_keys", 0)):
                 if getattr(self, name) < 0:
                     object.__setattr__(self, name, value)
+
+    def _decided_key_error(self) -> float:
+        """0 where there is nothing else to read a key through."""
+        if self.hidden != "hebbian":
+            return 0.0
+        if self.key_error != BY_LENGTH:
+            return self.key_error
+        return KEY_ERROR * -self.exact_keys if self.exact_keys < 0 else 0.0
 
 
 # "fast" has half of the default's exact keys and neurons, which is two thirds of its cost. "exact" is what its name

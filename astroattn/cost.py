@@ -89,7 +89,7 @@ def count_choice(layout: Layout, head_dim: int, num_queries: int, num_keys: int)
         counts["clusters"] = body * ((layout.steps + 1) * m + layout.steps + few) * part
         counts["means"] = body * (5 + part)  # w twice, the values' mean, |v - mean v|, |k - w|^2
     if layout.exact_keys:
-        counts["sub-tiles"] = asked * 2 + subtiles * m
+        counts["sub-tiles"] = asked * 2 + subtiles * (m + layout.prefix * bool(m))
         counts["candidates"] = body * 2 * bool(m) + subtiles * layout.candidates(body) * part
     return counts
 
@@ -174,6 +174,7 @@ def budget_of(config: AstroConfig, num_keys: int, grid: tuple[int, int] | None, 
         num_hidden=config.num_hidden if config.hidden == "hebbian" else 0,
         steps=config.steps,
         cross=cross,
+        key_error=config.millionths,
     )
 
 

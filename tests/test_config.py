@@ -30,7 +30,7 @@ FREE = {  # may be left to the length
     "tile": (BY_LENGTH,),
 }
 STATIC_LEAST = {"num_hidden": 16, "near": 0, "exact_keys": 0}
-TYPES = {field.name: {"int": int, "str": str, "bool": bool}[field.type] for field in dataclasses.fields(AstroConfig)}
+TYPES = {field.name: {"int": int, "float": float, "str": str, "bool": bool}[field.type] for field in dataclasses.fields(AstroConfig)}
 
 
 def test_every_number_has_a_range() -> None:
@@ -43,11 +43,14 @@ def test_every_number_has_a_range() -> None:
         {name: st.one_of(st.integers(least, 10**6), *map(st.just, FREE.get(name, ()))) for name, least in LEAST.items()}
         | {"hidden": st.sampled_from(HIDDEN), "activation": st.sampled_from(ACTIVATIONS), "orthogonal": st.booleans()}
         | {"backend": st.sampled_from(BACKENDS), "tiles": st.sampled_from(TILES)}
+        | {"key_error": st.one_of(st.just(-1.0), st.floats(0, 10))}
     )
 )
 def test_json_gives_the_same_configuration(values: dict) -> None:
     if values["hidden"] == "none" and values["near"] == values["exact_keys"] == 0:
         values["near"] = 1
+    if values["hidden"] in (*STATIC, "none"):
+        values["key_error"] = min(values["key_error"], 0.0)
     if values["hidden"] == "streaming":
         values["entries"] -= values["entries"] % 8
         values["near"] = min(values["near"], values["entries"] - 8)
@@ -75,9 +78,22 @@ def test_numbers_below_their_range(name: str) -> None:
 @pytest.mark.parametrize("name", TYPES)
 def test_values_of_another_type(name: str) -> None:
     for value in (1, 1.0, "1", True, None, [1], b"cosine"):
-        if type(value) is not TYPES[name]:
+        if type(value) is not TYPES[name] and (TYPES[name], value) != (float, 1):
             with pytest.raises(TypeError, match=rf"^{name}: .* of type {type(value).__name__}; expected"):
                 AstroConfig(**{name: value})
+
+
+def test_errors_of_keys() -> None:
+    assert AstroConfig(key_error=1).key_error == 1.0
+    assert [AstroConfig(**x).millionths for x in ({}, {"exact_keys": -2}, {"exact_keys": 9})] == [20_000, 40_000, 0]
+    assert AstroConfig(exact_keys=9, key_error=0.5).millionths == 500_000
+    assert AstroConfig(hidden="none").millionths == AstroConfig(hidden="learned").millionths == 0
+    for value in (-0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"^key_error: {value}; must be at least 0, or -1: by the length$"):
+            AstroConfig(key_error=value)
+    for hidden in (*STATIC, "none"):
+        with pytest.raises(ValueError, match=f"^key_error: 0.1 with hidden='{hidden}'; needs hidden='hebbian'$"):
+            AstroConfig(hidden=hidden, key_error=0.1)
 
 
 @pytest.mark.parametrize("name", ["hidden", "tiles", "activation", "backend"])

@@ -62,15 +62,15 @@ ON_BACKENDS = pytest.mark.parametrize(
 )
 # Sequences, of different lengths, a grid, and the memory of [B, N, H, D]: what else than tensors the operators take.
 BUDGETS = {
-    "sequence": (None, None, 0, 8, True, 1, 3, 4, 1, False),
-    "by length": (None, None, 0, -1, True, -1, 3, -1, 1, False),
-    "lengths": ([33, 9], None, 1, 8, False, 6, 3, 4, 1, False),
-    "grid": (None, (4, 8), 1, 4, True, 6, 3, 4, 1, False),
-    "strided": (None, None, 0, 8, False, 1, 0, 4, 1, False),
+    "sequence": (None, None, 0, 8, True, 1, 3, 4, 1, False, 0),
+    "by length": (None, None, 0, -1, True, -1, 3, -1, 1, False, 20_000),
+    "lengths": ([33, 9], None, 1, 8, False, 6, 3, 4, 1, False, 100_000),
+    "grid": (None, (4, 8), 1, 4, True, 6, 3, 4, 1, False, 500_000),
+    "strided": (None, None, 0, 8, False, 1, 0, 4, 1, False, 0),
 }
 CROSSING = {
-    "fewer queries": ([33, 9], None, 0, 8, True, 0, 3, 4, 1, True),
-    "more queries": (None, None, 0, -1, False, 0, 3, -1, 1, True),
+    "fewer queries": ([33, 9], None, 0, 8, True, 0, 3, 4, 1, True, 0),
+    "more queries": (None, None, 0, -1, False, 0, 3, -1, 1, True, 50_000),
 }
 
 
@@ -119,7 +119,7 @@ def test_a_bias_of_the_cpu_kernels_has_a_gradient(attend: Callable, shape: tuple
 def test_near_linear_operator(case: str, device: str) -> None:
     qkv, budget = given(case, device)
     weight, phase = (x.to(device) for x in layer())
-    args = (*qkv, weight.requires_grad_(case != "grid"), phase, *budget[:-3], 0, 1, False, "positive_exp", 0.25)
+    args = (*qkv, weight.requires_grad_(case != "grid"), phase, *budget[:-4], 0, 1, False, 0, "positive_exp", 0.25)
     torch.library.opcheck(torch.ops.astroattn.near_linear_attention.default, args)
 
 

@@ -97,10 +97,11 @@ def test_equals_dense_matrices_where_exact_keys_fill_a_cluster(shape: dict) -> N
 
 
 @BIASED
+@pytest.mark.parametrize("key_error", [0, 100_000], ids=["", "error"])
 @picked(4, 6, 8, 9, 13, 15, 18, 19, 21)
-def test_choices(shape: dict, biased: bool) -> None:
+def test_choices(shape: dict, key_error: float, biased: bool) -> None:
     """Clusters in the metric of r, weighted by the expected attention; exact keys by what they bring to a sub-tile."""
-    query, key, value, where = case(shape, size=1)
+    query, key, value, where = case(shape | {"key_error": key_error}, size=1)
     bias = draw_bias(shape["tokens"], 1) if biased else None
     choice = choose(query, key, value, where, bias)
     prefix, m = where.prefix, where.num_hidden
@@ -113,15 +114,16 @@ def test_choices(shape: dict, biased: bool) -> None:
     u = [q[tile].mean(0) for tile in tiles]
     b = query.new_zeros(body, len(every)) if bias is None else bias[0, prefix:]
     logits = [every @ u[t] + b[tile].mean(0) for t, tile in enumerate(tiles)]
-    expected = [logits[t].softmax(0)[prefix:] * len(tile) / body for t, tile in enumerate(tiles)]
+    both = [logits[t].softmax(0) * len(tile) / body for t, tile in enumerate(tiles)]
+    expected = [x[prefix:] for x in both]
     mass = sum(expected)
     few_rest = torch.cat([few_q[tile] - few_q[tile].mean(0) for tile in tiles])
     points = found.key @ factor(few_rest.mT @ few_rest / body)
     assert torch.equal(choice.winners, learn_clusters(points, mass[None], m, where.steps))
 
-    reads = [x[prefix:] for x in logits]
     b = b[:, prefix:]
-    keys = keys_by_formula(q, k, v, b, where, tiles, reads, expected, mass, choice.winners[0].tolist(), found)
+    before = [x[:prefix] for x in both], every[:prefix]
+    keys = keys_by_formula(q, k, v, b, where, tiles, expected, before, mass, choice.winners[0].tolist(), found)
     ours = [{i for i in keys.tolist() if i >= 0} for keys in choice.keys[0]]
     assert [len(each) for each in ours] == [int((keys >= 0).sum()) for keys in choice.keys[0]]  # none twice
     assert ours == keys
@@ -141,8 +143,8 @@ def keys_by_formula(
     b: torch.Tensor,
     where: object,
     tiles: tuple,
-    logits: list,
     expected: list,
+    before: tuple,
     mass: torch.Tensor,
     winners: list[int],
     found: Coordinates,
@@ -169,6 +171,7 @@ def keys_by_formula(
 
     centre_of_values = (mass[:, None] * v).sum(0) / mass.sum()
     distance = [float((row - centre_of_values).square().sum()) for row in v]
+    least = where.least_error(body, q.shape[1]) * float((v - v.mean(0)).square().sum(1).mean()) ** 0.5
     rest = [q[tile] - q[tile].mean(0) for tile in tiles]
     rest_of_bias = [b[tile] - b[tile].mean(0) for tile in tiles]
     centre = [[part.mean(0) for part in r.split(SUBTILE)] for r in rest]
@@ -181,32 +184,37 @@ def keys_by_formula(
     chosen = []
     for t, tile in enumerate(tiles):
         share = [sum(float(expected[t][i]) for i in range(body) if winners[i] == j) for j in range(m)]
-        gains = []
+        gains, totals, (of_prefix, prefix) = [], [], before
         for mean in centre[t]:
             drive = [float(mean @ w[j]) for j in range(m)]
             total = sum(share[j] * exp(drive[j]) for j in range(m))
+            total += sum(float(given * (mean @ k_).exp()) for given, k_ in zip(of_prefix[t], prefix, strict=True))
+            totals.append(log(total))
             gains.append([d - log(total) for d in drive])
         of_bias = rest_of_bias[t].square().mean(0)
         score = [
-            float(logits[t][i])
+            log(expected[t][i])
             + max(gain[winners[i]] for gain in gains)
             + root(error_of_value[i], float(within[i] + between[i]) + 1e-6, distance[i] * float(of_bias[i]))
             for i in range(body)
         ]
         best = sorted(range(body), key=score.__getitem__, reverse=True)[: min(3 * where.exact_keys, body)]
-        parts = zip(centre[t], rest_of_bias[t].split(SUBTILE), tile.split(SUBTILE), strict=True)
-        for mean, of_bias, queries in parts:
+        best = [i for i in best if exp(score[i]) > least]
+        parts = zip(centre[t], totals, rest_of_bias[t].split(SUBTILE), tile.split(SUBTILE), strict=True)
+        for mean, total, of_bias, queries in parts:
             near = set(near_keys(queries, where, body).flatten().tolist())
 
-            def gain(i: int, mean: torch.Tensor = mean, of_bias: torch.Tensor = of_bias, t: int = t) -> float:
+            def gain(
+                i: int, mean: torch.Tensor = mean, total: float = total, of_bias: torch.Tensor = of_bias, t: int = t
+            ) -> float:
                 d = float(mean @ found.query_basis[0] @ along[i])
                 miss = (1 - exp(-min(max(d, -8), 8))) ** 2 + float(within[i]) + 1e-6
                 d_b = float(of_bias[:, i].mean())
                 miss_b = (1 - exp(-min(max(d_b, -8), 8))) ** 2 + float(of_bias[:, i].var(correction=0))
                 error = root(error_of_value[i], miss, distance[i] * miss_b)
-                return float(logits[t][i] + mean @ w[winners[i]]) + d + d_b + error
+                return log(expected[t][i]) - total + float(mean @ w[winners[i]]) + d + d_b + error
 
-            far = sorted((i for i in best if i not in near), key=gain, reverse=True)
+            far = sorted((i for i in best if i not in near and exp(gain(i)) > least), key=gain, reverse=True)
             chosen.append(near | set(far[: where.exact_keys]))
     return chosen
 

@@ -17,6 +17,7 @@ MOST_TILES = 128  # of a sequence
 # Where the length decides: so much times a root, within bounds.
 HIDDEN_PER_ROOT, MOST_HIDDEN = 1.45, 64
 KEYS_PER_ROOT, MOST_KEYS = 2.4, 128
+MOST_OFTEN = 3  # times as many keys at most, and a quarter of all, where their errors decide how many
 NEAR_PER_ROOT, LEAST_NEAR, MOST_NEAR = 0.15, 3, 4
 WIDTH = 64  # of a head; narrower ones have less to tell apart
 ROOT = -1  # of a number that the length decides
@@ -36,9 +37,12 @@ class Layout:
         tile: queries in a tile, a multiple of `SUBTILE`. Where the body is no multiple of it, the last tile has fewer.
         by_content: whether the tiles hold queries that ask for the same, or neighbours whatever they ask for.
         near: the nearest keys of each query, which its sub-tile attends exactly.
-        exact_keys: the others that a sub-tile chooses.
+        exact_keys: the most others that a sub-tile chooses.
         num_hidden: m, hidden neurons for the rest; 0 leaves the rest out.
         steps: Hebbian learning steps.
+        key_error: what reading a key through its cluster adds at least to the error of the output, expected and relative
+            to how far values are apart, if the key is chosen; in millionths, times the root of the length. 0: as many are
+            chosen as may be.
     """
 
     grid: tuple[int, int] | None
@@ -49,6 +53,7 @@ class Layout:
     exact_keys: int
     num_hidden: int
     steps: int
+    key_error: int = 0
 
     def tiles(self, asked: int) -> int:
         """Number of tiles T of so many queries behind the prefix."""
@@ -86,6 +91,10 @@ class Layout:
         chosen = self.candidates(body) + self.near_keys(body, self.tile)
         return min(chosen, self.subtiles() * self.most_keys(body), body)
 
+    def least_error(self, body: int, dim: int) -> float:
+        """What reading a key of a head of this dimension through its cluster has to add to the error, to be chosen."""
+        return self.key_error / 1e6 / _root(body, dim)
+
     def candidates(self, body: int) -> int:
         """Keys that a tile proposes to its sub-tiles."""
         return min(CANDIDATES * self.exact_keys, body)
@@ -97,6 +106,7 @@ class Budget(NamedTuple):
     Attributes as in `Layout`; tile, near, exact_keys and num_hidden may be `ROOT`, the last two also `HALF_ROOT`.
     Queries that are asked for in tiles of another size than a multiple of `SUBTILE` get the next larger one.
     cross: whether the queries are those of another sequence.
+    key_error: as in `Layout`, of sequences in which not all keys are exact anyway.
     """
 
     grid: tuple[int, int] | None
@@ -108,6 +118,7 @@ class Budget(NamedTuple):
     num_hidden: int
     steps: int
     cross: bool = False
+    key_error: int = 0
 
     def asked(self, tokens: int, queries: int) -> int:
         """How many queries are behind the prefix; so many are those of another sequence, if they are."""
@@ -130,18 +141,29 @@ class Budget(NamedTuple):
             queries: how many there are, for cross attention.
         """
         body, asked = tokens - self.prefix, self.asked(tokens, queries)
-        root = (body * min(dim / WIDTH, 1)) ** 0.5  # not sqrt, which a graph for any length could not trace
+        root = _root(body, dim)
         tile, near, keys, hidden = self.tile, self.near, self.exact_keys, self.num_hidden
         if tile == ROOT:
             tile = max(round(body**0.5), -(-asked // MOST_TILES))
         if near == ROOT:
             near = min(max(round(NEAR_PER_ROOT * root), LEAST_NEAR), MOST_NEAR)
-        if keys < 0:
-            keys = body if body <= LEAST_BODY else min(round(KEYS_PER_ROOT * root), MOST_KEYS) // -keys
+        key_error = self.key_error
+        if keys < 0 and body <= LEAST_BODY:
+            keys, key_error = body, 0
+        elif keys < 0:
+            most = min(round(KEYS_PER_ROOT * root), MOST_KEYS)
+            keys = (max(most, min(MOST_OFTEN * most, body // 4)) if key_error else most) // -keys
         if hidden < 0:
             hidden = min(max(8 * round(HIDDEN_PER_ROOT * root / -hidden / 8), 8), MOST_HIDDEN // -hidden)
         tile = SUBTILE * min(max(-(-tile // SUBTILE), 1), -(-asked // SUBTILE))
-        return Layout(self.grid, self.prefix, tile, self.by_content, near, min(keys, body), hidden, self.steps)
+        most = min(keys, body)
+        return Layout(self.grid, self.prefix, tile, self.by_content, near, most, hidden, self.steps, key_error)
+
+
+def _root(body: int, dim: int) -> float:
+    """Of the length, less where heads are narrow; not sqrt, which a graph for any length could not trace."""
+    root: float = (body * min(dim / WIDTH, 1)) ** 0.5
+    return root
 
 
 def near_shape(near: int, rows: int, columns: int) -> tuple[int, int]:

@@ -319,7 +319,7 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 _BUDGET = (
     "Tensor? lengths, SymInt[]? grid, SymInt prefix, SymInt tile, bool by_content, SymInt near, SymInt exact_keys, "
-    "SymInt num_hidden, SymInt steps, bool cross"
+    "SymInt num_hidden, SymInt steps, bool cross, SymInt key_error"
 )
 
 

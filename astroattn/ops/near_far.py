@@ -30,6 +30,7 @@ those of another sequence than the keys (cross attention); there is neither a pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -131,14 +132,15 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout, bias: Tens
     else:
         order = position_order(layout, asked, key.device).expand(size, -1)
     reading = read_tiles(query, key, order, layout, bias)
-    expected = expected_attention(reading)
+    log_expected, of_prefix = expected_attention(reading)
+    expected = log_expected.exp()
     clusters, winners = None, order.new_zeros(size, body)
     if m:
         mass = expected.sum(1)
         rest = _mean_and_rest(coordinates.query, reading.token, reading.real)[1].flatten(1, 2)
         winners = learn_clusters(coordinates.key @ factor(rest.mT @ rest / asked), mass, m, layout.steps)
         clusters = measure_clusters(body_key, body_value, coordinates, mass, winners, m)
-    keys = choose_keys(reading, coordinates, layout, clusters, expected)
+    keys = choose_keys(reading, coordinates, layout, clusters, log_expected, (key[:, :prefix], of_prefix))
     return Choice(order, winners, _mass_left(reading, expected, keys, winners, layout), keys)
 
 
@@ -165,14 +167,15 @@ def _mean_and_rest(x: Tensor, token: Tensor, real: Tensor) -> tuple[Tensor, Tens
     return mean, (by_tile - mean[:, :, None]) * weight
 
 
-def expected_attention(reading: Reading) -> Tensor:
-    """The attention that all queries of a tile are expected to give to each body key [Z, T, n].
+def expected_attention(reading: Reading) -> tuple[Tensor, Tensor]:
+    """The logarithm of what all queries of a tile are expected to give to each key: body [Z, T, n], prefix [Z, T, p].
 
     It is the softmax of u.k over prefix and body, times the share of the queries that are in the tile.
     """
     normaliser = torch.cat([reading.logits, reading.prefix_logits], -1).logsumexp(-1, keepdim=True)
     number = reading.real.sum(-1, keepdim=True).to(normaliser.dtype)
-    return (reading.logits - normaliser).exp() * (number / number.sum())
+    normaliser = normaliser - (number / number.sum()).log()
+    return reading.logits - normaliser, reading.prefix_logits - normaliser
 
 
 class Clusters(NamedTuple):
@@ -182,6 +185,7 @@ class Clusters(NamedTuple):
         weights: w [Z, m, D]. winners: the cluster of each key [Z, n].
         offset: k - w [Z, n, D]. along: the same in a few coordinates [Z, n, c].
         log_value: log |v - mean v| [Z, n], of the cluster's v; log_distance: the same of all v.
+        log_spread: the logarithm of how far values are apart [Z], the root of the mean of |v - mean v|^2.
     """
 
     weights: Tensor
@@ -190,6 +194,7 @@ class Clusters(NamedTuple):
     along: Tensor
     log_value: Tensor
     log_distance: Tensor
+    log_spread: Tensor
 
 
 def measure_clusters(
@@ -210,11 +215,18 @@ def measure_clusters(
     whole = mass.sum(1).clamp(min=torch.finfo(mass.dtype).tiny)
     centre = (mass[..., None] * value).sum(1, keepdim=True) / whole[:, None, None]
     log_value, log_distance = log_norm(offset(value)[1]), log_norm(value - centre)
-    return Clusters(weights, winners, from_weights, offset(coordinates.key)[1], log_value, log_distance)
+    spread = (value - value.mean(1, keepdim=True)).square().sum(-1).mean(1).sqrt()
+    log_spread = spread.clamp(min=torch.finfo(value.dtype).tiny).log()
+    return Clusters(weights, winners, from_weights, offset(coordinates.key)[1], log_value, log_distance, log_spread)
 
 
 def choose_keys(
-    reading: Reading, coordinates: Coordinates, layout: Layout, clusters: Clusters | None, expected: Tensor
+    reading: Reading,
+    coordinates: Coordinates,
+    layout: Layout,
+    clusters: Clusters | None,
+    log_expected: Tensor,
+    prefix: tuple[Tensor, Tensor],
 ) -> Tensor:
     """The exact keys of each sub-tile [Z, S, P]: the near keys of its queries, and the others it asks for most.
 
@@ -226,11 +238,17 @@ def choose_keys(
 
         exp((u + u_s).k) ((1 - exp(-d))^2 + E|(r - u_s).(k - w)|^2)^1/2 |v - mean v|,   d = u_s.(k - w),
 
-    d in a few coordinates. Without clusters there is nothing to read a key through, and attention alone counts.
+    d in a few coordinates. Divided by Z_s, so that exp((u + u_s).k) is a share of the attention, and by how far values are
+    apart, the score is what reading the key through its cluster adds to the error of the output, relative; of both levels
+    only keys are taken of which that is more than `layout.least_error`. Without clusters there is nothing to read a key
+    through, and attention alone counts.
 
     What a bias has beside its mean over the tile, b, is missing where a key is read through its cluster, whatever its
     value shares with the others of it: E b^2 |v - mean of all v|^2 is added to the square of the first error, and
     ((1 - exp(-b_s))^2 + E(b - b_s)^2) |v - mean of all v|^2 to that of the second, b_s its mean over the sub-tile.
+
+    Args:
+        log_expected, prefix: as `expected_attention` has them, of the prefix behind its keys [Z, p, D].
     """
     size, tiles, body = reading.logits.shape
     asked = reading.asked
@@ -246,7 +264,7 @@ def choose_keys(
     number = weight.sum(3)
     mean = (rest * weight).sum(3) / number.clamp(min=1)  # u_s [Z, T, s, D]
     direction = mean @ coordinates.query_basis[:, None]
-    score, offset = reading.logits, coordinates.key
+    score, offset, least = log_expected, coordinates.key, log_expected.new_full((size, 1, 1), -torch.inf)
     if clusters is not None:
         offset = clusters.along
         within = ((rest - mean[:, :, :, None]) * weight).square().sum((1, 2, 3)) / asked
@@ -255,23 +273,27 @@ def choose_keys(
         within, wide = (((squared @ x[..., None])[..., 0] + LEAST_SPREAD)[:, None] for x in (within, within + between))
         owner = clusters.winners[:, None].expand_as(score)
         drive = mean @ clusters.weights[:, None].mT  # u_s.w [Z, T, s, m]
-        share = expected.new_zeros(*score.shape[:2], drive.shape[-1]).scatter_add(2, owner, expected)
-        log_share = share.clamp(min=torch.finfo(share.dtype).tiny).log()[:, :, None]
-        gain = drive - (drive + log_share).logsumexp(-1, keepdim=True)
-        gain = gain.masked_fill(number == 0, -torch.inf).amax(2)
+        share = drive.new_zeros(*score.shape[:2], drive.shape[-1]).scatter_add(2, owner, log_expected.exp())
+        log_share = share.clamp(min=torch.finfo(share.dtype).tiny).log()
+        keys, of_prefix = prefix
+        parts = drive + log_share[:, :, None], mean @ keys[:, None].mT + of_prefix[:, :, None]
+        drive = drive - torch.cat(parts, -1).logsumexp(-1, keepdim=True)  # by Z_s
+        gain = drive.masked_fill(number == 0, -torch.inf).amax(2)
+        if layout.key_error:
+            least = clusters.log_spread[:, None, None] + log(layout.least_error(body, rest.shape[-1]))
         error = clusters.log_value[:, None] + wide.log() / 2
         if reading.bias is not None:
             square = reading.bias.square().sum(2) / reading.real.sum(1)[:, None]
             error = _log_root(error, clusters.log_distance[:, None] + square.log() / 2)
         score = score + gain.gather(2, owner) + error
-    candidates = score.topk(layout.candidates(body), dim=-1).indices  # [Z, T, E]
+    best, candidates = score.topk(layout.candidates(body), dim=-1)  # [Z, T, E]
 
     def of_candidates(x: Tensor) -> Tensor:
         """[Z, 1 or T, n] -> [Z, T, 1, E]."""
         return x.expand(size, tiles, body).gather(2, candidates)[:, :, None]
 
     inner = direction @ take_rows(offset, candidates).mT  # d [Z, T, s, E]
-    score = of_candidates(reading.logits) + inner
+    score = of_candidates(log_expected) + inner
     if clusters is not None:
         owner = of_candidates(clusters.winners[:, None]).expand_as(inner)
         miss = _missed(inner) + of_candidates(within)
@@ -291,8 +313,9 @@ def choose_keys(
     candidates = candidates[:, :, None].expand(score.shape)
     behind = F.pad(near, (0, 1), value=-1)
     is_near = behind.gather(3, torch.searchsorted(-behind, -candidates)) == candidates
-    best, place = score.masked_fill(is_near, -torch.inf).topk(min(layout.exact_keys, score.shape[-1]), dim=-1)
-    chosen = candidates.gather(3, place).masked_fill(best == -torch.inf, -1)
+    score = score.masked_fill(is_near | (best <= least)[:, :, None], -torch.inf)
+    best, place = score.topk(min(layout.exact_keys, score.shape[-1]), dim=-1)
+    chosen = candidates.gather(3, place).masked_fill(best <= least[..., None], -1)
     return _of_queries(torch.cat([near, chosen], -1), asked)
 
 

@@ -10,7 +10,7 @@ struct Choose : Clusters {
 
     struct Bench : Order::Bench {
         float *within, *base, *drive_of, *offset, *directions, *sub_mean, *expected, *log_share, *gain, *bias,
-            *mean_bias, *value, *distance;
+            *mean_bias, *value, *distance, *normaliser, *of_prefix;
         int32_t *found, *candidate, *token, *begin, *near_size, *column, *taken;
 
         Bench(const Choose& head, Arena& arena) : Order::Bench(head, arena) {
@@ -27,6 +27,8 @@ struct Choose : Clusters {
             arena.take(begin, head.most_hidden + 1);
             for (auto list : {&log_share, &gain}) arena.take(*list, round_up(head.most_hidden, PANEL));
             arena.take(near_size, subtiles);
+            arena.take(normaliser, subtiles);
+            arena.take(of_prefix, head.most_hidden ? subtiles * round_up(head.p.prefix, PANEL) : 0);
             if (!arena.block) return;
             std::fill(column, column + head.padded, 0);
             std::fill(taken, taken + head.padded, 0);
@@ -122,6 +124,11 @@ struct Choose : Clusters {
         }
         for (int64_t j = 0; j < hidden; j++)
             log_share[j] = std::max(sum_of(room.expected + start[j], start[j + 1] - start[j]), FLT_MIN);
+        const int64_t before = round_up(p.prefix, PANEL);
+        for (int64_t n = 0; n < before; n += PANEL) {
+            for (int s = 0; s < subtiles; s++) room.c[s] = room.of_prefix + s * before + n;
+            dot_panel(subtiles, WIDE, room.a, panels + n * dim, dim, room.c);
+        }
         std::fill(log_share + hidden, log_share + columns, 0.0f);
         for (int64_t j = 0; j < columns; j += LANES) {
             store(log_share + j, logarithm(load(log_share + j)));
@@ -131,10 +138,14 @@ struct Choose : Clusters {
             const float* drive = room.drive + s * apart;
             vec top = spread(-3e38f), all = {};
             for (int64_t j = 0; j < columns; j += LANES) top = larger(load(drive + j) + load(log_share + j), top);
-            const float high = largest(top);
+            float high = largest(top), less = log_sum[tile] - std::log(share[tile]), *of_prefix = room.of_prefix + s * before;
+            for (int64_t i = 0; i < p.prefix; i++)
+                high = std::max(high, of_prefix[i] += logits[tile * padded + i] - less);
             for (int64_t j = 0; j < columns; j += LANES)
                 all += exponential(load(drive + j) + load(log_share + j) - high);
-            const float normaliser = high + std::log(sum(all));
+            float total = sum(all);
+            for (int64_t i = 0; i < p.prefix; i++) total += std::exp(of_prefix[i] - high);
+            const float normaliser = room.normaliser[s] = high + std::log(total);
             for (int64_t j = 0; j < columns; j += LANES)
                 store(gain + j, larger(load(drive + j) - normaliser, load(gain + j)));
         }
@@ -160,7 +171,11 @@ struct Choose : Clusters {
             for (int64_t i = p.prefix; i < length; i += LANES) store(ranks + i - p.prefix, rank_of(load(u_k + i)));
         }
         fill_ranks(ranks, body);
-        const int64_t few = take_largest(ranks, body, layout.candidates, room.moved, room.found);
+        // of exp(u.k) times what the scores have beside it, in logarithms
+        const float least = std::log(float(least_error)) + log_spread + log_sum[tile] - std::log(share[tile]);
+        const bool some = hidden && least_error > 0;
+        const int32_t limit = some ? rank_of(spread(least))[0] : NEVER;
+        const int64_t few = take_largest(ranks, body, layout.candidates, limit, room.moved, room.found);
         const int64_t columns = round_up(few, LANES);
         for (int64_t i = 0; i < few; i++) {
             const int64_t at = room.candidate[i] = room.found[i] + int32_t(p.prefix);
@@ -187,7 +202,8 @@ struct Choose : Clusters {
                 const int32_t there = room.column[place[keys[i] + p.prefix]];
                 if (there) ranks[there - 1] = NEVER;
             }
-            const Cut cut = cut_largest(ranks, few, std::min(layout.exact_keys, p.most_keys - size));
+            const int32_t own_limit = some ? rank_of(spread(least + room.normaliser[s]))[0] : NEVER;
+            const Cut cut = cut_above(ranks, few, std::min(layout.exact_keys, p.most_keys - size), own_limit);
             const int64_t number = list_taken(ranks, few, cut, room.found);
             const int32_t queries = int32_t(std::min(SUBTILE, queries_of(tile) - s * SUBTILE));
             for (int64_t i = 0; i < number; i++) {

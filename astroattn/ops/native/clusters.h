@@ -8,6 +8,7 @@ constexpr float LEAST_SPREAD = 1e-6f, LEAST_MASS = 1e-12f;  // as in near_far.py
 struct Clusters : Order {
     float *point_panels, *centres, *centre_norm, *tile_sums, *log_sum, *weight_panels, *key_mass, *masses, *narrow,
         *wide, *along, *log_value, *within, *bonus, *values, *log_distance, *middle, *unlike;
+    float log_spread = 0;  // how far values are apart
 
     Clusters(const Problem& problem, const Tensors& tensors, Arena& arena) : Order(problem, tensors, arena) {
         const int64_t m = most_hidden, blocks = (most_tiles + TALL - 1) / TALL, some = m ? padded : 0;
@@ -22,7 +23,7 @@ struct Clusters : Order {
         for (auto list : {&key_mass, &log_value, &within, &bonus}) arena.take(*list, some);
         arena.take(values, m * value_dim);
         arena.take(log_distance, t.bias ? some : 0);
-        arena.take(middle, t.bias ? value_dim : 0);
+        arena.take(middle, value_dim);
         arena.take(unlike, t.bias && m && most_exact ? most_tiles * padded : 0);  // the variance of a tile's bias
     }
 
@@ -208,6 +209,19 @@ struct Clusters : Order {
             for (; i < last; i++) row[i] = 0.5f * std::log(row[i]);
         }
         for (int64_t i = first; i < last; i++) bonus[i] += log_value[i];
+    }
+
+    // The root of the mean of |v - mean v|^2.
+    void measure_spread() {
+        std::fill(middle, middle + value_dim, 0.0f);
+        for (int64_t n = p.prefix; n < length; n++) add(middle, v + n * v_stride, 1 / float(body), value_dim);
+        vec squares = {};
+        for (int64_t n = p.prefix; n < length; n++)
+            for (int64_t d = 0; d < value_dim; d += LANES) {
+                const vec x = load(v + n * v_stride + d) - load(middle + d);
+                squares += x * x;
+            }
+        log_spread = std::log(std::max(std::sqrt(sum(squares) / float(body)), FLT_MIN));
     }
 
     // The mean of all values, by the attention that is expected.

@@ -141,6 +141,7 @@ void stages(Forward& head, Run run) {
         tokens([&](int64_t i) { head.assign(i); });
         once([&] {
             head.sort_keys();
+            if (head.least_error > 0) head.measure_spread();
             if (head.t.bias) head.average_values();
         });
         clusters([&](int64_t j) { head.measure_cluster(j); });

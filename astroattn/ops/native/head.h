@@ -44,6 +44,7 @@ struct Tensors {
     const float* bias;         // [batch, heads, queries, tokens], added to the logits, or null
     const int64_t* lengths;    // [batch] or null
     const Layout* layouts;     // [batch]
+    const double* least_error;  // [batch]
     const int32_t* curve;      // the patches of a grid in the order of their positions, or null
     void* out;                 // [batch, heads, queries, value_dim], of its own strides like the three above
     float* log_p;              // [batch, heads, queries]
@@ -64,6 +65,7 @@ struct Head {
     int64_t most_tiles = 1, most_tile = SUBTILE, most_hidden = 0, most_exact = 0, most_candidates = 0;
     int64_t length = 0, body = 0, asked = 0, tiles = 0, hidden = 0;  // of this sequence
     Layout layout{};
+    double least_error = 0;
     std::atomic<bool> broken{false};  // whether a key holds NaN or infinity, which a weight of 0 would hide
     // Rows k_stride and v_stride apart: the caller's own where they are float32 without gaps; rows far apart would cost
     // more in cache misses than a copy does, unless they are read only once. far_k, far_v: in the order of the places.
@@ -118,6 +120,7 @@ struct Head {
         length = t.lengths ? t.lengths[z / p.heads] : p.tokens;
         body = std::max<int64_t>(length - p.prefix, 0);
         layout = t.layouts[z / p.heads];
+        least_error = t.least_error[z / p.heads];
         asked = p.cross && body ? p.queries : body;
         tiles = asked ? (asked + layout.tile - 1) / layout.tile : 0;
         hidden = layout.hidden;

@@ -31,7 +31,7 @@ class _Tensors(ctypes.Structure):
     _fields_ = tuple(
         (name, POINTER)
         for name in (
-            *("query", "key", "value", "bias", "lengths", "layouts", "curve", "out", "log_p"),
+            *("query", "key", "value", "bias", "lengths", "layouts", "least_error", "curve", "out", "log_p"),
             *("order", "winners", "mass", "keys"),
         )
     )
@@ -79,11 +79,11 @@ def near_far_forward(
     mass = torch.empty(batch, heads, body)
     most = budget.most_keys(tokens, dim, queries, lengths)
     keys = torch.empty(batch, heads, layout.all_subtiles(asked), most, dtype=torch.int32)
-    layouts = _layouts(budget, lengths, query, tokens)
+    layouts, least_error = _layouts(budget, lengths, query, tokens)
     bias = _dense_bias(bias, query)
     problem = _describe(query, key, value, out, bias, budget, most, scale)
     curve = None if budget.grid is None else _curve(*budget.grid)
-    tensors = query, key, value, bias, lengths, layouts, curve, out, log_p, order, winners, mass, keys
+    tensors = query, key, value, bias, lengths, layouts, least_error, curve, out, log_p, order, winners, mass, keys
     run("near_far", problem, _Tensors(*pointers(*tensors)))
     return out, log_p, order, winners, mass, keys
 
@@ -113,10 +113,10 @@ def near_far_backward(
     query, key, value, out, d_out = map(dense_rows, (query, key, value, out, d_out))
     log_p, d_log_p, order, winners, mass, keys = (x.contiguous() for x in (log_p, d_log_p, order, winners, mass, keys))
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    layouts = _layouts(budget, lengths, query, key.shape[2])
+    layouts, least_error = _layouts(budget, lengths, query, key.shape[2])
     bias = _dense_bias(bias, query)
     problem = _describe(query, key, value, out, bias, budget, keys.shape[-1], scale)
-    given = query, key, value, bias, lengths, layouts, None, out, log_p, order, winners, mass, keys
+    given = query, key, value, bias, lengths, layouts, least_error, None, out, log_p, order, winners, mass, keys
     tensors = _Tensors(*pointers(*given))
     gradients = _Gradients(*pointers(d_out, d_log_p, *grads), *strides(d_out, *grads))
     run("near_far_backward", problem, tensors, gradients)
@@ -137,18 +137,23 @@ def _curve(rows: int, columns: int) -> Tensor:
     return torch.tensor(z_curve(rows, columns), dtype=torch.int32)
 
 
-def _layouts(budget: Budget, lengths: Tensor | None, query: Tensor, tokens: int) -> Tensor:
-    """What the length of each sequence decides [B, ...], in the order of `Layout` in head.h; zeros without a body."""
-    rows = []
+def _layouts(budget: Budget, lengths: Tensor | None, query: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """What the length of each sequence decides: [B, ...] in the order of `Layout` in head.h, and the least errors [B].
+
+    Zeros without a body.
+    """
+    rows, errors = [], []
     for length in [tokens] * len(query) if lengths is None else lengths.tolist():
         body = length - budget.prefix
         if body <= 0:
             rows.append([0] * 6)
+            errors.append(0.0)
             continue
         layout = budget.at(length, query.shape[3], query.shape[2])
         sizes = layout.exact_keys, layout.candidates(body), layout.num_hidden
         rows.append([layout.tile, *layout.window(body), *sizes])
-    return torch.tensor(rows)
+        errors.append(layout.least_error(body, query.shape[3]))
+    return torch.tensor(rows), torch.tensor(errors, dtype=torch.float64)
 
 
 def _describe(

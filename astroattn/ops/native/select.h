@@ -84,6 +84,11 @@ static inline Cut cut_largest(const int32_t* ranks, int64_t count, int64_t most)
     return {int32_t(high), most - above_high};
 }
 
+// What is above a limit, and of that the `most` largest.
+static inline Cut cut_above(const int32_t* ranks, int64_t count, int64_t most, int32_t limit) {
+    return count_above(ranks, count, limit) > most ? cut_largest(ranks, count, most) : Cut{limit, 0};
+}
+
 // The places of what the cut takes, in order; returns how many there are. `found` has room for a whole vector more.
 static inline int64_t list_taken(const int32_t* ranks, int64_t count, Cut cut, int32_t* found) {
     int64_t size = 0;
@@ -98,10 +103,12 @@ static inline int64_t list_taken(const int32_t* ranks, int64_t count, Cut cut, i
     return size;
 }
 
-// The places of the `most` largest, in order; returns how many there are. Of every bucket of ranks the largest are a
+// The places of the `most` largest above a limit, in order; returns how many there are. Of every bucket of ranks the largest are a
 // sample whose own `most` largest lie below as many ranks; only those above the least of them are looked at again.
 // `few` and `found` hold as many as `ranks` and a vector more.
-static inline int64_t take_largest(const int32_t* ranks, int64_t count, int64_t most, int32_t* few, int32_t* found) {
+static inline int64_t take_largest(const int32_t* ranks, int64_t count, int64_t most, int32_t limit, int32_t* few,
+                                   int32_t* found) {
+    if (count_above(ranks, count, limit) <= most) return list_taken(ranks, count, {limit, 0}, found);
     const int64_t buckets = round_up(2 * most, LANES);
     if (2 * buckets > count) return list_taken(ranks, count, cut_largest(ranks, count, most), found);
     std::fill(few, few + buckets, NEVER);
