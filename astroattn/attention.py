@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -306,8 +306,13 @@ class AstrocyteAttention(nn.Module):
         grid: tuple[int, int] | None = None,
         window: int | None = None,
         cross: bool | None = None,
+        exact_keys: Mapping[AstroConfig, float] | None = None,
     ) -> Cost:
         """Positions and products per query, the mean of the heads, counted from their configs for such a sequence.
+
+        Args:
+            exact_keys: by config, how many keys a sub-tile reads exactly in the mean, where that is left to the inputs
+                (`AstroConfig.key_error`); without it the most that there can be. `astroattn compare` measures it.
 
         Raises:
             TypeError, ValueError: numbers that are not positive integers, a grid that does not fit.
@@ -323,7 +328,8 @@ class AstrocyteAttention(nn.Module):
         positions = products = 0.0
         cross = is_cross(num_queries, num_keys, causal, cross)
         for config, heads in self.budgets:
-            cost = count_cost(config, self.head_dim, num_queries, num_keys, causal, grid, cross)
+            exact = None if exact_keys is None else exact_keys.get(config)
+            cost = count_cost(config, self.head_dim, num_queries, num_keys, causal, grid, cross, exact)
             positions += heads / self.num_heads * cost.positions
             products += heads / self.num_heads * cost.products
         return Cost(positions, products, 2 * num_keys)

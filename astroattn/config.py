@@ -74,14 +74,14 @@ class AstroConfig:
             A sub-tile attends exactly to those of its four queries. For causal attention the latest tokens. By length:
             about 0.15 sqrt(n), 3 to 4; none for a static layer; half the entries for a streaming one. Queries of
             another sequence (cross attention) have none.
-        exact_keys: keys beyond the near field that each sub-tile attends exactly, chosen by content. By length: as many as
-            `key_error` asks for, at most about 7.2 sqrt(n) and 384; none for a static layer. Without a hidden layer about
-            2.4 sqrt(n), at most 128.
-        key_error: what may be missing where a key is read through the astrocyte, times sqrt(n): a key of which more is
-            expected (its share of a sub-tile's attention, times the error of reading it so, relative to how far values
-            are apart) is attended exactly, as long as `exact_keys` has room. So n errors that have nothing to do with
-            each other add up to so much at most. By length (-1): 0.02, or 0.04 with half the exact keys, where they are
-            left to the length; else 0, and there are as many exact keys as that says.
+        exact_keys: keys beyond the near field that each sub-tile attends exactly, chosen by content; the most, where
+            `key_error` decides. By length: about 7.2 sqrt(n), at most 384 and a quarter of all; none for a static
+            layer, and without a hidden layer about 2.4 sqrt(n), at most 128.
+        key_error: times sqrt(n), how far off a key may be read through the astrocyte: its share of a sub-tile's attention
+            times the error of its weight and value, relative to how far values are apart, as expected. What is
+            expected to be farther off is attended exactly. So n errors that have nothing to do with each other add up
+            to so much at most. 0: as many are attended exactly as `exact_keys` says. By length (-1): 0.02 where
+            `exact_keys` is left to the length (0.04 where half of it is), else 0.
         exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to
             exactly. In a patch grid these are its prefix tokens (CLS, registers) whatever is set here; for a static
             layer alone (near and exact_keys 0) a grid is a sequence. None in cross attention.

@@ -41,8 +41,13 @@ def count_cost(
     causal: bool,
     grid: tuple[int, int] | None,
     cross: bool = False,
+    exact_keys: float | None = None,
 ) -> Cost:
-    """Count the products of one head of one sequence, whose queries are those of another with `cross`."""
+    """Count the products of one head of one sequence, whose queries are those of another with `cross`.
+
+    Args:
+        exact_keys: of a sub-tile in the mean, those of the prefix not counted, where inputs decide; None: the most.
+    """
     if covers(config, num_keys, grid, num_queries if cross else None):
         return Cost(num_keys, 2 * num_keys, 2 * num_keys)
     if config.hidden == "streaming":
@@ -57,15 +62,15 @@ def count_cost(
         multiplied = read * 2 * prefix + (read + body) * m * (1 + _drive(config)) + prefix * 2 * num_keys
         return Cost(attended / num_queries, multiplied / num_queries, 2 * num_keys)
     layout = budget_of(config, num_keys, grid, cross).at(num_keys, head_dim, num_queries)
-    positions = prefix + layout.most_keys(body) + layout.num_hidden
+    exact = layout.most_keys(body) if exact_keys is None else exact_keys
+    positions = prefix + exact + layout.num_hidden
     products = sum(count_choice(layout, head_dim, num_queries, num_keys).values())
     if config.hidden in STATIC:
         drive = _drive(config)
-        exact = prefix + layout.most_keys(body)
         positions += m
-        products += body * (2 * m * (1 + drive) + exact * (1 + drive + m / head_dim))
+        products += body * (2 * m * (1 + drive) + (prefix + exact) * (1 + drive + m / head_dim))
     else:
-        products += sum(count_reading(layout, num_queries, num_keys).values())
+        products += sum(count_reading(layout, num_queries, num_keys, exact).values())
     products += prefix * 2 * num_keys
     asked = num_queries - prefix
     return Cost((asked * positions + prefix * num_keys) / num_queries, products / num_queries, 2 * num_keys)
@@ -94,10 +99,10 @@ def count_choice(layout: Layout, head_dim: int, num_queries: int, num_keys: int)
     return counts
 
 
-def count_reading(layout: Layout, num_queries: int, num_keys: int) -> dict[str, float]:
+def count_reading(layout: Layout, num_queries: int, num_keys: int, exact_keys: float) -> dict[str, float]:
     """Products of length D to write the hidden layer and to read it beside the exact keys."""
     asked, body, m = num_queries - layout.prefix, num_keys - layout.prefix, layout.num_hidden
-    counts = {"read": float(asked * 2 * (layout.prefix + layout.most_keys(body) + m))}
+    counts = {"read": asked * 2 * (layout.prefix + exact_keys + m)}
     if m:
         counts["sums of tiles"] = layout.tiles(asked) * body
     return counts

@@ -30,7 +30,10 @@ FREE = {  # may be left to the length
     "tile": (BY_LENGTH,),
 }
 STATIC_LEAST = {"num_hidden": 16, "near": 0, "exact_keys": 0}
-TYPES = {field.name: {"int": int, "float": float, "str": str, "bool": bool}[field.type] for field in dataclasses.fields(AstroConfig)}
+TYPES = {
+    field.name: {"int": int, "float": float, "str": str, "bool": bool}[field.type]
+    for field in dataclasses.fields(AstroConfig)
+}
 
 
 def test_every_number_has_a_range() -> None:

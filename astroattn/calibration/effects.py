@@ -16,6 +16,7 @@ from astroattn.cost import Cost
 from astroattn.fidelity.calls import AttentionCall, find_astrocytes, read_call
 from astroattn.fidelity.passes import Outputs, forward, frame_mask, is_speech, pool, token_mask
 from astroattn.models import FRAME_MASK
+from astroattn.ops.noting import ExactKeys, listening
 
 DIRECTIONS = 8  # random directions of the output, per item
 
@@ -108,30 +109,39 @@ def _measure_module(
     products = torch.zeros(len(menu), heads, dtype=torch.float64)
     softmax = torch.zeros(heads, dtype=torch.float64)
     for _, call, _ in calls:
-        softmax += sum(queries * keys * 2.0 for queries, keys in _lengths(call))
+        softmax += sum(queries * keys * 2.0 for _, queries, keys in _lengths(call))
     for number, config in enumerate(menu):
         if config.hidden == "exact":
             products[number] = softmax
             continue
-        core = AstrocyteAttention(heads, module.head_dim, config)
+        core, told = AstrocyteAttention(heads, module.head_dim, config), list[list[ExactKeys]]()
         try:
-            effect[number] = _effect(core, calls, slopes)
+            effect[number] = _effect(core, calls, slopes, told)
         except ValueError:  # a call that this config cannot serve
             effect[number] = torch.inf
-        for _, call, _ in calls:
-            for queries, keys in _lengths(call):
-                products[number] += queries * _cost(core, call, queries, keys).products
+            continue
+        for (_, call, _), found in zip(calls, told, strict=True):
+            decided = found[0].numbers().tolist() if found else None  # by sequence and head
+            for row, queries, keys in _lengths(call):
+                for head in range(heads):
+                    exact = {} if decided is None else {config: decided[row][head]}
+                    products[number][head] += queries * _cost(core, call, queries, keys, exact).products
     return Measured(effect.nan_to_num(torch.inf, torch.inf), products, softmax)
 
 
-def _effect(core: AstrocyteAttention, calls: list[Noted], slopes: list[list[Tensor]]) -> Tensor:
-    """[H]; several calls of a module act together."""
+def _effect(
+    core: AstrocyteAttention, calls: list[Noted], slopes: list[list[Tensor]], told: list[list[ExactKeys]]
+) -> Tensor:
+    """[H]; several calls of a module act together. Adds to `told` what each call has decided."""
     signed = torch.zeros(max(map(len, slopes), default=0), core.num_heads, dtype=torch.float64)
     error, norm = torch.zeros(2, core.num_heads, dtype=torch.float64)
     for (_, call, output), mine in zip(calls, slopes, strict=True):
         padding = ~call.real_queries()[:, None, :, None]
         original = output.detach().float().masked_fill(padding, 0)
-        change = core(call.query, call.key, call.value, **call.options).float().masked_fill(padding, 0) - original
+        told.append([])
+        with listening(told[-1].append):
+            answer = core(call.query, call.key, call.value, **call.options)
+        change = answer.float().masked_fill(padding, 0) - original
         for number, slope in enumerate(mine):
             signed[number] += (slope.float() * change).sum((0, 2, 3)).double().cpu()
         error += change.square().sum((0, 2, 3)).double().cpu()
@@ -139,17 +149,20 @@ def _effect(core: AstrocyteAttention, calls: list[Noted], slopes: list[list[Tens
     return signed.square().mean(0) if len(signed) else error / norm.clamp_min(1e-30)
 
 
-def _lengths(call: AttentionCall) -> list[tuple[int, int]]:
-    """Queries and keys of each sequence that are real tokens."""
+def _lengths(call: AttentionCall) -> list[tuple[int, int, int]]:
+    """The place of each sequence that is not all padding, and how many queries and keys are real tokens."""
     (batch, _, queries, _), keys = call.query.shape, call.key.shape[2]
     mask = call.options.get("key_mask")
     real = [keys] * batch if mask is None else mask.sum(1).tolist()
-    return [(queries if call.cross else min(queries, count), count) for count in real if count]
+    asked = [queries if call.cross else min(queries, count) for count in real]
+    return [(row, number, count) for row, (number, count) in enumerate(zip(asked, real, strict=True)) if count]
 
 
-def _cost(core: AstrocyteAttention, call: AttentionCall, queries: int, keys: int) -> Cost:
+def _cost(
+    core: AstrocyteAttention, call: AttentionCall, queries: int, keys: int, exact_keys: dict[AstroConfig, float]
+) -> Cost:
     options = {name: call.options.get(name) for name in ("grid", "window", "cross")}
-    return core.cost(queries, keys, causal=call.options.get("causal", False), **options)
+    return core.cost(queries, keys, causal=call.options.get("causal", False), exact_keys=exact_keys, **options)
 
 
 def _gradients(reading: Tensor, calls: list[Noted], seed: int, directions: int) -> list[list[Tensor]]:

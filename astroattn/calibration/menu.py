@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import Any
 
 from astroattn.config import ENTRIES_STEP, LEAST_ENTRIES, MIXABLE, AstroConfig
 
 EXACT = AstroConfig(hidden="exact")
 
 
-KEYS = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
+ERRORS = (0.3, 0.2, 0.13, 0.09, 0.06, 0.04, 0.027, 0.018, 0.012, 0.008, 0.005, 0.003, 0.002, 0.0012)  # of keys
+MOST_KEYS = 1536
 NEURONS, FEW_NEURONS, FEWEST_NEURONS = 48, 16, 8
 ENTRIES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # of a streaming memory
 WIDE_NEAR = 16  # tokens, for heads that look at their neighbours
@@ -19,19 +21,24 @@ WIDE_NEAR = 16  # tokens, for heads that look at their neighbours
 def default_menu(num_tokens: int) -> list[AstroConfig]:
     """The configs that a head of attention over so many tokens chooses among, exact attention last.
 
-    Tiles by content with few and many neurons and exact keys, a narrow and a wide near field; tiles of neighbours;
-    large tiles with next to nothing, and the near field alone, for heads that hardly matter. At most half of the keys
-    are exact, above which softmax attention itself costs no more.
+    Tiles by content with few and many neurons, a narrow and a wide near field, and as many exact keys as errors ask for
+    that grow from one config to the next; tiles of neighbours; large tiles with next to nothing, and the near field
+    alone, for heads that hardly matter. At most half of the keys are exact, above which softmax attention itself costs
+    no more.
     """
-    keys = [count for count in KEYS if count <= num_tokens // 2]
-    large = 2 * round(sqrt(num_tokens))
+    most, large = min(num_tokens // 2, MOST_KEYS), 2 * round(sqrt(num_tokens))
+
+    def make(errors: Sequence[float], **settings: Any) -> list[AstroConfig]:
+        without = AstroConfig(exact_keys=0, **settings)
+        return [without, *(AstroConfig(exact_keys=most, key_error=error, **settings) for error in errors)]
+
     return [
         AstroConfig(hidden="none", tiles="position", near=WIDE_NEAR, exact_keys=0),
-        *(AstroConfig(num_hidden=FEWEST_NEURONS, near=1, exact_keys=e, tile=large) for e in keys[:4]),
-        *(AstroConfig(num_hidden=FEW_NEURONS, exact_keys=e) for e in keys[:9]),
-        *(AstroConfig(num_hidden=NEURONS, exact_keys=e) for e in keys[2:]),
-        *(AstroConfig(num_hidden=NEURONS, near=WIDE_NEAR, exact_keys=e) for e in keys[::2]),
-        *(AstroConfig(num_hidden=NEURONS, near=WIDE_NEAR, exact_keys=e, tiles="position") for e in keys[::2]),
+        *make(ERRORS[:3], num_hidden=FEWEST_NEURONS, near=1, tile=large),
+        *make(ERRORS[:8], num_hidden=FEW_NEURONS),
+        *make(ERRORS[2:], num_hidden=NEURONS)[1:],
+        *make(ERRORS[::2], num_hidden=NEURONS, near=WIDE_NEAR),
+        *make(ERRORS[::2], num_hidden=NEURONS, near=WIDE_NEAR, tiles="position"),
         EXACT,
     ]
 

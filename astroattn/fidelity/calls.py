@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from astroattn.attention import AstrocyteAttention
 from astroattn.checks import is_cross
 from astroattn.config import AstroConfig
-from astroattn.cost import count_cost
+from astroattn.cost import budget_of, count_cost
+from astroattn.ops.noting import ExactKeys, listening
 
 
 class AttentionCall(NamedTuple):
@@ -79,6 +80,18 @@ class _Call(NamedTuple):
     window: int | None
     cross: bool
     key_mask: Tensor | None
+    exact_keys: list[ExactKeys]  # by which budgets its inputs have decided
+
+    def decided(self) -> list[dict[AstroConfig, float]]:
+        """By sequence, how many keys a sub-tile reads exactly in the mean, of each config whose inputs decide."""
+        rows: list[dict[AstroConfig, float]] = [{} for _ in range(self.rows)]
+        configs = [] if self.module is None else [config for config, _ in self.module.budgets]
+        for found in self.exact_keys:
+            for config in configs:
+                if budget_of(config, self.keys, self.grid, self.cross) == found.budget:
+                    for row, number in zip(rows, found.numbers().mean(1).tolist(), strict=True):
+                        row[config] = number
+        return rows
 
 
 class _Sequence(NamedTuple):
@@ -96,8 +109,9 @@ class CostMeter:
     """The mean cost of a query over the attention calls of a model.
 
     Positions are the keys and centroids that a query attends to; the cost is the number of products of length D over
-    the 2N of softmax. Both come from `AstrocyteAttention.cost`, with the number of real tokens of every row. Attention
-    modules that patching left exact count with all their keys and a cost of 1.
+    the 2N of softmax. Both come from `AstrocyteAttention.cost`, with the number of real tokens of every row, and of
+    keys that were read exactly where inputs decide. Attention modules that patching left exact count with all their
+    keys and a cost of 1.
     """
 
     def __init__(self, model: nn.Module, exact: Sequence[str] = ()) -> None:
@@ -116,7 +130,8 @@ class CostMeter:
         handles = [m.register_forward_pre_hook(self._note, with_kwargs=True) for m in self._astrocytes.values()]
         handles += [m.register_forward_pre_hook(self._note_exact, with_kwargs=True) for m in self._exact.values()]
         try:
-            yield
+            with listening(lambda found: self._calls[-1].exact_keys.append(found)):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -124,19 +139,23 @@ class CostMeter:
     def add(self, mask: Tensor | None) -> None:
         """Add up the calls noted; `mask` holds the real tokens of the batch, for the modules left exact."""
         calls: dict[tuple[Any, ...], int] = defaultdict(int)
-        for module, rows, queries, keys, causal, grid, window, cross, key_mask in self._calls:
+        for call in self._calls:
+            module, rows, queries, keys, causal, grid, window, cross, key_mask, _ = call
             if module is None and mask is not None and mask.shape[1] == keys:
                 key_mask = mask
-            for real in [keys] * rows if key_mask is None else key_mask.sum(1).tolist():
-                calls[module, queries if cross else min(queries, real), real, causal, grid, window, cross] += 1
+            lengths = [keys] * rows if key_mask is None else key_mask.sum(1).tolist()
+            for real, decided in zip(lengths, call.decided(), strict=True):
+                asked, exact = queries if cross else min(queries, real), frozenset(decided.items())
+                calls[module, asked, real, causal, grid, window, cross, exact] += 1
         self._calls.clear()
-        for (module, queries, keys, causal, grid, window, cross), count in calls.items():
+        for (module, queries, keys, causal, grid, window, cross, exact), count in calls.items():
             if keys == 0:
                 continue
             positions, ratio = float(keys), 1.0
             weight = count * queries
             if module is not None:
-                cost = module.cost(queries, keys, causal=causal, grid=grid, window=window, cross=cross)
+                options = {"grid": grid, "window": window, "cross": cross, "exact_keys": dict(exact)}
+                cost = module.cost(queries, keys, causal=causal, **options)
                 positions, ratio = cost.positions, cost.ratio
                 self._products_of[self._names[module]] += weight * keys * ratio
                 if window is None:
@@ -188,10 +207,10 @@ class CostMeter:
         rows, _, queries, _ = seen.query.shape
         causal, grid, window = (seen.options.get(name) for name in ("causal", "grid", "window"))
         keys = seen.key.shape[2]
-        self._calls.append(_Call(module, rows, queries, keys, bool(causal), grid, window, seen.cross, key_mask))
+        self._calls.append(_Call(module, rows, queries, keys, bool(causal), grid, window, seen.cross, key_mask, []))
 
     def _note_exact(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         states = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3]
         if states:
             rows, count, _ = states[0].shape
-            self._calls.append(_Call(None, rows, count, count, False, None, None, False, None))
+            self._calls.append(_Call(None, rows, count, count, False, None, None, False, None, []))

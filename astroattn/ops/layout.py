@@ -40,9 +40,9 @@ class Layout:
         exact_keys: the most others that a sub-tile chooses.
         num_hidden: m, hidden neurons for the rest; 0 leaves the rest out.
         steps: Hebbian learning steps.
-        key_error: what reading a key through its cluster adds at least to the error of the output, expected and relative
-            to how far values are apart, if the key is chosen; in millionths, times the root of the length. 0: as many are
-            chosen as may be.
+        key_error: in millionths, times the root of the length: what reading a key through its cluster adds to the error
+            of the output at least, if it is chosen, as expected and relative to how far values are apart. 0: as many
+            are chosen as may be.
     """
 
     grid: tuple[int, int] | None

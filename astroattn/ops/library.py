@@ -22,6 +22,7 @@ from astroattn.ops import plain, streaming
 from astroattn.ops.backends import check_devices, choose_backend, run_kernel
 from astroattn.ops.causal import CausalState
 from astroattn.ops.layout import Budget
+from astroattn.ops.noting import ExactKeys, is_asked, tell
 from astroattn.ops.rows import dense_rows, empty_rows
 from astroattn.ops.streaming import Memory
 
@@ -56,9 +57,12 @@ def near_far_attention(
     check_devices((query, key, value, bias, lengths))
     beside = " with a bias" if bias is not None else " across sequences" if budget.cross else ""
     backend = choose_backend(backend, "near_far" + beside, query, value)
-    if backend == "torch" and not in_graph():
+    asked = not in_graph() and is_asked(budget)
+    if backend == "torch" and not in_graph() and not asked:
         return plain.near_far_attention(query, key, value, bias, lengths, budget, scale)
-    out, log_p, *_ = _call(_near_far, NearFar)(query, key, value, bias, lengths, *budget, scale, backend)
+    out, log_p, *_, keys = _call(_near_far, NearFar)(query, key, value, bias, lengths, *budget, scale, backend)
+    if asked:
+        tell(ExactKeys(budget, keys, query.shape[2], lengths))
     return out, log_p
 
 

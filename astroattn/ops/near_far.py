@@ -238,10 +238,10 @@ def choose_keys(
 
         exp((u + u_s).k) ((1 - exp(-d))^2 + E|(r - u_s).(k - w)|^2)^1/2 |v - mean v|,   d = u_s.(k - w),
 
-    d in a few coordinates. Divided by Z_s, so that exp((u + u_s).k) is a share of the attention, and by how far values are
-    apart, the score is what reading the key through its cluster adds to the error of the output, relative; of both levels
-    only keys are taken of which that is more than `layout.least_error`. Without clusters there is nothing to read a key
-    through, and attention alone counts.
+    d in a few coordinates. Divided by Z_s, so that exp((u + u_s).k) is a share of the attention, and by how far values
+    are apart, a score is what reading the key through its cluster adds to the error of the output, relative. On both
+    levels only keys are taken of which that is more than `layout.least_error`. Without clusters there is nothing to
+    read a key through, and attention alone counts.
 
     What a bias has beside its mean over the tile, b, is missing where a key is read through its cluster, whatever its
     value shares with the others of it: E b^2 |v - mean of all v|^2 is added to the square of the first error, and

@@ -31,8 +31,8 @@ END_TO_END: Options = {
     **{"host_learning_rate": 4e-5, "learning_rate": 0.02},
 }
 FASTER: Options = END_TO_END | {"host_learning_rate": 2e-4}
-# After 200 steps layer by layer beside a near field 4e-5 and 0.02 have a KL of 0.133 and 0.005 one of 0.111; of 60 steps
-# 4e-5 and 0.005 have 0.097, 2e-5 and 0.005 0.093, 2e-5 and 0.02 0.134.
+# After 200 steps layer by layer beside a near field 4e-5 and 0.02 have a KL of 0.133, 4e-5 and 0.005 of 0.111; of 60
+# steps and not 20, 4e-5 and 0.005 have 0.097, 2e-5 and 0.005 0.093, 2e-5 and 0.02 0.134.
 SLOWER: Options = END_TO_END | {"host_learning_rate": 2e-5, "learning_rate": 0.005}
 
 
