@@ -81,7 +81,7 @@ class AstroConfig:
             times the error of its weight and value, relative to how far values are apart, as expected. What is
             expected to be farther off is attended exactly. So n errors that have nothing to do with each other add up
             to so much at most. 0: as many are attended exactly as `exact_keys` says. By length (-1): 0.02 where
-            `exact_keys` is left to the length (0.04 where half of it is), else 0.
+            `exact_keys` is left to the length (0.04: half of it), else 0.
         exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to
             exactly. In a patch grid these are its prefix tokens (CLS, registers) whatever is set here; for a static
             layer alone (near and exact_keys 0) a grid is a sequence. None in cross attention.
@@ -165,13 +165,13 @@ class AstroConfig:
         return KEY_ERROR * -self.exact_keys if self.exact_keys < 0 else 0.0
 
 
-# "fast" has half of the default's exact keys and neurons, which is two thirds of its cost. "exact" is what its name
-# says up to 256 tokens; in longer sequences it is near to softmax attention, which hidden="exact" is.
+# "fast" has half of the default's neurons, and keys that may be off by twice as much. "exact" is what its name says up
+# to 320 tokens; in longer sequences it is near to softmax attention, which hidden="exact" is.
 PRESETS: Mapping[str, AstroConfig] = MappingProxyType(
     {
         "fast": AstroConfig(num_hidden=HALF_BY_LENGTH, exact_keys=HALF_BY_LENGTH),
         "balanced": AstroConfig(),
-        "exact": AstroConfig(num_hidden=64, exact_keys=256),
+        "exact": AstroConfig(num_hidden=64, exact_keys=320, key_error=0.005),
     }
 )
 

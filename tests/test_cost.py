@@ -107,7 +107,7 @@ def test_reading_is_what_the_code_reads() -> None:
     where, dim = layout(tile=4, near=0, exact_keys=9, num_hidden=6), 24
     query, key, value = draw(1, 64, dim)
     choice = choose(query, key, value, where)
-    counted = count_reading(where, 64, 64)
+    counted = count_reading(where, 64, 64, 9)
     found = products(lambda: near_far.attend(query, key, value, where, choice), dim)
     blocks = 64 // 4 + 6  # of keys, with their padding
     read = 64 * 2 * (9 + 6)

@@ -15,6 +15,7 @@ from astroattn.attention import AstrocyteAttention
 from astroattn.checks import is_cross
 from astroattn.config import AstroConfig
 from astroattn.cost import budget_of, count_cost
+from astroattn.ops.layout import Budget
 from astroattn.ops.noting import ExactKeys, listening
 
 
@@ -80,16 +81,16 @@ class _Call(NamedTuple):
     window: int | None
     cross: bool
     key_mask: Tensor | None
-    exact_keys: list[ExactKeys]  # by which budgets its inputs have decided
+    exact_keys: list[tuple[Budget, list[float]]]  # of a budget whose inputs decide, the mean of a sub-tile by sequence
 
     def decided(self) -> list[dict[AstroConfig, float]]:
         """By sequence, how many keys a sub-tile reads exactly in the mean, of each config whose inputs decide."""
         rows: list[dict[AstroConfig, float]] = [{} for _ in range(self.rows)]
         configs = [] if self.module is None else [config for config, _ in self.module.budgets]
-        for found in self.exact_keys:
+        for budget, numbers in self.exact_keys:
             for config in configs:
-                if budget_of(config, self.keys, self.grid, self.cross) == found.budget:
-                    for row, number in zip(rows, found.numbers().mean(1).tolist(), strict=True):
+                if budget_of(config, self.keys, self.grid, self.cross) == budget:
+                    for row, number in zip(rows, numbers, strict=True):
                         row[config] = number
         return rows
 
@@ -130,7 +131,7 @@ class CostMeter:
         handles = [m.register_forward_pre_hook(self._note, with_kwargs=True) for m in self._astrocytes.values()]
         handles += [m.register_forward_pre_hook(self._note_exact, with_kwargs=True) for m in self._exact.values()]
         try:
-            with listening(lambda found: self._calls[-1].exact_keys.append(found)):
+            with listening(self._hear):
                 yield
         finally:
             for handle in handles:
@@ -208,6 +209,9 @@ class CostMeter:
         causal, grid, window = (seen.options.get(name) for name in ("causal", "grid", "window"))
         keys = seen.key.shape[2]
         self._calls.append(_Call(module, rows, queries, keys, bool(causal), grid, window, seen.cross, key_mask, []))
+
+    def _hear(self, found: ExactKeys) -> None:
+        self._calls[-1].exact_keys.append((found.budget, found.numbers().mean(1).tolist()))
 
     def _note_exact(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         states = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3]

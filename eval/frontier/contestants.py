@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from math import isqrt, sqrt
+from math import isqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from astroattn import AstroConfig, Plan, calibrate
+from astroattn.calibration.menu import MOST_KEYS
 from eval.frontier.cases import Case
 from eval.peers import (
     block_means,
@@ -23,17 +24,18 @@ from eval.peers import (
 )
 
 LONG = 2000  # tokens
-KEYS = {"a quarter of its keys": 0.6, "half of its keys": 1.2, "twice its keys": 4.8}  # times sqrt(n)
+ERRORS = (0.08, 0.04, 0.01, 0.005)  # of a key, beside the default's 0.02
 SHARES = (0.1, 0.15, 0.25, 0.4)  # of softmax's products, that a plan may cost
 
 
 def find_ours(case: Case) -> dict[str, dict[str, Any]]:
     """Our lines: by the name of a line and of a point on it, what `patch` is given.
 
-    The default with fewer and more exact keys, and plans, which are chosen on the even half of the data.
+    The default with larger and smaller errors of a key, and plans, which are chosen on the even half of the data.
     """
-    fewer = {name: AstroConfig(exact_keys=round(times * sqrt(case.tokens))) for name, times in KEYS.items()}
-    return {"ours": {"default": AstroConfig(), **fewer}, "ours, with a plan": find_plans(case)}
+    most = min(case.tokens // 2, MOST_KEYS)
+    others = {f"error of a key {error}": AstroConfig(exact_keys=most, key_error=error) for error in ERRORS}
+    return {"ours": {"default": AstroConfig(), **others}, "ours, with a plan": find_plans(case)}
 
 
 def find_plans(case: Case) -> dict[str, Plan]:

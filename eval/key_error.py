@@ -1,0 +1,62 @@
+"""As many exact keys as their errors ask for, beside as many for every sub-tile: whole models, error against cost.
+
+All self-attention of a model is replaced, as in `eval.frontier` and on the same models. `AstroConfig.key_error` was
+chosen on the even halves of the data; reported is the odd half. "fixed" is a number of keys that only the length decides.
+
+    python -m eval.key_error --json docs/results/key_error.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import sqrt
+
+from astroattn import AstroConfig
+from astroattn.calibration.menu import MOST_KEYS
+from astroattn.config import KEY_ERROR
+from eval.common import JsonOption, LimitOption, SeedOption, print_rows, run_script, write_json
+from eval.frontier.cases import Case, ModelOption, choose_from_command_line
+from eval.frontier.measuring import Row, Run, measure_runs, run_ours
+
+FIXED = (0.6, 1.2, 2.4, 4.8)  # times the square root of the length: exact keys
+ERRORS = (0.08, 0.04, KEY_ERROR, 0.01)
+
+
+def find_runs(case: Case) -> list[tuple[Row, Run]]:
+    """Each with "exact keys" in words."""
+    configs = {f"fixed, {times:g} sqrt(n)": AstroConfig(exact_keys=round(times * sqrt(case.tokens))) for times in FIXED}
+    most = min(case.tokens // 2, MOST_KEYS)
+    configs |= {f"errors of {error:g}": AstroConfig(exact_keys=most, key_error=error) for error in ERRORS}
+    configs["the default"] = AstroConfig()
+    return [({"exact keys": name}, partial(run_ours, config)) for name, config in configs.items()]
+
+
+def format_markdown(rows: Sequence[Row]) -> str:
+    """A line for each number of keys and a column per model: error, agreement (cost)."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [f"| exact keys | {' | '.join(models)} |", "| --- " * (1 + len(models)) + "|"]
+    for name in dict.fromkeys(row["exact keys"] for row in rows):
+        cells = []
+        for model in models:
+            (row,) = (row for row in rows if (row["exact keys"], row["model"]) == (name, model))
+            agreement = "" if row["agreement"] is None else f", {row['agreement']:.1%}"
+            cells.append(f"{row['error']:.2g}{agreement} ({row['cost']:.0%})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(json: JsonOption = None, model: ModelOption = None, limit: LimitOption = None, seed: SeedOption = 0) -> None:
+    """Measure every number of exact keys in every model."""
+    rows: list[Row] = []
+    for name in choose_from_command_line(model):
+        found = measure_runs(find_runs, limit, seed, name)
+        print_rows(found, title=found[0]["model"])
+        rows += found
+        if json:  # at once, so that a run that breaks off is not lost
+            write_json(json, rows, seed=seed)
+    print(format_markdown(rows))
+
+
+if __name__ == "__main__":
+    run_script(main)
