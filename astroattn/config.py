@@ -77,10 +77,10 @@ class AstroConfig:
         exact_keys: keys beyond the near field that each sub-tile attends exactly, chosen by content; the most, where
             `key_error` decides. By length: about 7.2 sqrt(n), at most 384 and a quarter of all; none for a static
             layer, and without a hidden layer about 2.4 sqrt(n), at most 128.
-        key_error: times sqrt(n), how far off a key may be read through the astrocyte: its share of a sub-tile's attention
-            times the error of its weight and value, relative to how far values are apart, as expected. What is
-            expected to be farther off is attended exactly. So n errors that have nothing to do with each other add up
-            to so much at most. 0: as many are attended exactly as `exact_keys` says. By length (-1): 0.02 where
+        key_error: times sqrt(n), how far off a key may be read through the astrocyte: its share of a sub-tile's
+            attention times the error of its weight and value, relative to how far values are apart, as expected. What
+            is expected to be farther off is attended exactly. So n errors that have nothing to do with each other add
+            up to so much at most. 0: as many are attended exactly as `exact_keys` says. By length (-1): 0.02 where
             `exact_keys` is left to the length (0.04: half of it), else 0.
         exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to
             exactly. In a patch grid these are its prefix tokens (CLS, registers) whatever is set here; for a static

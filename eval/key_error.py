@@ -1,7 +1,7 @@
 """As many exact keys as their errors ask for, beside as many for every sub-tile: whole models, error against cost.
 
-All self-attention of a model is replaced, as in `eval.frontier` and on the same models. `AstroConfig.key_error` was
-chosen on the even halves of the data; reported is the odd half. "fixed" is a number of keys that only the length decides.
+All self-attention of a model is replaced, as in `eval.frontier` and on the same models. The default's error was chosen
+on the even halves of the data; reported is the odd half. "fixed" is a number of keys that only the length decides.
 
     python -m eval.key_error --json docs/results/key_error.json
 """

@@ -138,7 +138,8 @@ struct Choose : Clusters {
             const float* drive = room.drive + s * apart;
             vec top = spread(-3e38f), all = {};
             for (int64_t j = 0; j < columns; j += LANES) top = larger(load(drive + j) + load(log_share + j), top);
-            float high = largest(top), less = log_sum[tile] - std::log(share[tile]), *of_prefix = room.of_prefix + s * before;
+            float high = largest(top), less = log_sum[tile] - std::log(share[tile]),
+                  *of_prefix = room.of_prefix + s * before;
             for (int64_t i = 0; i < p.prefix; i++)
                 high = std::max(high, of_prefix[i] += logits[tile * padded + i] - less);
             for (int64_t j = 0; j < columns; j += LANES)

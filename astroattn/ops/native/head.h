@@ -41,16 +41,16 @@ struct Problem {
 
 struct Tensors {
     const void *query, *key, *value;
-    const float* bias;         // [batch, heads, queries, tokens], added to the logits, or null
-    const int64_t* lengths;    // [batch] or null
-    const Layout* layouts;     // [batch]
+    const float* bias;          // [batch, heads, queries, tokens], added to the logits, or null
+    const int64_t* lengths;     // [batch] or null
+    const Layout* layouts;      // [batch]
     const double* least_error;  // [batch]
-    const int32_t* curve;      // the patches of a grid in the order of their positions, or null
-    void* out;                 // [batch, heads, queries, value_dim], of its own strides like the three above
-    float* log_p;              // [batch, heads, queries]
-    int32_t *order, *winners;  // [batch, heads, asked], [batch, heads, body]
-    float* mass;               // [batch, heads, body]
-    int32_t* keys;             // [batch, heads, sub-tiles, most_keys]
+    const int32_t* curve;       // the patches of a grid in the order of their positions, or null
+    void* out;                  // [batch, heads, queries, value_dim], of its own strides like the three above
+    float* log_p;               // [batch, heads, queries]
+    int32_t *order, *winners;   // [batch, heads, asked], [batch, heads, body]
+    float* mass;                // [batch, heads, body]
+    int32_t* keys;              // [batch, heads, sub-tiles, most_keys]
 };
 
 // Work is cut into blocks that do not depend on the number of threads, so neither do the results. Tiles: TALL a block.

@@ -103,9 +103,9 @@ static inline int64_t list_taken(const int32_t* ranks, int64_t count, Cut cut, i
     return size;
 }
 
-// The places of the `most` largest above a limit, in order; returns how many there are. Of every bucket of ranks the largest are a
-// sample whose own `most` largest lie below as many ranks; only those above the least of them are looked at again.
-// `few` and `found` hold as many as `ranks` and a vector more.
+// The places of the `most` largest above a limit, in order; returns how many there are. Of every bucket of ranks the
+// largest are a sample whose own `most` largest lie below as many ranks; only those above the least of them are looked
+// at again. `few` and `found` hold as many as `ranks` and a vector more.
 static inline int64_t take_largest(const int32_t* ranks, int64_t count, int64_t most, int32_t limit, int32_t* few,
                                    int32_t* found) {
     if (count_above(ranks, count, limit) <= most) return list_taken(ranks, count, {limit, 0}, found);
