@@ -12,11 +12,11 @@ from scripts import run
 
 from astroattn.fidelity.calls import find_astrocytes
 from eval.benchmark.timing import Effort
-from eval.frontier import measuring
+from eval.frontier import contestants, measuring
 from eval.frontier.__main__ import main
 from eval.frontier.cases import EMBEDDING, LOGITS, SOURCES, choose_sources, load_case
 from eval.frontier.comparing import dominated, format_markdown
-from eval.frontier.contestants import KEYS, PEERS, Peer
+from eval.frontier.contestants import ERRORS, PEERS, Peer
 from eval.peers import block_sparse, uniform
 
 
@@ -140,8 +140,26 @@ def test_script_measures_everyone_and_keeps_the_rows_of_other_models(
     mine, kept = rows[: -len(other)], rows[-len(other) :]
     assert [row | {"below_ours": None} for row in kept] == [row | {"below_ours": None} for row in other]
     assert {row["line"] for row in mine} == {"ours", "ours, with a plan", *PEERS}
-    assert [row["budget"] for row in mine if row["line"] == "ours"] == ["default", *KEYS]
+    assert [row["budget"] for row in mine if row["line"] == "ours"] == [
+        "default",
+        *(f"error of a key {error}" for error in ERRORS),
+    ]
     assert all(row["items"] == 4 and row["cost"] > 0 and row["time"] > 0 for row in mine)
     exact = next(row for row in mine if "8-bit" in row["line"])
     assert exact["error"] < 0.05
     assert figure.stat().st_size > 10_000
+
+
+def test_ours_anew_leaves_the_peers_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "TURNS", Effort(1, 0))
+    monkeypatch.setattr(contestants, "SHARES", ())  # a plan takes longest
+    path, title = tmp_path / "rows.json", SOURCES["digits"].load(197, 4, 4).title
+    there = [make_row("peer", 0.2, 0.7, model=title, tokens=197), make_row("ours", 0.2, 0.9, ours=True, model=title)]
+    path.write_text(json.dumps({"rows": [*there, *OURS]}), "utf-8")
+    arguments = ("--model", "digits", "--limit", "4", "--no-peers", "--json", str(path))
+    assert run(main, *arguments).exit_code == 0
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    mine = [row for row in rows if row["model"] == title]
+    assert [row["line"] for row in mine if not row["ours"]] == ["peer"]
+    assert [row["budget"] for row in mine if row["ours"]][0] == "default"
+    assert len(rows) == len(mine) + len(OURS)

@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/experiments/photos.md, made from the rows in docs/results/distill_photos.json.
+"""The tables and the figure of docs/experiments/photos.md, made from the rows in docs/results/distill_photos*.json.
 
 python -m eval.distill_photos.page
 """
@@ -16,6 +16,9 @@ from eval import trained
 from eval.common import fill_marks, read_rows, run_script, show, spread, write_figure
 from eval.distill_photos.training import (
     BY_LAYERS,
+    CHOSEN,
+    CHOSEN_HEBBIAN,
+    CHOSEN_LEARNED,
     CONDITIONS,
     LEARNED,
     LEAST_NEAR,
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 RESULTS, FIGURE = DOCS / "results" / "distill_photos.json", DOCS / "figures" / "photos.png"
+LARGE = DOCS / "results" / "distill_photos_448.json"  # of 448 pixels
 COLOURS = {NEAR_LEARNED: "#0072B2", NEAR: "#999999", WIDE: "#009E73", LEARNED: "#CC79A7", RANDOM: "#D55E00"}
 GOAL = 0.7  # of the original's top-1, for pure linear attention
 PAIRS: list[tuple[Key, Key]] = [
@@ -58,6 +62,10 @@ PAIRS: list[tuple[Key, Key]] = [
     ((RANDOM, WHOLE), (UNIFORM, WHOLE)),
     ((LEARNED, WHOLE), (LEAST_NEAR, WHOLE)),
     ((NEAR, WHOLE), (LEAST_NEAR, WHOLE)),
+    ((CHOSEN_LEARNED, WHOLE), (CHOSEN, WHOLE)),
+    ((CHOSEN_LEARNED, WHOLE), (CHOSEN_HEBBIAN, WHOLE)),
+    ((CHOSEN_HEBBIAN, WHOLE), (CHOSEN_HEBBIAN, UNTRAINED)),
+    ((CHOSEN_LEARNED, WHOLE), (NEAR_LEARNED, WHOLE)),
 ]
 
 
@@ -98,7 +106,13 @@ def format_differences(rows: Sequence[Row]) -> str:
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
     """Each by its mark in the page."""
-    return {"results": format_results(rows), "differences": format_differences(rows)}
+    large = read_rows(LARGE)
+    return {
+        "results": format_results(rows),
+        "differences": format_differences(rows),
+        "results-448": format_results(large),
+        "differences-448": format_differences(large),
+    }
 
 
 def plot(rows: Sequence[Row]) -> Figure:

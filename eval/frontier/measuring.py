@@ -28,9 +28,9 @@ Run = Callable[[Case, Sequence[Any], Calls], tuple[Tensor, float, float]]  # giv
 TURNS = Effort(5, 2.0)
 
 
-def measure(limit: int | None, seed: int, name: str) -> list[Row]:
+def measure(limit: int | None, seed: int, name: str, *, peers: bool = True) -> list[Row]:
     """One row per contestant: `measure_runs`, with "line" (the method), "budget" and "ours"."""
-    return measure_runs(_contestants, limit, seed, name)
+    return measure_runs(partial(_contestants, peers=peers), limit, seed, name)
 
 
 def measure_runs(runs: Callable[[Case], list[tuple[Row, Run]]], limit: int | None, seed: int, name: str) -> list[Row]:
@@ -56,18 +56,18 @@ def measure_runs(runs: Callable[[Case], list[tuple[Row, Run]]], limit: int | Non
     return rows
 
 
-def _contestants(case: Case) -> list[tuple[Row, Run]]:
+def _contestants(case: Case, *, peers: bool) -> list[tuple[Row, Run]]:
     runs: list[tuple[Row, Run]] = [
         ({"line": line, "budget": point, "ours": True}, partial(run_ours, given))
         for line, points in find_ours(case).items()
         for point, given in points.items()
     ]
-    runs += [
+    others = PEERS if peers else {}
+    return runs + [
         ({"line": line, "budget": _describe(budget), "ours": False}, partial(_run_peer, peer, budget))
-        for line, peer in PEERS.items()
+        for line, peer in others.items()
         for budget in peer.budgets(case.tokens)
     ]
-    return runs
 
 
 def _describe(budget: dict[str, int]) -> str:
