@@ -161,5 +161,5 @@ def test_ours_anew_leaves_the_peers_as_they_are(tmp_path: Path, monkeypatch: pyt
     rows = json.loads(path.read_text("utf-8"))["rows"]
     mine = [row for row in rows if row["model"] == title]
     assert [row["line"] for row in mine if not row["ours"]] == ["peer"]
-    assert [row["budget"] for row in mine if row["ours"]][0] == "default"
+    assert next(row["budget"] for row in mine if row["ours"]) == "default"
     assert len(rows) == len(mine) + len(OURS)

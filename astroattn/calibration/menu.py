@@ -11,8 +11,9 @@ from astroattn.config import ENTRIES_STEP, LEAST_ENTRIES, MIXABLE, AstroConfig
 EXACT = AstroConfig(hidden="exact")
 
 
-ERRORS = (0.3, 0.2, 0.13, 0.09, 0.06, 0.04, 0.027, 0.018, 0.012, 0.008, 0.005, 0.003, 0.002, 0.0012)  # of keys
-MOST_KEYS = 1536
+KEYS = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
+MOST_KEYS = KEYS[-1]
+ERRORS = (0.2, 0.1, 0.06, 0.04, 0.025, 0.016, 0.01, 0.006, 0.0035, 0.002)  # of keys
 NEURONS, FEW_NEURONS, FEWEST_NEURONS = 48, 16, 8
 ENTRIES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # of a streaming memory
 WIDE_NEAR = 16  # tokens, for heads that look at their neighbours
@@ -21,24 +22,27 @@ WIDE_NEAR = 16  # tokens, for heads that look at their neighbours
 def default_menu(num_tokens: int) -> list[AstroConfig]:
     """The configs that a head of attention over so many tokens chooses among, exact attention last.
 
-    Tiles by content with few and many neurons, a narrow and a wide near field, and as many exact keys as errors ask for
-    that grow from one config to the next; tiles of neighbours; large tiles with next to nothing, and the near field
-    alone, for heads that hardly matter. At most half of the keys are exact, above which softmax attention itself costs
-    no more.
+    Tiles by content with few and many neurons, a narrow and a wide near field, and more and more exact keys: a number
+    that is the same for all sub-tiles, or as many as errors ask for. Tiles of neighbours; large tiles with next to
+    nothing, and the near field alone, for heads that hardly matter. At most half of the keys are exact, above which
+    softmax attention itself costs no more.
     """
+    keys = [count for count in KEYS if count <= num_tokens // 2]
     most, large = min(num_tokens // 2, MOST_KEYS), 2 * round(sqrt(num_tokens))
 
-    def make(errors: Sequence[float], **settings: Any) -> list[AstroConfig]:
-        without = AstroConfig(exact_keys=0, **settings)
-        return [without, *(AstroConfig(exact_keys=most, key_error=error, **settings) for error in errors)]
+    def by_error(errors: Sequence[float], **settings: Any) -> list[AstroConfig]:
+        return [AstroConfig(exact_keys=most, key_error=error, **settings) for error in errors]
 
     return [
         AstroConfig(hidden="none", tiles="position", near=WIDE_NEAR, exact_keys=0),
-        *make(ERRORS[:3], num_hidden=FEWEST_NEURONS, near=1, tile=large),
-        *make(ERRORS[:8], num_hidden=FEW_NEURONS),
-        *make(ERRORS[2:], num_hidden=NEURONS)[1:],
-        *make(ERRORS[::2], num_hidden=NEURONS, near=WIDE_NEAR),
-        *make(ERRORS[::2], num_hidden=NEURONS, near=WIDE_NEAR, tiles="position"),
+        *(AstroConfig(num_hidden=FEWEST_NEURONS, near=1, exact_keys=e, tile=large) for e in keys[:4]),
+        *(AstroConfig(num_hidden=FEW_NEURONS, exact_keys=e) for e in keys[:7]),
+        *by_error(ERRORS[:4], num_hidden=FEW_NEURONS),
+        *(AstroConfig(num_hidden=NEURONS, exact_keys=e) for e in keys[2:]),
+        *by_error(ERRORS[1:], num_hidden=NEURONS),
+        *(AstroConfig(num_hidden=NEURONS, near=WIDE_NEAR, exact_keys=e) for e in keys[::4]),
+        *by_error(ERRORS[1::2], num_hidden=NEURONS, near=WIDE_NEAR),
+        *(AstroConfig(num_hidden=NEURONS, near=WIDE_NEAR, exact_keys=e, tiles="position") for e in keys[::2]),
         EXACT,
     ]
 
