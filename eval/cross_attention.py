@@ -11,6 +11,7 @@ that of the attention on random tokens, forward, beside SDPA.
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from astroattn import PRESETS, AstroConfig, AstrocyteAttention
 from astroattn.data import load_data
 from astroattn.models import load_model
+from astroattn.ops.noting import ExactKeys, listening
+from eval.benchmark.contestants import CONFIGS as BENCHMARKED
 from eval.benchmark.timing import Call, Effort, ratios, time_in_turns
 from eval.common import JsonOption, data_folder, print_rows, relative_error, run_script, write_json
 from eval.frontier.cases import choose_from_command_line
@@ -28,7 +31,7 @@ from eval.frontier.cases import choose_from_command_line
 CONFIGS = {
     "fast": PRESETS["fast"],
     "default": PRESETS["balanced"],
-    "256 exact keys": PRESETS["exact"],
+    "256 exact keys": AstroConfig(num_hidden=64, exact_keys=256),
     "no far field": AstroConfig(hidden="none"),
     "no exact keys": AstroConfig(exact_keys=0),
 }
@@ -77,10 +80,16 @@ def measure_errors(calls: list[Tokens]) -> list[dict[str, Any]]:
     rows = []
     for name, config in CONFIGS.items():
         module = AstrocyteAttention(calls[0][0].shape[1], calls[0][0].shape[3], config)
-        errors = [relative_error(module(*call, cross=True), F.scaled_dot_product_attention(*call)) for call in calls]
+        told: list[ExactKeys] = []
+        with listening(told.append):
+            outs = [module(*call, cross=True) for call in calls]
+        errors = [
+            relative_error(out, F.scaled_dot_product_attention(*call)) for out, call in zip(outs, calls, strict=True)
+        ]
         moved = [_moved_by_later(module, *call) for call in calls]
         counts = calls[0][0].shape[2], calls[0][1].shape[2]
-        cost = module.cost(*counts, cross=True).ratio
+        exact_keys = {config: mean(float(each.numbers().mean()) for each in told)} if told else None
+        cost = module.cost(*counts, cross=True, exact_keys=exact_keys).ratio
         rows.append({"config": name, "queries": counts[0], "keys": counts[1]})
         rows[-1] |= {"error": sum(errors) / len(errors), "moved": sum(moved) / len(moved), "cost": cost}
     return rows
@@ -93,10 +102,10 @@ def _moved_by_later(module: AstrocyteAttention, query: Tensor, key: Tensor, valu
 
 
 def measure_times(queries: int, keys: int) -> dict[str, Any]:
-    """The default's time over SDPA's."""
+    """The default's time over SDPA's, with the benchmark's number of exact keys."""
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randn(1, HEADS, count, DIM, generator=generator) for count in (queries, keys, keys)]
-    module = AstrocyteAttention(HEADS, DIM)
+    module = AstrocyteAttention(HEADS, DIM, BENCHMARKED["default"])
     with torch.inference_mode():
         sdpa, default = Call(lambda: F.scaled_dot_product_attention(*tokens)), Call(lambda: module(*tokens))
         times = time_in_turns({"sdpa": sdpa, "default": default}, torch.device("cpu"), EFFORT)

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import astroattn
 from astroattn import AstroConfig
+from eval.benchmark.contestants import CONFIGS as BENCHMARKED
 from eval.benchmark.timing import Call, Effort, ratios, time_in_turns
 from eval.common import JsonOption, print_rows, relative_error, run_script, write_json
 
@@ -29,7 +30,7 @@ DECODER, ENCODER = "decoder", "encoder"
 EXACT = AstroConfig(hidden="exact")
 CONFIGS: dict[str, dict[str, AstroConfig | None]] = {
     DECODER: {"original": None, "exact": EXACT, "streaming memory": AstroConfig(hidden="streaming", entries=128)},
-    ENCODER: {"original": None, "exact": EXACT, "default": AstroConfig()},
+    ENCODER: {"original": None, "exact": EXACT, "default": BENCHMARKED["default"]},
 }
 EFFORT = Effort(repeats=7, seconds=60)
 
