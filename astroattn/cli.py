@@ -96,10 +96,10 @@ def _settings(
     tile: int | None,
     entries: int | None,
     seed: int | None,
-) -> dict[str, str | int | None]:
+) -> dict[str, str | int | float | None]:
     from astroattn.recipes import parse_setting
 
-    found: dict[str, str | int | None] = {}
+    found: dict[str, str | int | float | None] = {}
     for text in others or []:
         name, values = parse_setting(text)
         if len(values) > 1:
@@ -416,7 +416,7 @@ def _data(
     classes: Path | None,
     pooling: str | None,
     size: int | None,
-) -> dict[str, str | int | None]:
+) -> dict[str, str | int | float | None]:
     return {
         "source": source,
         "limit": limit,

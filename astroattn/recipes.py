@@ -170,7 +170,7 @@ class Recipe:
         self,
         loaded: LoadedModel,
         setting: str,
-        values: Sequence[int | str | bool],
+        values: Sequence[int | float | str | bool],
         *,
         seed: int = 0,
         progress: bool = True,
@@ -344,7 +344,7 @@ def parse_recipe(table: Mapping[str, Any], folder: Path | None = None) -> Recipe
     return recipe
 
 
-def parse_setting(text: str, option: str = "set") -> tuple[str, list[int | str | bool]]:
+def parse_setting(text: str, option: str = "set") -> tuple[str, list[int | float | str | bool]]:
     """A field of `AstroConfig` and values for it, from `exact_keys=16,32,64`; `option` is named in errors.
 
     Raises:
@@ -352,7 +352,8 @@ def parse_setting(text: str, option: str = "set") -> tuple[str, list[int | str |
     """
     name, _, listed = text.partition("=")
     name = name.strip().replace("-", "_")
-    kinds = get_type_hints(AstroConfig)
+    hints = get_type_hints(AstroConfig)
+    kinds = {each.name: hints[each.name] for each in fields(AstroConfig)}
     if name not in kinds:
         raise ValueError(f"{option}: {name!r} is not known; there are {', '.join(kinds)}{suggest(name, kinds)}")
     words = [word.strip() for word in listed.split(",") if word.strip()]
@@ -360,9 +361,9 @@ def parse_setting(text: str, option: str = "set") -> tuple[str, list[int | str |
         raise ValueError(f"{option}: {text!r} has no values; write {name}=this,that")
     if kinds[name] is str:
         return name, list(words)
-    known = {"true": True, "false": False} if kinds[name] is bool else {}
+    known = {"true": True, "false": False}
     try:
-        return name, [known[word.lower()] if known else int(word) for word in words]
+        return name, [known[word.lower()] if kinds[name] is bool else kinds[name](word) for word in words]
     except (KeyError, ValueError):
         raise ValueError(f"{option}: {listed!r}; {name} must be {kinds[name].__name__}") from None
 
@@ -411,7 +412,8 @@ def _read(kind: type, table: Any, prefix: str = "", base: Mapping[str, Any] | No
         if name not in names:
             raise ValueError(f"{prefix}{name}: is not known; there are {', '.join(names)}{suggest(name, names)}")
         allowed = get_args(types[name]) if isinstance(types[name], UnionType) else (types[name],)
-        if isinstance(value, bool | int | float | str) and type(value) not in allowed:
+        whole = type(value) is int and float in allowed
+        if isinstance(value, bool | int | float | str) and type(value) not in allowed and not whole:
             wanted = " or ".join(each.__name__ for each in allowed if each is not type(None))
             raise ValueError(f"{prefix}{name}: must be {wanted}, got {value!r}")
     try:

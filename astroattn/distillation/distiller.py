@@ -164,8 +164,7 @@ class Distiller:
 
         The model runs in evaluation mode. Afterwards its modes and `requires_grad` flags are what they were. On the
         same machine two runs on the same batches are one run of as many steps. Ctrl-C ends a run, and the report says
-        so. "rows" needs memory for the attention of 64 queries of each sequence in one layer, or of all its N queries
-        where near > 0.
+        so. "rows" needs memory for the attention of 64 queries of each sequence in one layer.
 
         Args:
             batches: each as the model takes it, a tensor or a mapping of keyword inputs, or a pair of that and its

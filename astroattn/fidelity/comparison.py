@@ -212,7 +212,7 @@ def control_configs(config: AstroConfig | Plan, causal: bool = False) -> dict[st
         near, neurons = (max((getattr(head, name) for head in heads), default=0) for name in ("near", "num_hidden"))
         config = AstroConfig(near=near, num_hidden=max(neurons, 1))
     if config.near and not causal:  # which needs a static layer beside the near field
-        controls["near alone"] = replace(config, hidden="none", exact_keys=0)
+        controls["near alone"] = replace(config, hidden="none", exact_keys=0, key_error=0.0)
     # Where the length decides how many neurons there are, random features get the most that can be.
     neurons = MOST_HIDDEN if config.num_hidden < 0 else config.num_hidden
     return controls | {"random": AstroConfig(hidden="random", num_hidden=neurons, near=0, seed=config.seed)}
@@ -241,7 +241,7 @@ def budget_configs(config: AstroConfig | Plan, meter: CostMeter) -> dict[str, As
     base = config if isinstance(config, AstroConfig) else AstroConfig(near=near)
     return {
         "window, same budget": most(lambda n: AstroConfig(hidden="none", near=n, exact_keys=0, tiles="position")),
-        "exact keys, same budget": most(lambda n: replace(base, hidden="none", exact_keys=n)),
+        "exact keys, same budget": most(lambda n: replace(base, hidden="none", exact_keys=n, key_error=0.0)),
     }
 
 

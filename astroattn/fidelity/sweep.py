@@ -28,7 +28,7 @@ class Sweep:
     """
 
     setting: str
-    values: tuple[int | str | bool, ...]
+    values: tuple[int | float | str | bool, ...]
     results: tuple[Fidelity, ...]
 
     def to_dict(self) -> dict[str, Any]:
