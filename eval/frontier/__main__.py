@@ -75,7 +75,7 @@ def _merge(rows: list[Row], found: list[Row]) -> list[Row]:
     """
     ours = all(row["ours"] for row in found)
     stay = [row for row in rows if row["model"] != found[0]["model"] or (ours and not row["ours"])]
-    rows = stay + found
+    rows = found + stay  # ours first
     rows.sort(key=lambda row: row["tokens"])
     below = [id(row) for row in dominated(rows)]
     return [row | {"below_ours": id(row) in below} for row in rows]
