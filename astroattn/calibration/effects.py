@@ -118,7 +118,7 @@ def _measure_module(
         try:
             effect[number] = _effect(core, calls, slopes, told)
         except ValueError:  # a call that this config cannot serve
-            effect[number] = torch.inf
+            effect[number], products[number] = torch.inf, softmax
             continue
         for (_, call, _), found in zip(calls, told, strict=True):
             decided = found[0].numbers().tolist() if found else None  # by sequence and head
