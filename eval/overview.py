@@ -94,8 +94,8 @@ def format_numbers(rows: list[dict[str, Any]]) -> str:
     }
     price = "for {cost:.0%} of the arithmetic of its attention and {time:.2f} times its time"
     lines = [
-        f"**{speech['kept']:.0%}** of the words that Whisper writes stay the same where its encoder, {speech['tokens']:,} "
-        f"tokens, is patched without any data, {price.format_map(speech)}.",
+        f"**{speech['kept']:.0%}** of the words that Whisper writes stay the same where its encoder, "
+        f"{speech['tokens']:,} tokens, is patched without any data, {price.format_map(speech)}.",
         f"**{photos['kept']:.0%}** of the classes that a vision transformer gives to photos of {photos['tokens']} "
         f"tokens stay the same with a plan, {price.format_map(photos)}.",
         f"**{lost['astroattn, planned']:.2f} nats** a token is what SmolLM2-135M loses when {ENTRIES} entries for each "

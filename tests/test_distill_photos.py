@@ -220,9 +220,7 @@ def test_the_page_says_what_was_measured() -> None:
         assert claim.replace("%", "") in flat.replace(" %", "").replace("%", ""), claim
 
     (original,) = (row["right"].count("1") / 250 for row in rows if row["attention"] == ORIGINAL)
-    both, best, near, linear, longer = map(
-        top1, (NEAR_LEARNED, training.NEAR_LONGER, NEAR, LEARNED, training.LONGER)
-    )
+    both, best, near, linear, longer = map(top1, (NEAR_LEARNED, training.NEAR_LONGER, NEAR, LEARNED, training.LONGER))
     wide, wide_longer, by_layers = map(top1, (training.WIDE, training.WIDE_LONGER, training.BY_LAYERS))
     assert linear < longer < page.GOAL * original <= by_layers
     assert original - best < 0.02 < original - both
@@ -233,4 +231,18 @@ def test_the_page_says_what_was_measured() -> None:
     told(f"with 256** ({by_layers:.1%}, {by_layers / original:.0%},")
     told(f"({wide:.1%} and {wide_longer:.1%}; of the latter one seed)")
     told(f"{linear / original:.0%} with five seeds, {longer / original:.0%} trained longer")
+    large = read_rows(page.LARGE)
+    whole = page.flags(large, (ORIGINAL, UNTRAINED), "right")
+    assert whole is not None
+
+    def share(attention: str) -> float:
+        found = page.flags(large, (attention, WHOLE), "right")
+        assert found is not None
+        assert len(found.values) >= 5
+        return found.mean() / whole.mean()
+
+    told(
+        f"come to {share(NEAR_LEARNED):.0%} of the original's top-1 where at 224, trained alike, they come to {both / original:.0%}"
+    )
+    told(f"The near field alone comes to {share(NEAR):.0%}, pure linear attention to {share(LEARNED):.0%}.")
     told(f"met in the mean of five seeds by the longer training alone ({best:.1%}; the shorter: {both:.1%})")
