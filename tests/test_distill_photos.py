@@ -241,8 +241,7 @@ def test_the_page_says_what_was_measured() -> None:
         assert len(found.values) >= 5
         return found.mean() / whole.mean()
 
-    told(
-        f"come to {share(NEAR_LEARNED):.0%} of the original's top-1 where at 224, trained alike, they come to {both / original:.0%}"
-    )
+    told(f"come to {share(NEAR_LEARNED):.0%} of the original's top-1 where at 224")
+    told(f"trained alike, they come to {both / original:.0%}")
     told(f"The near field alone comes to {share(NEAR):.0%}, pure linear attention to {share(LEARNED):.0%}.")
     told(f"met in the mean of five seeds by the longer training alone ({best:.1%}; the shorter: {both:.1%})")
