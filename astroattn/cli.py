@@ -416,7 +416,7 @@ def _data(
     classes: Path | None,
     pooling: str | None,
     size: int | None,
-) -> dict[str, str | int | float | None]:
+) -> dict[str, str | int | None]:
     return {
         "source": source,
         "limit": limit,

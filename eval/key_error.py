@@ -13,10 +13,11 @@ from functools import partial
 from math import sqrt
 
 from astroattn import AstroConfig
-from astroattn.calibration.menu import MOST_KEYS
+from astroattn.calibration.menu import by_error
 from astroattn.config import KEY_ERROR
 from eval.common import JsonOption, LimitOption, SeedOption, print_rows, run_script, write_json
 from eval.frontier.cases import Case, ModelOption, choose_from_command_line
+from eval.frontier.comparing import format_point
 from eval.frontier.measuring import Row, Run, measure_runs, run_ours
 
 FIXED = (0.6, 1.2, 2.4, 4.8)  # times the square root of the length: exact keys
@@ -26,8 +27,7 @@ ERRORS = (0.08, 0.04, KEY_ERROR, 0.01)
 def find_runs(case: Case) -> list[tuple[Row, Run]]:
     """Each with "exact keys" in words."""
     configs = {f"fixed, {times:g} sqrt(n)": AstroConfig(exact_keys=round(times * sqrt(case.tokens))) for times in FIXED}
-    most = min(case.tokens // 2, MOST_KEYS)
-    configs |= {f"errors of {error:g}": AstroConfig(exact_keys=most, key_error=error) for error in ERRORS}
+    configs |= {f"errors of {error:g}": by_error(case.tokens, error) for error in ERRORS}
     configs["the default"] = AstroConfig()
     return [({"exact keys": name}, partial(run_ours, config)) for name, config in configs.items()]
 
@@ -40,8 +40,7 @@ def format_markdown(rows: Sequence[Row]) -> str:
         cells = []
         for model in models:
             (row,) = (row for row in rows if (row["exact keys"], row["model"]) == (name, model))
-            agreement = "" if row["agreement"] is None else f", {row['agreement']:.1%}"
-            cells.append(f"{row['error']:.2g}{agreement} ({row['cost']:.0%})")
+            cells.append(format_point(row))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from functools import partial
 from astroattn import PRESETS
 from eval.common import JsonOption, LimitOption, SeedOption, print_rows, read_rows, run_script, write_json
 from eval.frontier.cases import ModelOption, choose_from_command_line
+from eval.frontier.comparing import format_point
 from eval.frontier.measuring import Row, measure_runs, run_ours
 
 
@@ -30,14 +31,9 @@ def format_markdown(rows: Sequence[Row]) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         found = {row["preset"]: row for row in rows if row["model"] == model}
         first = found[next(iter(PRESETS))]
-        cells = [model, str(first["items"]), first["what"], *(_cell(found[preset]) for preset in PRESETS)]
+        cells = [model, str(first["items"]), first["what"], *(format_point(found[preset], ".2f") for preset in PRESETS)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(row: Row) -> str:
-    agreement = "" if row["agreement"] is None else f", {row['agreement']:.1%}"
-    return f"{row['error']:.2g}{agreement} ({row['cost']:.0%}, {row['time']:.2f})"
 
 
 def main(

@@ -114,25 +114,28 @@ def _measure_module(
         if config.hidden == "exact":
             products[number] = softmax
             continue
-        core, told = AstrocyteAttention(heads, module.head_dim, config), list[list[ExactKeys]]()
+        core = AstrocyteAttention(heads, module.head_dim, config)
         try:
-            effect[number] = _effect(core, calls, slopes, told)
+            effect[number], told = _effect(core, calls, slopes)
         except ValueError:  # a call that this config cannot serve
             effect[number], products[number] = torch.inf, softmax
             continue
         for (_, call, _), found in zip(calls, told, strict=True):
             decided = found[0].numbers().tolist() if found else None  # by sequence and head
             for row, queries, keys in _lengths(call):
-                for head in range(heads):
-                    exact = {} if decided is None else {config: decided[row][head]}
-                    products[number][head] += queries * _cost(core, call, queries, keys, exact).products
+                known = (
+                    [{}] if decided is None else [{config: each} for each in decided[row]]
+                )  # one for all heads, or each
+                costs = [_cost(core, call, queries, keys, exact).products for exact in known]
+                products[number] += queries * torch.tensor(costs, dtype=torch.float64)
     return Measured(effect.nan_to_num(torch.inf, torch.inf), products, softmax)
 
 
 def _effect(
-    core: AstrocyteAttention, calls: list[Noted], slopes: list[list[Tensor]], told: list[list[ExactKeys]]
-) -> Tensor:
-    """[H]; several calls of a module act together. Adds to `told` what each call has decided."""
+    core: AstrocyteAttention, calls: list[Noted], slopes: list[list[Tensor]]
+) -> tuple[Tensor, list[list[ExactKeys]]]:
+    """[H], several calls of a module act together; and what each call has decided, if its inputs decide."""
+    told: list[list[ExactKeys]] = []
     signed = torch.zeros(max(map(len, slopes), default=0), core.num_heads, dtype=torch.float64)
     error, norm = torch.zeros(2, core.num_heads, dtype=torch.float64)
     for (_, call, output), mine in zip(calls, slopes, strict=True):
@@ -146,7 +149,7 @@ def _effect(
             signed[number] += (slope.float() * change).sum((0, 2, 3)).double().cpu()
         error += change.square().sum((0, 2, 3)).double().cpu()
         norm += original.square().sum((0, 2, 3)).double().cpu()
-    return signed.square().mean(0) if len(signed) else error / norm.clamp_min(1e-30)
+    return (signed.square().mean(0) if len(signed) else error / norm.clamp_min(1e-30)), told
 
 
 def _lengths(call: AttentionCall) -> list[tuple[int, int, int]]:

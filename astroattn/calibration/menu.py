@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import Any
 
 from astroattn.config import ENTRIES_STEP, LEAST_ENTRIES, MIXABLE, AstroConfig
 
@@ -12,7 +11,6 @@ EXACT = AstroConfig(hidden="exact")
 
 
 KEYS = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
-MOST_KEYS = KEYS[-1]
 ERRORS = (0.2, 0.1, 0.06, 0.04, 0.025, 0.016, 0.01, 0.006, 0.0035, 0.002)  # of keys
 NEURONS, FEW_NEURONS, FEWEST_NEURONS = 48, 16, 8
 ENTRIES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # of a streaming memory
@@ -27,24 +25,24 @@ def default_menu(num_tokens: int) -> list[AstroConfig]:
     nothing, and the near field alone, for heads that hardly matter. At most half of the keys are exact, above which
     softmax attention itself costs no more.
     """
-    keys = [count for count in KEYS if count <= num_tokens // 2]
-    most, large = min(num_tokens // 2, MOST_KEYS), 2 * round(sqrt(num_tokens))
-
-    def by_error(errors: Sequence[float], **settings: Any) -> list[AstroConfig]:
-        return [AstroConfig(exact_keys=most, key_error=error, **settings) for error in errors]
-
+    keys, large = [count for count in KEYS if count <= num_tokens // 2], 2 * round(sqrt(num_tokens))
     return [
         AstroConfig(hidden="none", tiles="position", near=WIDE_NEAR, exact_keys=0),
         *(AstroConfig(num_hidden=FEWEST_NEURONS, near=1, exact_keys=e, tile=large) for e in keys[:4]),
         *(AstroConfig(num_hidden=FEW_NEURONS, exact_keys=e) for e in keys[:7]),
-        *by_error(ERRORS[:4], num_hidden=FEW_NEURONS),
+        *(by_error(num_tokens, e, num_hidden=FEW_NEURONS) for e in ERRORS[:4]),
         *(AstroConfig(num_hidden=NEURONS, exact_keys=e) for e in keys[2:]),
-        *by_error(ERRORS[1:], num_hidden=NEURONS),
+        *(by_error(num_tokens, e, num_hidden=NEURONS) for e in ERRORS[1:]),
         *(AstroConfig(num_hidden=NEURONS, near=WIDE_NEAR, exact_keys=e) for e in keys[::4]),
-        *by_error(ERRORS[1::2], num_hidden=NEURONS, near=WIDE_NEAR),
+        *(by_error(num_tokens, e, num_hidden=NEURONS, near=WIDE_NEAR) for e in ERRORS[1::2]),
         *(AstroConfig(num_hidden=NEURONS, near=WIDE_NEAR, exact_keys=e, tiles="position") for e in keys[::2]),
         EXACT,
     ]
+
+
+def by_error(num_tokens: int, error: float, **settings: int) -> AstroConfig:
+    """As many exact keys as this error of a key asks for, of at most half of the keys."""
+    return AstroConfig(exact_keys=min(num_tokens // 2, KEYS[-1]), key_error=error, **settings)  # type: ignore[arg-type]
 
 
 def streaming_menu(num_tokens: int) -> list[AstroConfig]:

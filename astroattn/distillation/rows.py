@@ -32,11 +32,11 @@ def softmax_rows(call: AttentionCall, queries: Tensor | None = None) -> Tensor:
 
 def log_rows(module: AstrocyteAttention, call: AttentionCall, queries: Tensor | None = None) -> Tensor:
     """The logarithm of the module's attention, at least that of `LEAST_SHARE`."""
-    logits = _exact_logits(call, queries) if is_softmax(module, call) else _far_logits(module, call, queries)
+    logits = _exact_logits(call, queries) if _is_softmax(module, call) else _far_logits(module, call, queries)
     return _hide(logits, call, queries).log_softmax(-1).clamp(min=log(LEAST_SHARE))
 
 
-def is_softmax(module: AstrocyteAttention, call: AttentionCall) -> bool:
+def _is_softmax(module: AstrocyteAttention, call: AttentionCall) -> bool:
     """Whether a module with a learned hidden layer attends to every key exactly: to few of them, or in a window."""
     in_window = call.options.get("window") is not None
     return in_window or covers(module.configs[0], call.key.shape[2], call.options.get("grid"))
@@ -104,21 +104,21 @@ def _is_exact_in_tiles(config: AstroConfig, call: AttentionCall, queries: Tensor
     """Where a key is one that the tiles of a bidirectional layer read exactly [B, H, S, N]."""
     (batch, heads, keys, _), grid = call.key.shape, call.options.get("grid")
     real: Tensor | None = call.options.get("key_mask")
-    query, key, value, lengths = call.query, call.key, call.value, None
+    query, key, lengths = call.query, call.key, None
     place = torch.arange(keys, device=key.device).expand(batch, -1)  # of each token in the order of the tiles
     if real is not None:
         order, lengths = sort_tokens(~real)[0], real.sum(1)
-        query, key, value = (in_order(x, order) for x in (query, key, value))
+        query, key = in_order(query, order), in_order(key, order)
         place = order.argsort(1)
     asking = place if queries is None else place.gather(1, queries)
     asking = asking.repeat_interleave(heads, 0)
     budget, many = budget_of(config, keys, grid), asking.shape[1]
-    q, k, v = query.flatten(0, 1) * call.scale, key.flatten(0, 1), value.flatten(0, 1)
+    q, k = query.flatten(0, 1) * call.scale, key.flatten(0, 1)
     exact = torch.ones(batch * heads, many, keys, dtype=torch.bool, device=key.device)
     for rows, length in groups_of(lengths, key):
         if length > budget.prefix:
             layout, mine = budget.at(length, q.shape[2]), asking[rows].clamp(max=length - 1)
-            exact[rows, :, :length] = exact_pairs(q[rows, :length], k[rows, :length], v[rows, :length], mine, layout)
+            exact[rows, :, :length] = exact_pairs(q[rows, :length], k[rows, :length], mine, layout)
     return torch.take_along_dim(exact.unflatten(0, (batch, heads)), place[:, None, None], 3)
 
 

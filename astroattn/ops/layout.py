@@ -156,8 +156,8 @@ class Budget(NamedTuple):
         if hidden < 0:
             hidden = min(max(8 * round(HIDDEN_PER_ROOT * root / -hidden / 8), 8), MOST_HIDDEN // -hidden)
         tile = SUBTILE * min(max(-(-tile // SUBTILE), 1), -(-asked // SUBTILE))
-        most = min(keys, body)
-        return Layout(self.grid, self.prefix, tile, self.by_content, near, most, hidden, self.steps, key_error)
+        keys = min(keys, body)
+        return Layout(self.grid, self.prefix, tile, self.by_content, near, keys, hidden, self.steps, key_error)
 
 
 def _root(body: int, dim: int) -> float:

@@ -132,16 +132,15 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout, bias: Tens
     else:
         order = position_order(layout, asked, key.device).expand(size, -1)
     reading = read_tiles(query, key, order, layout, bias)
-    log_expected, of_prefix = expected_attention(reading)
-    expected = log_expected.exp()
+    expected = expected_attention(reading)
     clusters, winners = None, order.new_zeros(size, body)
     if m:
-        mass = expected.sum(1)
+        mass = expected.body.sum(1)
         rest = _mean_and_rest(coordinates.query, reading.token, reading.real)[1].flatten(1, 2)
         winners = learn_clusters(coordinates.key @ factor(rest.mT @ rest / asked), mass, m, layout.steps)
         clusters = measure_clusters(body_key, body_value, coordinates, mass, winners, m)
-    keys = choose_keys(reading, coordinates, layout, clusters, log_expected, (key[:, :prefix], of_prefix))
-    return Choice(order, winners, _mass_left(reading, expected, keys, winners, layout), keys)
+    keys = choose_keys(reading, coordinates, layout, clusters, expected, key[:, :prefix])
+    return Choice(order, winners, _mass_left(reading, expected.body, keys, winners, layout), keys)
 
 
 def read_tiles(query: Tensor, key: Tensor, order: Tensor, layout: Layout, bias: Tensor | None) -> Reading:
@@ -167,15 +166,25 @@ def _mean_and_rest(x: Tensor, token: Tensor, real: Tensor) -> tuple[Tensor, Tens
     return mean, (by_tile - mean[:, :, None]) * weight
 
 
-def expected_attention(reading: Reading) -> tuple[Tensor, Tensor]:
-    """The logarithm of what all queries of a tile are expected to give to each key: body [Z, T, n], prefix [Z, T, p].
+class Expected(NamedTuple):
+    """The attention that all queries of a tile are expected to give to each key.
 
-    It is the softmax of u.k over prefix and body, times the share of the queries that are in the tile.
+    Attributes:
+        body: of the body [Z, T, n]. log_body: its logarithm. log_prefix: the same of the prefix [Z, T, prefix].
     """
+
+    body: Tensor
+    log_body: Tensor
+    log_prefix: Tensor
+
+
+def expected_attention(reading: Reading) -> Expected:
+    """The softmax of u.k over prefix and body, times the share of the queries that are in the tile."""
     normaliser = torch.cat([reading.logits, reading.prefix_logits], -1).logsumexp(-1, keepdim=True)
     number = reading.real.sum(-1, keepdim=True).to(normaliser.dtype)
     normaliser = normaliser - (number / number.sum()).log()
-    return reading.logits - normaliser, reading.prefix_logits - normaliser
+    log_body = reading.logits - normaliser
+    return Expected(log_body.exp(), log_body, reading.prefix_logits - normaliser)
 
 
 class Clusters(NamedTuple):
@@ -225,8 +234,8 @@ def choose_keys(
     coordinates: Coordinates,
     layout: Layout,
     clusters: Clusters | None,
-    log_expected: Tensor,
-    prefix: tuple[Tensor, Tensor],
+    expected: Expected,
+    head_key: Tensor,
 ) -> Tensor:
     """The exact keys of each sub-tile [Z, S, P]: the near keys of its queries, and the others it asks for most.
 
@@ -248,7 +257,7 @@ def choose_keys(
     ((1 - exp(-b_s))^2 + E(b - b_s)^2) |v - mean of all v|^2 to that of the second, b_s its mean over the sub-tile.
 
     Args:
-        log_expected, prefix: as `expected_attention` has them, of the prefix behind its keys [Z, p, D].
+        head_key: the keys of the prefix [Z, prefix, D].
     """
     size, tiles, body = reading.logits.shape
     asked = reading.asked
@@ -264,7 +273,7 @@ def choose_keys(
     number = weight.sum(3)
     mean = (rest * weight).sum(3) / number.clamp(min=1)  # u_s [Z, T, s, D]
     direction = mean @ coordinates.query_basis[:, None]
-    score, offset, least = log_expected, coordinates.key, log_expected.new_full((size, 1, 1), -torch.inf)
+    score, offset, least = expected.log_body, coordinates.key, rest.new_full((size, 1, 1), -torch.inf)
     if clusters is not None:
         offset = clusters.along
         within = ((rest - mean[:, :, :, None]) * weight).square().sum((1, 2, 3)) / asked
@@ -273,10 +282,9 @@ def choose_keys(
         within, wide = (((squared @ x[..., None])[..., 0] + LEAST_SPREAD)[:, None] for x in (within, within + between))
         owner = clusters.winners[:, None].expand_as(score)
         drive = mean @ clusters.weights[:, None].mT  # u_s.w [Z, T, s, m]
-        share = drive.new_zeros(*score.shape[:2], drive.shape[-1]).scatter_add(2, owner, log_expected.exp())
+        share = drive.new_zeros(*score.shape[:2], drive.shape[-1]).scatter_add(2, owner, expected.body)
         log_share = share.clamp(min=torch.finfo(share.dtype).tiny).log()
-        keys, of_prefix = prefix
-        parts = drive + log_share[:, :, None], mean @ keys[:, None].mT + of_prefix[:, :, None]
+        parts = drive + log_share[:, :, None], mean @ head_key[:, None].mT + expected.log_prefix[:, :, None]
         drive = drive - torch.cat(parts, -1).logsumexp(-1, keepdim=True)  # by Z_s
         gain = drive.masked_fill(number == 0, -torch.inf).amax(2)
         if layout.key_error:
@@ -293,7 +301,7 @@ def choose_keys(
         return x.expand(size, tiles, body).gather(2, candidates)[:, :, None]
 
     inner = direction @ take_rows(offset, candidates).mT  # d [Z, T, s, E]
-    score = of_candidates(log_expected) + inner
+    score = of_candidates(expected.log_body) + inner
     if clusters is not None:
         owner = of_candidates(clusters.winners[:, None]).expand_as(inner)
         miss = _missed(inner) + of_candidates(within)

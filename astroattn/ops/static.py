@@ -149,12 +149,12 @@ def near_linear_attention(
 
 
 @torch.no_grad()
-def exact_pairs(query: Tensor, key: Tensor, value: Tensor, asking: Tensor, layout: Layout) -> Tensor:
+def exact_pairs(query: Tensor, key: Tensor, asking: Tensor, layout: Layout) -> Tensor:
     """Which keys some queries attend to exactly [Z, S, N] in `near_linear_attention`: `asking` are their places [Z, S].
 
     The prefix attends exactly to all keys, and all queries to it.
     """
-    choice, prefix = choose(query, key, value, layout), layout.prefix
+    choice, prefix = choose(query, key, key, layout), layout.prefix  # without clusters values have no part in it
     body = key.shape[1] - prefix
     subtile = choice.order.argsort(1).gather(1, (asking - prefix).clamp(min=0)) // SUBTILE
     keys = choice.keys.gather(1, subtile[..., None].expand(-1, -1, choice.keys.shape[2]))

@@ -42,6 +42,13 @@ def describe(row: Row) -> str:
     return f"{row['model']}: {row['line']}, {row['budget']}: error {row['error']:.4f} at {row['cost']:.1%}"
 
 
+def format_point(row: Row, time: str | None = None) -> str:
+    """A row in a cell of a table: error, agreement (cost), and in this form the time."""
+    agreement = "" if row["agreement"] is None else f", {row['agreement']:.1%}"
+    price = f"{row['cost']:.0%}" if time is None else f"{row['cost']:.0%}, {row['time']:{time}}"
+    return f"{row['error']:.2g}{agreement} ({price})"
+
+
 def format_markdown(rows: Sequence[Row]) -> str:
     """A markdown table with a line per method and a column per model: the least error at a low cost.
 
@@ -60,5 +67,4 @@ def _cell(rows: Sequence[Row]) -> str:
         return "-"
     cheap = [row for row in rows if row["cost"] <= (CHEAP if row["tokens"] >= LONG else CHEAP_SHORT)]
     best = min(cheap, key=lambda row: row["error"]) if cheap else min(rows, key=lambda row: row["cost"])
-    agreement = "" if best["agreement"] is None else f", {best['agreement']:.1%}"
-    return f"{best['error']:.2g}{agreement} ({best['cost']:.0%}, {best['time']:.2g})"
+    return format_point(best, ".2g")

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from astroattn import AstroConfig, Plan, calibrate
-from astroattn.calibration.menu import MOST_KEYS
+from astroattn.calibration.menu import by_error
 from eval.frontier.cases import Case
 from eval.peers import (
     block_means,
@@ -33,8 +33,7 @@ def find_ours(case: Case) -> dict[str, dict[str, Any]]:
 
     The default with larger and smaller errors of a key, and plans, which are chosen on the even half of the data.
     """
-    most = min(case.tokens // 2, MOST_KEYS)
-    others = {f"error of a key {error}": AstroConfig(exact_keys=most, key_error=error) for error in ERRORS}
+    others = {f"error of a key {error}": by_error(case.tokens, error) for error in ERRORS}
     return {"ours": {"default": AstroConfig(), **others}, "ours, with a plan": find_plans(case)}
 
 

@@ -112,6 +112,9 @@ struct Choose : Clusters {
         }
     }
 
+    // What exp(u.k) is divided by to be the attention that is expected of the tile, in logarithms.
+    float log_whole(int64_t tile) const { return log_sum[tile] - std::log(share[tile]); }
+
     // How much more than the tile's mean query one of its sub-tiles asks for each cluster, at most.
     void measure_gains(int64_t tile, Bench& room) {
         const int subtiles = int(subtiles_of(tile));
@@ -138,10 +141,9 @@ struct Choose : Clusters {
             const float* drive = room.drive + s * apart;
             vec top = spread(-3e38f), all = {};
             for (int64_t j = 0; j < columns; j += LANES) top = larger(load(drive + j) + load(log_share + j), top);
-            float high = largest(top), less = log_sum[tile] - std::log(share[tile]),
-                  *of_prefix = room.of_prefix + s * before;
+            float high = largest(top), *of_prefix = room.of_prefix + s * before;
             for (int64_t i = 0; i < p.prefix; i++)
-                high = std::max(high, of_prefix[i] += logits[tile * padded + i] - less);
+                high = std::max(high, of_prefix[i] += logits[tile * padded + i] - log_whole(tile));
             for (int64_t j = 0; j < columns; j += LANES)
                 all += exponential(load(drive + j) + load(log_share + j) - high);
             float total = sum(all);
@@ -173,7 +175,7 @@ struct Choose : Clusters {
         }
         fill_ranks(ranks, body);
         // of exp(u.k) times what the scores have beside it, in logarithms
-        const float least = std::log(float(least_error)) + log_spread + log_sum[tile] - std::log(share[tile]);
+        const float least = std::log(float(least_error)) + log_spread + log_whole(tile);
         const bool some = hidden && least_error > 0;
         const int32_t limit = some ? rank_of(spread(least))[0] : NEVER;
         const int64_t few = take_largest(ranks, body, layout.candidates, limit, room.moved, room.found);
@@ -204,7 +206,7 @@ struct Choose : Clusters {
                 if (there) ranks[there - 1] = NEVER;
             }
             const int32_t own_limit = some ? rank_of(spread(least + room.normaliser[s]))[0] : NEVER;
-            const Cut cut = cut_above(ranks, few, std::min(layout.exact_keys, p.most_keys - size), own_limit);
+            const Cut cut = cut_largest(ranks, few, std::min(layout.exact_keys, p.most_keys - size), own_limit);
             const int64_t number = list_taken(ranks, few, cut, room.found);
             const int32_t queries = int32_t(std::min(SUBTILE, queries_of(tile) - s * SUBTILE));
             for (int64_t i = 0; i < number; i++) {

@@ -57,20 +57,21 @@ static inline int64_t between(int64_t low, int64_t high, float share) {
     return a < x && x < b ? rank_of(spread(x))[0] : low + (high - low) / 2;
 }
 
-static inline Cut cut_largest(const int32_t* ranks, int64_t count, int64_t most) {
+// The `most` largest above a limit.
+static inline Cut cut_largest(const int32_t* ranks, int64_t count, int64_t most, int32_t limit = NEVER) {
     ivec top = spread(NEVER), bottom = spread(INT32_MAX);
     for (int64_t n = 0; n < count; n += LANES) {
         ivec x = load_ranks(ranks + n), there = x == NEVER ? spread(INT32_MAX) : x;
         top = x > top ? x : top;
         bottom = there < bottom ? there : bottom;
     }
-    int64_t high = NEVER, low = INT32_MAX, above_high = 0, above_low = count_above(ranks, count, NEVER);
+    int64_t high = NEVER, low = INT32_MAX, above_high = 0, above_low = count_above(ranks, count, limit);
     for (int i = 0; i < LANES; i++) {
         high = std::max<int64_t>(high, top[i]);
         low = std::min<int64_t>(low, bottom[i]);
     }
-    if (above_low <= most) return {NEVER, 0};
-    low--;  // more than `most` ranks are above low, and at most as many above high
+    if (above_low <= most) return {limit, 0};
+    low = std::max<int64_t>(low - 1, limit);  // more than `most` ranks are above low, and at most as many above high
     for (int pass = 0; high - low > 1; pass++) {
         // As if the numbers were spread evenly, now and then in the middle, and by ranks where neither comes to an end.
         const float even = float(above_low - most) / float(above_low - above_high);
@@ -82,11 +83,6 @@ static inline Cut cut_largest(const int32_t* ranks, int64_t count, int64_t most)
         else high = middle, above_high = number;
     }
     return {int32_t(high), most - above_high};
-}
-
-// What is above a limit, and of that the `most` largest.
-static inline Cut cut_above(const int32_t* ranks, int64_t count, int64_t most, int32_t limit) {
-    return count_above(ranks, count, limit) > most ? cut_largest(ranks, count, most) : Cut{limit, 0};
 }
 
 // The places of what the cut takes, in order; returns how many there are. `found` has room for a whole vector more.
@@ -108,21 +104,20 @@ static inline int64_t list_taken(const int32_t* ranks, int64_t count, Cut cut, i
 // at again. `few` and `found` hold as many as `ranks` and a vector more.
 static inline int64_t take_largest(const int32_t* ranks, int64_t count, int64_t most, int32_t limit, int32_t* few,
                                    int32_t* found) {
-    if (count_above(ranks, count, limit) <= most) return list_taken(ranks, count, {limit, 0}, found);
     const int64_t buckets = round_up(2 * most, LANES);
-    if (2 * buckets > count) return list_taken(ranks, count, cut_largest(ranks, count, most), found);
+    if (2 * buckets > count) return list_taken(ranks, count, cut_largest(ranks, count, most, limit), found);
     std::fill(few, few + buckets, NEVER);
     for (int64_t from = 0; from < count; from += buckets)
         for (int64_t n = from; n < std::min(from + buckets, count); n += LANES) {
             ivec x = load_ranks(ranks + n), y = load_ranks(few + n - from);
             store(few + n - from, x > y ? x : y);
         }
-    Cut cut = cut_largest(few, buckets, most);
+    Cut cut = cut_largest(few, buckets, most, limit);
     if (cut.ties > 0) cut = {cut.limit - 1, 0};
     const int64_t size = list_taken(ranks, count, cut, found);
     for (int64_t i = 0; i < size; i++) few[i] = ranks[found[i]];
     fill_ranks(few, size);
-    cut = cut_largest(few, size, most);
+    cut = cut_largest(few, size, most, limit);
     int64_t number = 0;
     for (int64_t i = 0; i < size; i++) {
         found[number] = found[i];
