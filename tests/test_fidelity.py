@@ -54,7 +54,7 @@ SMALL = {
 
 
 def make_bert(model: type = BertModel, **options: Any) -> Any:
-    bert = model(BertConfig(**SMALL, **options)).eval()
+    bert = model(BertConfig(**SMALL | options)).eval()
     with torch.no_grad():  # sharper attention than a new model has
         for name, weight in bert.named_parameters():
             if "query" in name or "key" in name:
@@ -283,6 +283,21 @@ def test_controls_of_the_same_budget(config: AstroConfig) -> None:
     assert (window["exact_keys"], window["tiles"]) == (0, "position")
     assert keys["near"] == config.near
     assert keys["exact_keys"] > config.exact_keys
+
+
+def test_controls_have_the_budget_of_each_batch() -> None:
+    bert = make_bert(max_position_embeddings=400)
+    batches = [text_batch([200, 180], 200), text_batch([400, 390], 400)]
+    alone = [run(bert, [batch], AstroConfig(), controls=True, diagnose=0) for batch in batches]
+    both = run(bert, batches, AstroConfig(), controls=True, diagnose=0)
+    for name in BUDGETS:
+        first, second = (result.value("positions", name) for result in alone)
+        assert first < 0.9 * second  # or there was nothing to tell apart
+        assert both.value("positions", name) == pytest.approx((380 * first + 790 * second) / 1170)
+        assert both.rows[name].config is None
+        numbers = [max(result.rows[name].config[key] for key in ("near", "exact_keys")) for result in alone]
+        said = f"{name}: as many as the patched model reads of each batch, from {numbers[0]} to {numbers[1]} keys"
+        assert said in both.notes
 
 
 def test_controls_of_a_causal_model() -> None:

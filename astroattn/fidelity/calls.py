@@ -113,17 +113,26 @@ class CostMeter:
     the 2N of softmax. Both come from `AstrocyteAttention.cost`, with the number of real tokens of every row, and of
     keys that were read exactly where inputs decide. Attention modules that patching left exact count with all their
     keys and a cost of 1.
+
+    Attributes:
+        causal: whether a call of an astrocyte was causal.
+        longest: most keys of a call of an astrocyte, those with a window of their own left out; 0 where there is none.
     """
 
     def __init__(self, model: nn.Module, exact: Sequence[str] = ()) -> None:
-        self._astrocytes = find_astrocytes(model)
-        self._exact = {name: model.get_submodule(name) for name in exact}
+        self.follow(model, exact)
         self._calls: list[_Call] = []
         self._queries = self._keys = self._positions = self._products = 0.0
-        self._names = {module: name for name, module in self._astrocytes.items()}
         self._products_of: dict[str, float] = defaultdict(float)
-        self._sequences: Counter[_Sequence] = Counter()
+        self.causal, self.longest = False, 0
+        self._sequences: Counter[_Sequence] = Counter()  # of the calls added last
         self._attended = 0.0  # positions of the queries of these
+
+    def follow(self, model: nn.Module, exact: Sequence[str] = ()) -> None:
+        """Note the calls of this model from now on."""
+        self._astrocytes = find_astrocytes(model)
+        self._exact = {name: model.get_submodule(name) for name in exact}
+        self._names = {module: name for name, module in self._astrocytes.items()}
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -149,6 +158,8 @@ class CostMeter:
                 asked, exact = queries if cross else min(queries, real), frozenset(decided.items())
                 calls[module, asked, real, causal, grid, window, cross, exact] += 1
         self._calls.clear()
+        self._sequences.clear()
+        self._attended = 0.0
         for (module, queries, keys, causal, grid, window, cross, exact), count in calls.items():
             if keys == 0:
                 continue
@@ -161,6 +172,7 @@ class CostMeter:
                 self._products_of[self._names[module]] += weight * keys * ratio
                 if window is None:
                     self._sequences[_Sequence(module.head_dim, queries, keys, causal, grid, cross)] += weight
+                    self.causal, self.longest = self.causal or causal, max(self.longest, keys)
                     self._attended += weight * positions
             self._queries += weight
             self._keys += weight * keys
@@ -181,19 +193,9 @@ class CostMeter:
         """By the name of an astrocyte, its part of the products of all attention calls."""
         return {name: products / self._products for name, products in self._products_of.items()}
 
-    @property
-    def causal(self) -> bool:
-        """Whether a call of an astrocyte was causal."""
-        return any(sequence.causal for sequence in self._sequences)
-
-    @property
-    def longest(self) -> int:
-        """Most keys of a call of an astrocyte, those with a window of their own left out; 0 where there is none."""
-        return max((sequence.keys for sequence in self._sequences), default=0)
-
     def attended(self) -> float:
-        """Mean positions of a query of the astrocytes, those with a window of their own left out."""
-        return self._attended / self._sequences.total()
+        """Mean positions of a query of the astrocytes in the calls added last, without those with a window of theirs."""
+        return self._attended / max(self._sequences.total(), 1)
 
     def would_attend(self, config: AstroConfig) -> float:
         """The same with this config in all of them."""

@@ -97,7 +97,7 @@ def compare(
             `"auto"`: `mean` for text, `model` for photos. Recordings have no embedding: their frames are compared.
         diagnose: number of batches, from the first, that are also measured per layer and head.
         controls: also measure uniform attention, the near field alone and random features with the same m, and what
-            else could be done with as many positions as the patched model attends to in the first batch: a window of
+            else could be done with as many positions as the patched model attends to, batch by batch: a window of
             them, and exact keys in place of hidden neurons. Of causal attention the window is that of the newest
             tokens, with the mean of all older ones ("newest and mean").
         seed: of the bootstrap intervals.
@@ -149,11 +149,14 @@ def compare(
                 if writes and reading.outputs.hidden is not None:
                     subject.transcripts += transcribe(subject.model, reading.outputs.hidden, inputs, tokenizer)
                 original = original or reading
-                if title == "patched" and controls and not number:  # only now is it known what it attends to
+                if title == "patched" and controls:  # only now is it known what it attends to in this batch
                     more = control_configs(config, subject.meter.causal) | budget_configs(config, subject.meter)
-                    added = {title: Subject(model, choice, same, checked) for title, choice in more.items()}
-                    subjects |= added
-                    queue += added.items()
+                    for control, choice in more.items():
+                        if number == 0:
+                            subjects[control] = Subject(model, choice, same, checked)
+                            queue.append((control, subjects[control]))
+                        elif control in subjects:
+                            subjects[control].change(choice)
             if number < diagnose and original is not None:
                 difference = _difference(diagnosis.add(inputs), original.outputs, token_mask(inputs))
                 exact_check = max(exact_check or 0.0, difference)
@@ -219,15 +222,14 @@ def control_configs(config: AstroConfig | Plan, causal: bool = False) -> dict[st
 
 
 def budget_configs(config: AstroConfig | Plan, meter: CostMeter) -> dict[str, AstroConfig]:
-    """The controls with as many positions as the patched model attends to, whose calls the meter has seen.
+    """The controls with as many positions as the patched model attends to in the batch that the meter has seen last.
 
     A window of them, or of causal attention the newest of them and the mean of the others; and near and exact keys in
     place of hidden neurons. They have at most so many, as near to it as can be.
     """
-    heads = _changed_heads(config)
-    if not meter.longest or not heads:
+    heads, budget = _changed_heads(config), meter.attended()
+    if not budget or not heads:
         return {}
-    budget = meter.attended()
 
     def most(make: Callable[[int], AstroConfig]) -> AstroConfig:
         """The config with the largest number that is within the budget."""
@@ -307,12 +309,20 @@ def _summarise(
         values |= subject.costs()
         values["time"] = Value(values["seconds"].value / first.costs()["seconds"].value)
         rows[title] = Row(_plain(subject.config), values)
+        if subject.config is None and subject is not first:
+            notes.append(f"{title}: as many as the patched model reads of each batch, {_describe_numbers(subject)}")
     keys = rows["patched"].values.get("keys")
     if keys is not None:
         rows["original"].values.update(keys=keys, positions=keys, cost=Value(1.0))
     if subjects["patched"].peak_bytes == first.peak_bytes:
         notes.append("the peak of the memory is the original's: it is reached outside attention")
     return rows, notes
+
+
+def _describe_numbers(subject: Subject) -> str:
+    """Which numbers the configs of the batches have."""
+    numbers = [max(config.near, config.exact_keys) for config in subject.configs if isinstance(config, AstroConfig)]
+    return f"from {min(numbers)} to {max(numbers)} keys"
 
 
 def _plain(config: AstroConfig | Plan | None) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ class Subject:
     def __init__(
         self, model: nn.Module, config: AstroConfig | Plan | None = None, where: Any = None, inputs: Any = None
     ) -> None:
-        self.config = config
+        self.configs = [] if config is None else [config]  # the last is that of now
         self.model = share_weights(model)
         self.report = None if config is None else patch(self.model, config, where, inputs=inputs)
         self.transcripts: list[str] = []
@@ -48,6 +48,21 @@ class Subject:
         self.meter = CostMeter(self.model, [] if self.report is None else left_exact(self.report))
         self._seconds: list[float] = []
         self._parts: dict[str, list[Array]] = defaultdict(list)
+
+    @property
+    def config(self) -> AstroConfig | Plan | None:
+        """What it is patched with; None of the original, and where batches had configs of their own."""
+        first = next(iter(self.configs), None)
+        return first if all(each == first for each in self.configs) else None
+
+    def change(self, config: AstroConfig) -> None:
+        """Patch the same modules with this config from the next batch on."""
+        if self.report is None or config == self.configs[-1]:
+            return
+        names = {row.name for row in self.report.patched}
+        self.report = patch(self.model, config, lambda name, module: name in names)
+        self.meter.follow(self.model, left_exact(self.report))
+        self.configs.append(config)
 
     def run(self, inputs: Any, pooling: str, original: Reading | None, labels: Sequence[int] | None) -> Reading:
         """One clean pass over a batch; `original` is what the original gave, None for the original itself."""
