@@ -81,7 +81,7 @@ class AstroConfig:
             attention times the error of its weight and value, relative to how far values are apart, as expected. What
             is expected to be farther off is attended exactly. So n errors that have nothing to do with each other add
             up to so much at most. 0: as many are attended exactly as `exact_keys` says. By length (-1): 0.02 where
-            `exact_keys` is left to the length (0.04: half of it), else 0.
+            `exact_keys` is left to the length (0.04: half of it), below 400 tokens n / 400 of that; else 0.
         exact_queries: number of leading tokens of a sequence that attend exactly to all, and that all attend to
             exactly. In a patch grid these are its prefix tokens (CLS, registers) whatever is set here; for a static
             layer alone (near and exact_keys 0) a grid is a sequence. None in cross attention.
@@ -117,7 +117,8 @@ class AstroConfig:
     orthogonal: bool = True
     seed: int = 0
     backend: str = "auto"
-    # What `key_error` comes to, in millionths: a graph takes a number that is not whole for one that it does not know.
+    # What `key_error` comes to, in millionths, as `Budget` takes it: a graph takes a number that is not whole for one
+    # that it does not know.
     millionths: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -157,12 +158,12 @@ class AstroConfig:
                     object.__setattr__(self, name, value)
 
     def _decided_key_error(self) -> float:
-        """0 where there is nothing else to read a key through."""
+        """0 where there is nothing else to read a key through, negative where the length has a part in it."""
         if self.hidden != "hebbian":
             return 0.0
         if self.key_error != BY_LENGTH:
             return self.key_error
-        return KEY_ERROR * -self.exact_keys if self.exact_keys < 0 else 0.0
+        return KEY_ERROR * min(self.exact_keys, 0)
 
 
 # "fast" has half of the default's neurons, and keys that may be off by twice as much. "exact" is what its name says up

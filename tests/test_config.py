@@ -88,7 +88,7 @@ def test_values_of_another_type(name: str) -> None:
 
 def test_errors_of_keys() -> None:
     assert AstroConfig(key_error=1).key_error == 1.0
-    assert [AstroConfig(**x).millionths for x in ({}, {"exact_keys": -2}, {"exact_keys": 9})] == [20_000, 40_000, 0]
+    assert [AstroConfig(**x).millionths for x in ({}, {"exact_keys": -2}, {"exact_keys": 9})] == [-20_000, -40_000, 0]
     assert AstroConfig(exact_keys=9, key_error=0.5).millionths == 500_000
     assert AstroConfig(hidden="none").millionths == AstroConfig(hidden="learned").millionths == 0
     for value in (-0.5, float("nan"), float("inf")):

@@ -17,6 +17,7 @@ MOST_TILES = 128  # of a sequence
 # Where the length decides: so much times a root, within bounds.
 HIDDEN_PER_ROOT, MOST_HIDDEN = 1.45, 64
 KEYS_PER_ROOT, MOST_KEYS = 2.4, 128
+LONG_BODY = 400  # tokens from which on keys may be off by as much as ever; in shorter ones keys are few and cost little
 MOST_OFTEN = 3  # times as many keys at most, and a quarter of all, where their errors decide how many
 NEAR_PER_ROOT, LEAST_NEAR, MOST_NEAR = 0.15, 3, 4
 WIDTH = 64  # of a head; narrower ones have less to tell apart
@@ -106,7 +107,8 @@ class Budget(NamedTuple):
     Attributes as in `Layout`; tile, near, exact_keys and num_hidden may be `ROOT`, the last two also `HALF_ROOT`.
     Queries that are asked for in tiles of another size than a multiple of `SUBTILE` get the next larger one.
     cross: whether the queries are those of another sequence.
-    key_error: as in `Layout`, of sequences in which not all keys are exact anyway.
+    key_error: as in `Layout`, of sequences in which not all keys are exact anyway; negative: so much from `LONG_BODY`
+        tokens behind the prefix on, and in shorter sequences less in proportion to them.
     """
 
     grid: tuple[int, int] | None
@@ -148,6 +150,8 @@ class Budget(NamedTuple):
         if near == ROOT:
             near = min(max(round(NEAR_PER_ROOT * root), LEAST_NEAR), MOST_NEAR)
         key_error = self.key_error
+        if key_error < 0:
+            key_error = -key_error * min(body, LONG_BODY) // LONG_BODY
         if keys < 0 and body <= LEAST_BODY:
             keys, key_error = body, 0
         elif keys < 0:

@@ -43,7 +43,7 @@ def listening(listener: Callable[[ExactKeys], None]) -> Iterator[None]:
 
 def is_asked(budget: Budget) -> bool:
     """Whether anybody listens, and there is something to tell."""
-    return bool(_listeners) and budget.key_error > 0
+    return bool(_listeners) and budget.key_error != 0
 
 
 def tell(exact_keys: ExactKeys) -> None:
