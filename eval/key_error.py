@@ -3,7 +3,7 @@
 All self-attention of a model is replaced, as in `eval.frontier` and on the same models. The default's error was chosen
 on the even halves of the data; reported is the odd half. "fixed" is a number of keys that only the length decides.
 
-    python -m eval.key_error --json docs/results/key_error.json
+    python -m eval.key_error --json docs/results/key_error.json     # with --model, the others' rows in it stay
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from math import sqrt
 from astroattn import AstroConfig
 from astroattn.calibration.menu import by_error
 from astroattn.config import KEY_ERROR
-from eval.common import JsonOption, LimitOption, SeedOption, print_rows, run_script, write_json
+from eval.common import JsonOption, LimitOption, SeedOption, print_rows, read_rows, run_script, write_json
 from eval.frontier.cases import Case, ModelOption, choose_from_command_line
 from eval.frontier.comparing import format_point
 from eval.frontier.measuring import Row, Run, measure_runs, run_ours
@@ -47,11 +47,12 @@ def format_markdown(rows: Sequence[Row]) -> str:
 
 def main(json: JsonOption = None, model: ModelOption = None, limit: LimitOption = None, seed: SeedOption = 0) -> None:
     """Measure every number of exact keys in every model."""
-    rows: list[Row] = []
+    rows = read_rows(json) if json and model else []
     for name in choose_from_command_line(model):
         found = measure_runs(find_runs, limit, seed, name)
         print_rows(found, title=found[0]["model"])
-        rows += found
+        rows = [row for row in rows if row["model"] != found[0]["model"]] + found
+        rows.sort(key=lambda row: int(row["tokens"]))
         if json:  # at once, so that a run that breaks off is not lost
             write_json(json, rows, seed=seed)
     print(format_markdown(rows))

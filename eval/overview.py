@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval import cross_attention, key_error, packed, position_bias, summary
+from eval import cross_attention, directions, key_error, packed, position_bias, summary
 from eval.benchmark.rows import format_markdown as format_speed
 from eval.common import fill_marks, read_rows, run_script, write_figure
 from eval.generate.page import load_results
@@ -121,7 +121,10 @@ def texts() -> dict[Path, dict[str, str]]:
         "cross-attention-time": cross_attention.format_times(crossed),
     }
     tables["packed"] = packed.format_markdown(read_rows(summary.RESULTS / "packed.json"))
-    method = {"key-error": key_error.format_markdown(read_rows(summary.RESULTS / "key_error.json"))}
+    method = {
+        name.replace("_", "-"): script.format_markdown(read_rows(summary.RESULTS / f"{name}.json"))
+        for name, script in (("directions", directions), ("key_error", key_error))
+    }
     return {README: numbers, DOCS / "index.md": numbers, DOCS / "benchmarks.md": tables, DOCS / "method.md": method}
 
 

@@ -69,10 +69,21 @@ def format_loss(rows: Sequence[Row]) -> str:
 
 
 def format_recall(rows: Sequence[Row]) -> str:
-    """A line per kind, a column per depth: the share of right answers, and the log-probability of the digits."""
+    """A line per kind and stage, a column per depth: the share of right answers, and the log-probability of the digits.
+
+    Both are means over the seeds, and over the numbers at a depth.
+    """
     rows = [row for row in rows if row["measure"] == RECALL]
     depths = sorted({row["depth"] for row in rows})
-    cells = {(row["attention"], row["depth"]): f"{row['exact']:.2f} ({row['log p']:.1f})" for row in rows}
+    cells: dict[tuple[str, float], str] = {}
+    for name, stage in [(name, stage) for name in ORDER for stage in STAGES]:
+        mine = _mine(rows, name, stage)
+        title = name if stage == START else f"{name}, {STAGES[stage]}"
+        for depth in {row["depth"] for row in mine}:
+            exact, log_p = (
+                statistics.mean(row[key] for row in mine if row["depth"] == depth) for key in ("exact", "log p")
+            )
+            cells[title, depth] = f"{exact:.2f} ({log_p:.1f})"
     return format_table("attention", {depth: f"depth {depth:.0%}" for depth in depths}, cells)
 
 

@@ -59,7 +59,7 @@ class Settings:
 
 SETTINGS = {
     "stories": Settings(16, 16, 100, 40, (25, 20)),
-    "smollm2": Settings(64, 64, 80, 0, (20, 8)),
+    "smollm2": Settings(64, 64, 80, 16, (20, 8)),
 }
 
 
