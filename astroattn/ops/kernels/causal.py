@@ -126,9 +126,8 @@ def causal_attention_forward(
     out = empty_rows(query, value.shape[-1])
     log_p = query.new_empty(query.shape[:3], dtype=torch.float32)
     after = new_state(key, value, weight.shape[2], near) if with_state else None
-    results = (None if after is None else sums_of(after), rows_of(out), log_p, None)
-    programs, options = _sequences(query) * sums.chunks, options | {"BLOCKS": blocks}
-    launch(read_kernel, programs, (*inputs, sums, *results, shape), options)
+    arguments = (*inputs, sums, None if after is None else sums_of(after), rows_of(out), log_p, None, shape)
+    launch(read_kernel, _sequences(query) * sums.chunks, arguments, options | {"BLOCKS": blocks})
     if after is not None and past:
         _keep_latest(after, key, value, key_mask)
     return out, log_p, after
@@ -162,37 +161,39 @@ def causal_attention_backward(
     d_log_p = None if d_log_p is None else d_log_p.contiguous()
     sequences, tokens, past, m = _sequences(query), query.shape[2], max(near - 1, 0), weight.shape[2]
     blocks, options = _options("backward", query, value.shape[-1], m)
-    block = options["T"]
-    shape = _shape(query, key, key_mask, near, past, block)
+    shape = _shape(query, key, key_mask, near, past, options["T"])
     layer = layer_of(weight, phase, activation, scale_root)
     inputs = (rows_of(query), rows_of(key), rows_of(value), layer)
     every = options | {"NORM": NORM.get(activation, 0), "BLOCKS": blocks}
 
-    sign = None
+    sign: Tensor | None = None
+    arguments: tuple[object, ...]
     if activation in INDEFINITE:
         sums = _sums_before(launch, inputs, None, shape, options)
         sign, log_p = torch.empty_like(log_p), torch.empty_like(log_p)
-        results = (None, rows_of(out), log_p, sign)
-        launch(read_kernel, sequences * sums.chunks, (*inputs, sums, *results, shape), options | {"BLOCKS": blocks})
-    delta, outs = torch.empty_like(log_p), (rows_of(d_out), rows_of(out))
-    launch(delta_kernel, sequences * cdiv(tokens, block), (*outs, d_log_p, log_p, delta, shape), {"T": block})
+        arguments = (*inputs, sums, None, rows_of(out), log_p, sign, shape)
+        launch(read_kernel, sequences * sums.chunks, arguments, options | {"BLOCKS": blocks})
+    delta, d_rows = torch.empty_like(log_p), rows_of(d_out)
+    arguments = (d_rows, rows_of(out), d_log_p, log_p, delta, shape)
+    launch(delta_kernel, sequences * cdiv(tokens, options["T"]), arguments, {"T": options["T"]})
     normaliser = (log_p, sign, delta)
 
     # The slots of the last near field have no queries beside them.
-    chunks, key_chunks = _chunks(shape), cdiv(tokens + past, shape.chunk)
+    chunks, key_chunks, parts, key_parts = _chunks(shape), cdiv(tokens + past, shape.chunk), None, None
+    total = chunks + key_chunks
     d_query, d_key, d_value = (empty_rows(x, x.shape[-1]) for x in (query, key, value))
-    total, parts, key_parts = chunks + key_chunks, None, None
     if with_weight:
         parts = query.new_empty(*query.shape[:2], total, m, query.shape[-1], dtype=torch.float32)
         key_parts = parts[:, :, chunks:]
-    sums, results = _sums_before(launch, inputs, None, shape, options), (rows_of(d_query), parts)
-    launch(query_kernel, sequences * chunks, (outs[0], *inputs, sums, *normaliser, *results, total, shape), every)
-    sums = _sums_behind(launch, inputs, outs[0], normaliser, key_chunks, shape, options)
-    results = (rows_of(d_key), rows_of(d_value), key_parts)
-    launch(key_kernel, sequences * key_chunks, (outs[0], *inputs, sums, *normaliser, *results, total, shape), every)
+    sums = _sums_before(launch, inputs, None, shape, options)
+    arguments = (d_rows, *inputs, sums, *normaliser, rows_of(d_query), parts, total, shape)
+    launch(query_kernel, sequences * chunks, arguments, every)
+    sums = _sums_behind(launch, inputs, d_rows, normaliser, key_chunks, shape, options)
+    arguments = (d_rows, *inputs, sums, *normaliser, rows_of(d_key), rows_of(d_value), key_parts, total, shape)
+    launch(key_kernel, sequences * key_chunks, arguments, every)
     if parts is None:
         return d_query, d_key, d_value, None
-    d_weight = parts.sum((0, 2))[None] if weight.shape[0] == 1 else parts.sum(2)
+    d_weight = parts.sum((0, 2))[None] if len(weight) == 1 else parts.sum(2)
     return d_query, d_key, d_value, d_weight.to(weight.dtype)
 
 

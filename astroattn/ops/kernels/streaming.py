@@ -220,12 +220,8 @@ def stream_in_place(
         out.zero_()
         log_p.fill_(-torch.inf)
     sizes = _sizes(buffers.key.shape[2], newest, groups, count, query.shape[-1], value.shape[-1], soft_cap or 0.0)
-    launch(
-        stream_kernel,
-        batch * heads,
-        (*map(rows_of, (query, key, value)), buffers, rows_of(out), log_p, lengths, count, heads, sizes),
-        {"num_warps": 8, "num_stages": 1},  # what is loaded ahead may have been stored since
-    )
+    arguments = (*map(rows_of, (query, key, value)), buffers, rows_of(out), log_p, lengths, count, heads, sizes)
+    launch(stream_kernel, batch * heads, arguments, {"num_warps": 8, "num_stages": 1})  # more would load old numbers
     return out.unflatten(1, (heads, groups)), log_p
 
 
