@@ -193,7 +193,7 @@ def causal_attention_backward(
     launch(key_kernel, sequences * key_chunks, arguments, every)
     if parts is None:
         return d_query, d_key, d_value, None
-    d_weight = parts.sum((0, 2))[None] if len(weight) == 1 else parts.sum(2)
+    d_weight = parts.sum((0, 2))[None] if weight.shape[0] == 1 else parts.sum(2)
     return d_query, d_key, d_value, d_weight.to(weight.dtype)
 
 
