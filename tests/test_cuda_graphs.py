@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -137,24 +138,28 @@ def test_without_a_graph_near_and_far_asks_for_one_number() -> None:
     assert watch.seen == ["aten._local_scalar_dense.default"]
 
 
+SMALL = AstroConfig(near=2, exact_keys=4, tile=4, num_hidden=4)
 MODELS = {
     "bert": AstroConfig(),
     "bert, random": AstroConfig(hidden="random"),
     "bert, random, near": AstroConfig(hidden="random", near=2, exact_keys=2),
-    "vit": AstroConfig(),
-    "timm vit": AstroConfig(near=2, exact_keys=4, tile=4, num_hidden=4),
+    "vit": SMALL,
+    "timm vit": SMALL,
     "timm vit, random": AstroConfig(hidden="random"),
 }
 # Whose dense masks only `torch.compile` reads without looking at their numbers.
 DECODERS = {"gpt2": AstroConfig(hidden="random"), "llama": AstroConfig(hidden="random", near=4)}
 
 
-def patched_model(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def patched_model(name: str, backend: str = "auto") -> tuple[nn.Module, dict[str, Any]]:
     """A model, and its inputs, without padding: the eager ways of padding and of dense masks look at their numbers."""
     tiny = ALL[name.split(",")[0]]
     model, given = build(tiny), tiny.inputs()
-    astroattn.patch(model, (MODELS | DECODERS)[name])
-    given.pop("attention_mask", None)
+    astroattn.patch(model, replace((MODELS | DECODERS)[name], backend=backend))
+    if tiny.causal:  # without one transformers' graphs have a dense mask, which stays softmax
+        given["attention_mask"] = torch.ones_like(given["attention_mask"])
+    else:
+        given.pop("attention_mask", None)
     if name.startswith("bert"):
         given["input_ids"] = torch.randint(5, 90, (2, 200))  # more than those of which every key is exact
     return model, given | ({"use_cache": False} if tiny.causal else {})
@@ -169,6 +174,31 @@ def test_patched_models_ask_nothing_of_the_gpu(name: str) -> None:
         watch.seen.clear()
         model(**given)
     assert watch.seen == []
+
+
+KERNELS = [name for name in MODELS | DECODERS if name != "bert, random, near"]  # which no kernel has
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_patched_model_is_one_graph_with_the_kernels(name: str) -> None:
+    """Of which `mode="reduce-overhead"` makes one CUDA graph; each attention is one node, on the Triton kernels."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    model, given = patched_model(name, backend="triton")
+    nodes = []
+
+    def keep(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        nodes.append([node for node in graph.graph.nodes if "astroattn" in str(node.target)])
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=keep, fullgraph=True)
+    with mock.patch.object(InterpretedFunction, "run", return_value=None), torch.no_grad():
+        compiled(**given)
+    assert len(nodes) == 1
+    layers = ALL[name.split(",")[0]].patched
+    assert len(nodes[0]) == layers
+    assert all("triton" in node.args for node in nodes[0])
 
 
 # On a GPU: whole patched models.
@@ -200,8 +230,8 @@ def on_gpu(name: str, gpu: int = 0) -> tuple[nn.Module, dict[str, Any]]:
 
 def change(given: dict[str, Any]) -> None:
     """Other numbers in the same memory."""
-    for x in given.values():
-        if isinstance(x, Tensor):
+    for key, x in given.items():
+        if isinstance(x, Tensor) and key != "attention_mask":
             x.copy_(torch.randn_like(x) if x.is_floating_point() else torch.randint_like(x, 5, 90))
 
 
