@@ -27,7 +27,6 @@ from astroattn.ops.layout import ROOT, Budget
 
 triton = pytest.importorskip("triton")
 
-CAPTURING = "torch.cuda.is_current_stream_capturing"
 # Operators whose result, or its size, the CPU has to have.
 WAITING = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique", "equal.default")
 
@@ -65,7 +64,7 @@ def fake_gpu(capturing: bool = True) -> Iterator[Watch]:
         mock.patch.object(launching, "_is_compiled_for", return_value=False),
         mock.patch.object(gpu, "capability_of", return_value=(9, 0)),
         mock.patch.object(static, "_processors", return_value=132),
-        mock.patch(CAPTURING, return_value=capturing),
+        mock.patch("torch.cuda.is_current_stream_capturing", return_value=capturing),
         FakeTensorMode(allow_non_fake_inputs=True),
         Watch() as watch,
     ):
@@ -97,16 +96,19 @@ def causal() -> None:
     recurrent_step(*(draw(1) for _ in range(3)), *layer(), None, *more, state)
 
 
-def near_and_far(budget: Budget) -> None:
+def near_and_far(budget: Budget, lengths: Tensor | None = None) -> None:
     from astroattn.ops.kernels.near_far import near_far_backward, near_far_forward
 
     given = tuple(draw() for _ in range(3))
-    out, log_p, *chosen = near_far_forward(*given, None, None, budget, 0.125)
-    near_far_backward(draw(), log_p, *given, None, out, log_p, *chosen, None, budget, 0.125)
+    out, log_p, *chosen = near_far_forward(*given, None, lengths, budget, 0.125)
+    near_far_backward(draw(), log_p, *given, None, out, log_p, *chosen, lengths, budget, 0.125)
+
+
+DEFAULT = Budget(None, 0, ROOT, by_content=True, near=ROOT, exact_keys=ROOT, num_hidden=ROOT, steps=1)
 
 
 def by_content() -> None:
-    near_and_far(Budget(None, 0, ROOT, by_content=True, near=ROOT, exact_keys=ROOT, num_hidden=ROOT, steps=1))
+    near_and_far(DEFAULT)
 
 
 def on_a_grid() -> None:
@@ -139,6 +141,13 @@ def test_without_a_graph_near_and_far_asks_for_one_number() -> None:
 
 
 SMALL = AstroConfig(near=2, exact_keys=4, tile=4, num_hidden=4)
+
+
+def test_padding_with_near_and_far_is_refused_with_the_reason() -> None:
+    with fake_gpu(), pytest.raises(RuntimeError, match="a CUDA graph cannot hold tiles of padded rows"):
+        near_and_far(DEFAULT, torch.empty(2, dtype=torch.int64, device="cuda"))
+
+
 MODELS = {
     "bert": AstroConfig(),
     "bert, random": AstroConfig(hidden="random"),
@@ -196,8 +205,7 @@ def test_a_patched_model_is_one_graph_with_the_kernels(name: str) -> None:
     with mock.patch.object(InterpretedFunction, "run", return_value=None), torch.no_grad():
         compiled(**given)
     assert len(nodes) == 1
-    layers = ALL[name.split(",")[0]].patched
-    assert len(nodes[0]) == layers
+    assert len(nodes[0]) == ALL[name.split(",")[0]].patched
     assert all("triton" in node.args for node in nodes[0])
 
 
@@ -222,10 +230,9 @@ def first(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def on_gpu(name: str, gpu: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+def on_gpu(name: str) -> tuple[nn.Module, dict[str, Any]]:
     model, given = patched_model(name)
-    device = f"cuda:{gpu}"
-    return model.to(device), {key: x.to(device) if isinstance(x, Tensor) else x for key, x in given.items()}
+    return model.cuda(), {key: x.cuda() if isinstance(x, Tensor) else x for key, x in given.items()}
 
 
 def change(given: dict[str, Any]) -> None:
@@ -271,12 +278,10 @@ def test_a_model_runs_on_another_stream_and_another_gpu(name: str) -> None:
             late = {key: x.clone() if isinstance(x, Tensor) else x for key, x in given.items()}
             torch.testing.assert_close(first(model(**late)), expected[1], rtol=1e-3, atol=1e-3)
     torch.cuda.synchronize()
-    if torch.cuda.device_count() < 2:
-        return
-    model, there = on_gpu(name, 1)  # the current device stays the first one
-    there = {key: given[key].to("cuda:1") if isinstance(x, Tensor) else x for key, x in there.items()}
-    for _ in range(2):
-        torch.testing.assert_close(first(model(**there)).to("cuda:0"), expected[1], rtol=1e-3, atol=1e-3)
+    if torch.cuda.device_count() > 1:  # the current device stays the first one
+        model, there = model.cuda(1), {key: x.cuda(1) if isinstance(x, Tensor) else x for key, x in given.items()}
+        for _ in range(2):
+            torch.testing.assert_close(first(model(**there)).cuda(0), expected[1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu

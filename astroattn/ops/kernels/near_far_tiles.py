@@ -102,7 +102,7 @@ def read_tiles(query: Tensor, key: Tensor, value: Tensor, layout: Layout, choice
 
 
 def _is_captured(x: Tensor) -> bool:
-    """Whether a CUDA graph is made: it cannot ask how many keys tiles read, and takes the bound, which is often more."""
+    """Whether a CUDA graph is made: it cannot ask how many keys tiles read, and takes the bound, which may be more."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
