@@ -50,6 +50,7 @@ STAGES = {
     "causal kernels": Stage((*TESTS, "tests/test_kernels_causal.py"), 90),
     "streaming kernels": Stage((*TESTS, "tests/test_kernels_streaming.py"), 90),
     "operators": Stage((*TESTS, "tests/test_library.py"), 90),
+    "whole models in CUDA graphs": Stage((*TESTS, "tests/test_cuda_graphs.py"), 90),
     "attention to 4,096": Stage((*OURS, "--only", "attention", "--limit", "4096"), 90, measures=True),
     "attention to 65,536": Stage((*OURS, "--only", "attention", "--limit", "65536"), 120, measures=True),
     "models": Stage((*BENCHMARK, "--only", "models"), 120, measures=True),

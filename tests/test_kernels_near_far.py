@@ -93,9 +93,11 @@ def test_equal_inputs_give_equal_bits(device: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grid that does not divide", "no near field", "no far field"])
-def test_the_bound_that_a_cuda_graph_takes_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_that_a_cuda_graph_takes_changes_no_bit(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On how many keys a tile reads exactly, which only a waiting CPU could know better."""
-    inputs, results = forward(name, "cpu", torch.float32)
+    inputs, results = forward(name, device, torch.float32)
     gradients = [torch.randn_like(x) for x in results[:2]]
     gradients[1][results[1].isinf()] = 0
     exact, sizes = backward(name, inputs, results, *gradients), []
