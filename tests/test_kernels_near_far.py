@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from astroattn import AstroConfig, AstrocyteAttention
-from astroattn.ops import near_far as ops
+from astroattn.ops import near_far as plain_near_far
 from astroattn.ops import plain
 from astroattn.ops.backends import MOST_DIM
 from tests.core_cases import relative
@@ -101,15 +101,15 @@ def test_the_bound_that_a_cuda_graph_takes_changes_no_bit(
     gradients = [torch.randn_like(x) for x in results[:2]]
     gradients[1][results[1].isinf()] = 0
     exact, sizes = backward(name, inputs, results, *gradients), []
-    find_union = ops.find_union
+    find_union = plain_near_far.find_union
 
-    def watched(*args: Any) -> ops.Union:
+    def watched(*args: Any) -> plain_near_far.Union:
         union = find_union(*args)
         sizes.append((union.keys.shape[-1], find_union(*args[:4]).keys.shape[-1]))
         return union
 
     monkeypatch.setattr(near_far_tiles, "_is_captured", lambda x: True)
-    monkeypatch.setattr(ops, "find_union", watched)
+    monkeypatch.setattr(plain_near_far, "find_union", watched)
     for ours, theirs in zip(near_far.near_far_forward(*given(name, inputs)), results, strict=True):
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(backward(name, inputs, results, *gradients), exact, strict=True):
