@@ -32,6 +32,8 @@ TAIL = 2000  # characters of a stage's output that are kept
 # Most of their time the compiler takes, so several processes share the GPU.
 TESTS = ("pytest", "-m", "gpu", "-q", "-n", "8", "-p", "no:cacheprovider")
 BENCHMARK = ("eval.benchmark", "--device", "cuda", "--repeats", "10", "--seconds", "0.5")
+OURS = (*BENCHMARK, "--no-peers")
+PEERS = (*BENCHMARK, "--only", "attention", "--limit", "16384", "--no-backward")
 
 
 class Stage(NamedTuple):
@@ -48,9 +50,11 @@ STAGES = {
     "causal kernels": Stage((*TESTS, "tests/test_kernels_causal.py"), 90),
     "streaming kernels": Stage((*TESTS, "tests/test_kernels_streaming.py"), 90),
     "operators": Stage((*TESTS, "tests/test_library.py"), 90),
-    "attention to 4,096": Stage((*BENCHMARK, "--only", "attention", "--limit", "4096"), 90, measures=True),
-    "attention to 65,536": Stage((*BENCHMARK, "--only", "attention", "--limit", "65536"), 120, measures=True),
+    "whole models in CUDA graphs": Stage((*TESTS, "tests/test_cuda_graphs.py"), 90),
+    "attention to 4,096": Stage((*OURS, "--only", "attention", "--limit", "4096"), 90, measures=True),
+    "attention to 65,536": Stage((*OURS, "--only", "attention", "--limit", "65536"), 120, measures=True),
     "models": Stage((*BENCHMARK, "--only", "models"), 120, measures=True),
+    "peers to 16,384": Stage(PEERS, 120, measures=True),
 }
 
 

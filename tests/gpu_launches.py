@@ -1,20 +1,28 @@
 """Count the launches of our kernels, and the variants of each that many lengths compile, without a GPU.
 
     python -m tests.gpu_launches [sequences of random length, 1,000 unless told]
+    python -m tests.gpu_launches --time
 
 The launchers run on CPU tensors, and each launch is turned into a record of what Triton compiles a kernel anew for:
-the types of its arguments, whether they are 1 or divisible by 16, and its constants. JSON on stdout, for each kind of
-input: the kernels that each attention and pass launches at 4,096 tokens, in order, and how many variants a kernel has.
+the types of its arguments, whether they are 1 or divisible by 16, and its constants. Each call is made twice, and what
+is launched without Triton's search (`kernels.launching`) must be what it would have found. JSON on stdout, for each
+kind of input: the kernels that each attention and pass launches at 4,096 tokens, in order, and how many variants a
+kernel has.
+
+--time: the least microseconds of Python that a call takes before its kernels run, by Triton's search and without it, at
+1,024 tokens and 12 heads of 64 in bfloat16; launching itself is left out, Triton's binding of the arguments is not.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,6 +35,7 @@ from tests.gpu_compile import Driver
 
 MOST_TOKENS = 4096
 HEADS, HIDDEN = 2, 64
+TIMED_TOKENS, TIMED_HEADS, RUNS = 1024, 12, 300
 
 
 class Kind(NamedTuple):
@@ -49,8 +58,8 @@ class Kind(NamedTuple):
         lengths = self.lengths(tokens)
         return None if lengths is None else torch.arange(tokens) < lengths[:, None]
 
-    def layer(self) -> tuple[Tensor, Tensor]:
-        return torch.zeros(1, HEADS, HIDDEN, self.dim), torch.zeros(1, HEADS, HIDDEN)
+    def layer(self, heads: int = HEADS) -> tuple[Tensor, Tensor]:
+        return torch.zeros(1, heads, HIDDEN, self.dim), torch.zeros(1, heads, HIDDEN)
 
 
 KINDS = {
@@ -63,21 +72,60 @@ KINDS = {
 def recording() -> Iterator[list[tuple[str, str]]]:
     """Launches become records: the kernel, and the key of its variant."""
     import triton
+    from triton.compiler import CompiledKernel
+
+    from astroattn.ops.kernels import launching
 
     launches: list[tuple[str, str]] = []
-    run, driver = triton.JITFunction.run, Driver(90)
+    driver = Driver(90)
 
-    def record(self: Any, *args: object, grid: object, warmup: bool, **options: object) -> None:
-        binder = self.device_caches[driver.get_current_device()][-1]
-        _, *key = binder(*args, **options)
-        launches.append((f"{self.module.rpartition('.')[2]}.{self.__name__}", str(key)))
+    def key_of(kernel: Any, args: tuple[object, ...], options: dict[str, object]) -> str:
+        binder = kernel.device_caches[driver.get_current_device()][-1]
+        return str(binder(*args, **options)[1:])
+
+    class Variant(CompiledKernel):
+        """Stands for what Triton has compiled; checks that it is launched with what it was compiled for."""
+
+        def __init__(self, kernel: Any, key: str, options: dict[str, object]) -> None:
+            self.module = None
+            self.kernel, self.key = kernel, key
+            self.options = {name: x for name, x in options.items() if name not in kernel.arg_names}
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return self.launch
+
+        def launch(self, *args: object) -> None:
+            found = key_of(self.kernel, args, self.options)
+            assert found == self.key, f"{self.kernel}: {found}, compiled for {self.key}"
+            launches.append((name_of(self.kernel), PLANNED))
+
+    def record(self: Any, *args: object, grid: object, warmup: bool, **options: object) -> Variant:
+        key = key_of(self, args, options)
+        launches.append((name_of(self), key))
+        return Variant(self, key, options)
 
     triton.runtime.driver.set_active(driver)
-    triton.JITFunction.run = record
-    try:
+    launching._steps.cache_clear()
+    with (
+        mock.patch.object(triton.JITFunction, "run", record),
+        mock.patch.object(launching, "_is_compiled_for", always),
+    ):
         yield launches
-    finally:
-        triton.JITFunction.run = run
+
+
+PLANNED = "without Triton's search"
+
+
+def always(x: Tensor) -> bool:
+    return True
+
+
+def never(x: Tensor) -> bool:
+    return False
+
+
+def name_of(kernel: Any) -> str:
+    return f"{kernel.module.rpartition('.')[2]}.{kernel.__name__}"
 
 
 def static(kind: Kind, tokens: int) -> Iterator[str]:
@@ -141,8 +189,9 @@ CASES: tuple[Callable[[Kind, int], Iterator[str]], ...] = (static, causal, near_
 
 
 def count(kind: Kind, sequences: int) -> dict[str, dict[str, Any]]:
-    """The launches of each attention and pass, and the variants of each kernel."""
+    """The launches of each attention and pass, how many a second call makes without search; variants of each kernel."""
     launched: dict[str, list[str]] = {}
+    planned: dict[str, int] = {}
     variants: dict[str, set[str]] = {}
     draws = random.Random(0)
     lengths = [MOST_TOKENS, *(round(MOST_TOKENS ** draws.random()) for _ in range(sequences))]
@@ -154,12 +203,94 @@ def count(kind: Kind, sequences: int) -> dict[str, dict[str, Any]]:
                     if number == 0:
                         launched[name] = [kernel for kernel, _ in launches[start:]]
                     start = len(launches)
+                for name in case(kind, tokens):
+                    if number == 0:
+                        planned[name] = [key for _, key in launches[start:]].count(PLANNED)
+                    start = len(launches)
             for kernel, key in launches:
-                variants.setdefault(kernel, set()).add(key)
-    return {"launches": launched, "variants": {kernel: len(keys) for kernel, keys in variants.items()}}
+                if key != PLANNED:
+                    variants.setdefault(kernel, set()).add(key)
+    numbers = {kernel: len(keys) for kernel, keys in variants.items()}
+    return {"launches": launched, "planned": planned, "variants": numbers}
+
+
+@contextmanager
+def unlaunched() -> Iterator[None]:
+    """Kernels are neither compiled nor launched; all that comes before it is done."""
+    import triton
+    from triton.compiler import CompiledKernel
+
+    class Nothing(CompiledKernel):
+        def __init__(self, src: Any, target: object, options: object) -> None:
+            assert src.fn.cache_key  # it collects the constants that Triton compares before every launch
+            self.src, self.name = src, ""
+            self.module = self.function = self.packed_metadata = None
+
+        def run(self, *args: object) -> None:
+            pass
+
+        def _init_handles(self) -> None:
+            pass
+
+    triton.runtime.driver.set_active(Driver(90))
+    with mock.patch("triton.compiler.compile", Nothing):
+        yield
+
+
+def timed_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """A call of each launcher whose launches are planned."""
+    from astroattn.ops.kernels import causal, static
+    from astroattn.ops.kernels.streaming import open_memory, stream_in_place
+    from astroattn.ops.streaming import empty_memory
+
+    kind = KINDS["bfloat16, heads of 64"]
+    q, k, v, d_out = (kind.draw(TIMED_TOKENS, TIMED_HEADS) for _ in range(4))
+    given = (q, k, v, *kind.layer(TIMED_HEADS), None, "positive_exp", 0.5)
+    yield "static forward", partial(static.linear_attention_forward, *given)
+    results = static.linear_attention_forward(*given)
+    yield "static backward", partial(static.linear_attention_backward, d_out, None, *given, *results, with_weight=False)
+    given = (*given[:-1], 192, 0.5)
+    yield "causal forward", partial(causal.causal_attention_forward, *given, with_state=False)
+    out, log_p, state = causal.causal_attention_forward(*given)
+    more = {"with_weight": False}
+    yield "causal backward", partial(causal.causal_attention_backward, d_out, None, *given, out, log_p, **more)
+    one = (x[:, :, :1] for x in (q, k, v))
+    yield "causal step", partial(causal.recurrent_step, *one, *given[3:], state)
+    q, k, v = kind.draw(1, 4 * TIMED_HEADS).unflatten(1, (-1, 4)), kind.draw(1, TIMED_HEADS), kind.draw(1, TIMED_HEADS)
+    memory = open_memory(empty_memory(q, k, v), 128)
+    yield "streaming step", partial(stream_in_place, q, k, v, memory, 64)
+
+
+def time_calls() -> dict[str, dict[str, float]]:
+    """The least microseconds of each call, by Triton's search and without it."""
+    from astroattn.ops.kernels import launching
+
+    found: dict[str, dict[str, float]] = {}
+    with unlaunched():
+        for name, call in timed_calls():
+            for how, answer in (("searched", never), ("planned", always)):
+                with mock.patch.object(launching, "_is_compiled_for", answer):
+                    call()
+                    least = min(time_once(call) for _ in range(RUNS))
+                found.setdefault(name, {})[how] = round(1e6 * least, 1)
+    return found
+
+
+def time_once(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("sequences", nargs="?", type=int, default=1000, help="of random length")
+    parser.add_argument("--time", action="store_true", help="the Python before a launch")
+    options = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    found = time_calls() if options.time else {name: count(kind, options.sequences) for name, kind in KINDS.items()}
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)
-    sequences = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-    print(json.dumps({name: count(kind, sequences) for name, kind in KINDS.items()}, indent=1))
+    main()

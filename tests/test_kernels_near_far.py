@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from astroattn import AstroConfig, AstrocyteAttention
+from astroattn.ops import near_far as plain_near_far
 from astroattn.ops import plain
 from astroattn.ops.backends import MOST_DIM
 from tests.core_cases import relative
@@ -14,17 +17,22 @@ from tests.test_native import CASES, budget_of, draw, given_choices
 
 pytest.importorskip("triton")
 
-from astroattn.ops.kernels import near_far
+from astroattn.ops.kernels import near_far, near_far_tiles
 
 # The interpreter is slow.
 SMALL = [name for name in CASES if CASES[name][0] < 400 and name != "padding" and CASES[name][1] <= MOST_DIM]
 
 
 def forward(name: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    tokens, dim, value_dim, changes, lengths = CASES[name]
+    tokens, dim, value_dim, _, _ = CASES[name]
     inputs = [x.to(device, dtype) for x in draw(tokens, dim, value_dim)]
-    of_batch = None if lengths is None else torch.tensor(lengths, device=device)
-    return inputs, list(near_far.near_far_forward(*inputs, None, of_batch, budget_of(changes), dim**-0.5))
+    return inputs, list(near_far.near_far_forward(*given(name, inputs)))
+
+
+def given(name: str, inputs: list[Tensor]) -> tuple[Any, ...]:
+    _, dim, _, changes, lengths = CASES[name]
+    of_batch = None if lengths is None else torch.tensor(lengths, device=inputs[0].device)
+    return *inputs, None, of_batch, budget_of(changes), dim**-0.5
 
 
 def backward(name: str, inputs: list[Tensor], results: list[Tensor], *gradients: Tensor) -> tuple[Tensor, ...]:
@@ -81,6 +89,32 @@ def test_equal_inputs_give_equal_bits(device: str) -> None:
     gradients = torch.randn_like(results[0]), torch.randn_like(results[1])
     once, again = (backward("ViT", inputs, results, *gradients) for _ in range(2))
     assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grid that does not divide", "no near field", "no far field"])
+def test_the_bound_that_a_cuda_graph_takes_changes_no_bit(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On how many keys a tile reads exactly, which only a waiting CPU could know better."""
+    inputs, results = forward(name, device, torch.float32)
+    gradients = [torch.randn_like(x) for x in results[:2]]
+    gradients[1][results[1].isinf()] = 0
+    exact, sizes = backward(name, inputs, results, *gradients), []
+    find_union = plain_near_far.find_union
+
+    def watched(*args: Any) -> plain_near_far.Union:
+        union = find_union(*args)
+        sizes.append((union.keys.shape[-1], find_union(*args[:4]).keys.shape[-1]))
+        return union
+
+    monkeypatch.setattr(near_far_tiles, "_is_captured", lambda x: True)
+    monkeypatch.setattr(plain_near_far, "find_union", watched)
+    for ours, theirs in zip(near_far.near_far_forward(*given(name, inputs)), results, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(backward(name, inputs, results, *gradients), exact, strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(bound > size for bound, size in sizes)
 
 
 def test_large_heads_in_float32_are_differentiated_by_plain_pytorch(device: str) -> None:

@@ -393,12 +393,16 @@ class Union(NamedTuple):
     left: Tensor
 
 
-def find_union(keys: Tensor, tiles: int, subtiles: int, body: int) -> Union:
-    """The exact keys of each tile, from those of the sub-tiles [Z, S, P]."""
+def find_union(keys: Tensor, tiles: int, subtiles: int, body: int, most: int | None = None) -> Union:
+    """The exact keys of each tile, from those of the sub-tiles [Z, S, P].
+
+    Args:
+        most: how many they are at most; None: as many as there are, for which a GPU has to be asked.
+    """
     keys = _by_tile(keys, tiles, subtiles)
     index = _unique(keys.flatten(2), body)
     there = index >= 0
-    size = int(there.sum(-1).max())
+    size = int(there.sum(-1).max()) if most is None else min(most, index.shape[-1])
     index, there = index[..., :size], there[..., :size]
     place = torch.searchsorted(-index, -keys.flatten(2)).view(keys.shape)  # -1 is behind the last, or where none is
     taken = keys.new_zeros(*keys.shape[:3], size + 1, dtype=torch.bool).scatter(3, place, True)[..., :size]

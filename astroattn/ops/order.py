@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from astroattn.ops.layout import SUBTILE, Layout, cuts, z_curve
+from astroattn.ops.layout import SUBTILE, Layout, cuts
 
 DIRECTIONS, SAMPLES = 8, 64
 POWER_STEPS = 2  # of the iteration for a node's principal direction
@@ -57,8 +58,9 @@ def find_coordinates(query: Tensor, key: Tensor) -> Coordinates:
 
 def _mixture(rows: int, columns: int, like: Tensor) -> Tensor:
     """Weights [rows, columns] that mix the sample into starting directions: fixed numbers without a pattern."""
-    row = torch.arange(1, rows + 1, dtype=torch.float64)[:, None]
-    return (row.square() * torch.arange(1, columns + 1)).cos().to(like)
+    device = like.device if like.is_cuda else None  # a CUDA graph takes nothing from the CPU; not all have float64
+    row, column = (torch.arange(1, count + 1, dtype=torch.float64, device=device) for count in (rows, columns))
+    return (row.square()[:, None] * column).cos().to(like)
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -84,18 +86,15 @@ def content_order(points: Tensor, layout: Layout) -> Tensor:
     """
     size, body, dim = points.shape
     order = torch.arange(body, device=points.device).expand(size, -1)
-    levels = cuts(body, layout.tile)
     rows = torch.arange(size, device=points.device)[:, None]
-    for begins in levels[:-1]:
-        node = _owner(begins, body, points.device)
-        place = (rows * len(begins) + node).flatten()
+    for node, length, nodes in _levels(body, layout.tile, points.device):
+        place = (rows * nodes + node).flatten()
         x = points.gather(1, order[..., None].expand(-1, -1, dim))
-        number = torch.bincount(node, minlength=len(begins)).to(x)[:, None]
-        mean = x.new_zeros(size * len(begins), dim).index_add(0, place, x.flatten(0, 1)).view(size, -1, dim) / number
-        x = x - mean[:, node]
+        sums = x.new_zeros(size * nodes, dim).index_add(0, place, x.flatten(0, 1)).view(size, -1, dim)
+        x = x - sums[:, node] / length[:, None]
         outer = (x[..., None] * x[..., None, :]).flatten(2)
-        moment = x.new_zeros(size * len(begins), dim * dim).index_add(0, place, outer.flatten(0, 1))
-        direction = _principal(moment.view(size, len(begins), dim, dim))
+        moment = x.new_zeros(size * nodes, dim * dim).index_add(0, place, outer.flatten(0, 1))
+        direction = _principal(moment.view(size, nodes, dim, dim))
         along = (x * direction[:, node]).sum(-1)
         by_place = along.argsort(dim=1, stable=True)
         by_node = node.expand(size, -1).gather(1, by_place).argsort(dim=1, stable=True)
@@ -103,10 +102,21 @@ def content_order(points: Tensor, layout: Layout) -> Tensor:
     return order
 
 
-def _owner(begins: tuple[int, ...], body: int, device: torch.device) -> Tensor:
-    """The node of each place [n]."""
-    ends = torch.tensor(begins, device=device)
-    return torch.searchsorted(ends, torch.arange(body, device=device), right=True) - 1
+def _levels(body: int, tile: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """The levels of a tree but the last: the node of each place [n], that one's length [n], and how many nodes.
+
+    As `cuts` has them, but made on the device, so that a CUDA graph can hold it.
+    """
+    numbers = [len(begins) for begins in cuts(body, tile)]
+    place = torch.arange(body, device=device)
+    begin, end = torch.zeros_like(place), torch.full_like(place, body)
+    units = [tile] * (-(-body // tile) - 1).bit_length()
+    units += [SUBTILE] * (len(numbers) - 1 - len(units))
+    for unit, nodes in zip(units, numbers, strict=False):
+        yield (place == begin).cumsum(0) - 1, end - begin, nodes
+        middle = begin + ((end - begin + unit - 1) // unit + 1) // 2 * unit  # not before the end of a node of one unit
+        right = place >= middle
+        begin, end = torch.where(right, middle, begin), torch.where(right, end, torch.minimum(middle, end))
 
 
 def _principal(moment: Tensor) -> Tensor:
@@ -120,10 +130,14 @@ def _principal(moment: Tensor) -> Tensor:
 
 
 def position_order(layout: Layout, body: int, device: torch.device) -> Tensor:
-    """The tokens [n] as they stand, or the patches of a grid along a Z-curve."""
+    """The tokens [n] as they stand, or the patches of a grid along a Z-curve (as `layout.z_curve`)."""
+    token = torch.arange(body, device=device)
     if layout.grid is None:
-        return torch.arange(body, device=device)
-    return torch.tensor(z_curve(*layout.grid), device=device)
+        return token
+    row, column, along = token // layout.grid[1], token % layout.grid[1], torch.zeros_like(token)
+    for bit in range(max(layout.grid).bit_length()):
+        along += ((column >> bit & 1) << 2 * bit) + ((row >> bit & 1) << 2 * bit + 1)
+    return along.argsort()
 
 
 def keep_neighbours(query: Tensor, key: Tensor, order: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:

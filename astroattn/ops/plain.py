@@ -331,6 +331,11 @@ def groups_of(lengths: Tensor | None, key: Tensor) -> list[tuple[Tensor, int]]:
     every = torch.arange(batch * heads, device=key.device)
     if lengths is None:
         return [(every, tokens)]
+    if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "astroattn: a CUDA graph cannot hold tiles of padded rows, whose lengths decide what is computed; "
+            "compile without CUDA graphs, or give it rows of one length and no mask"
+        )
     of_row = lengths.repeat_interleave(heads)
     return [(every[of_row == length], length) for length in sorted(set(lengths.tolist()))]
 

@@ -1,19 +1,19 @@
 """Time and peak memory of attention, and of whole models, side by side with SDPA in one run.
 
 A contestant must first agree with plain PyTorch in float64; then it is timed in turns with the others: SDPA with its
-fastest fused backend, this library's attention with its kernels and in plain PyTorch, features held in memory, and
-flash-linear-attention where it is installed. On a CPU read the ratios, not the seconds.
+fastest fused backend, this library's attention with its kernels and in plain PyTorch, features held in memory, and on
+a GPU other people's kernels where they are installed. On a CPU read the ratios, not the seconds.
 
     python -m eval.benchmark --json out/benchmark.json --figure out/benchmark.png     # on a GPU where there is one
     python -m eval.benchmark --device cpu --dtype float32 --dtype bfloat16 --threads 2
 
-The rows of the JSON have a "part": "settings"; "ceilings", of the machine, measured in this run; "attention"; "models";
-and "summary": the length from which on it is faster than SDPA, and the slope of log peak memory in log N.
+The rows of the JSON have a "part": "settings"; "ceilings", of the machine, measured in this run; "peers", whose kernels
+were measured and whose were not; "reported", what is reported elsewhere; "attention"; "models"; and "summary": the
+length from which on it is faster than SDPA, the slope of log peak memory in log N, and how far from softmax it is.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from enum import StrEnum
 from typing import Annotated
 
@@ -24,6 +24,7 @@ from eval.benchmark.attention import PASSES, measure_attention
 from eval.benchmark.contestants import Problem
 from eval.benchmark.figure import plot
 from eval.benchmark.models import measure_models
+from eval.benchmark.peers import reported_rows
 from eval.benchmark.rows import Row, print_results, summarise
 from eval.benchmark.timing import Effort
 from eval.common import FigureOption, JsonOption, SeedOption, run_script, write_figure, write_json
@@ -62,6 +63,9 @@ def main(
     limit: Annotated[
         int | None, typer.Option(min=197, help="Longest sequence, in tokens; by default 16384, on a GPU 131072.")
     ] = None,
+    peers: Annotated[
+        bool, typer.Option(help="Other people's kernels, too, where they are installed; on a GPU.")
+    ] = True,
     backward: Annotated[bool, typer.Option(help="Time forward and backward together, too.")] = True,
     batch: Annotated[int, typer.Option(min=1, help="Sequences (of the attention alone).")] = 1,
     heads: Annotated[
@@ -90,14 +94,17 @@ def main(
     limit, effort, place = limit or LIMIT[kind], Effort(repeats, seconds), torch.device(kind)
     on_cpu = "a CPU's, of which others may take a share: read the ratios"
     settings = {"device": kind.value, "limit": limit, **shape, "threads": torch.get_num_threads(), "repeats": repeats}
-    settings["flash-linear-attention"] = importlib.util.find_spec("fla") is not None
     settings["seconds"] = on_cpu if kind == Device.cpu else "this GPU's"
     keep([{"part": "settings", **settings}])
+    with_peers = peers and kind == Device.cuda and only != Part.models
+    if with_peers:
+        keep(reported_rows())
     for name in dtype or [DTYPE[kind]]:
         dtype_of = getattr(torch, name)
         if only != Part.models:
             passes = [name for name, needed in PASSES.items() if backward or not needed]
-            measure_attention(Problem(**shape, dtype=dtype_of, device=place, seed=seed), limit, passes, effort, keep)
+            problem = Problem(**shape, dtype=dtype_of, device=place, seed=seed)
+            measure_attention(problem, limit, passes, effort, keep, with_peers)
         if only != Part.attention:
             measure_models(dtype_of, place, limit, effort, seed, keep)
     keep(summarise(rows))

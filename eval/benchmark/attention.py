@@ -21,8 +21,10 @@ from eval.benchmark.contestants import (
     check_results,
     draw_gradient,
     make_contestants,
+    measure_error,
     run_pass,
 )
+from eval.benchmark.peers import find_peers
 from eval.benchmark.rows import Row
 from eval.benchmark.timing import (
     Call,
@@ -52,25 +54,35 @@ WITH_BACKWARD = 3
 
 
 def measure_attention(
-    problem: Problem, limit: int, passes: list[str], effort: Effort, keep: Callable[[list[Row]], None]
+    problem: Problem,
+    limit: int,
+    passes: list[str],
+    effort: Effort,
+    keep: Callable[[list[Row]], None],
+    with_peers: bool = False,
 ) -> None:
     """Gate, then time, all contestants from 197 tokens to `limit`; `keep` is given rows as soon as there are some.
 
     Raises:
-        GateError: a contestant does not compute what it claims to.
+        GateError: a contestant of ours, or SDPA, does not compute what it claims to.
     """
     contestants = make_contestants(problem)
-    dtype = str(problem.dtype).removeprefix("torch.")
+    dtype, backward = str(problem.dtype).removeprefix("torch."), any(PASSES[name] for name in passes)
     for contestant in tqdm(contestants, f"gate, {dtype}", leave=False):
         for tokens in GATE_LENGTHS:
-            check_results(contestant, problem, tokens, any(PASSES[name] for name in passes))
+            check_results(contestant, problem, tokens, backward)
+    if with_peers:
+        peers, told = find_peers(problem, backward)
+        contestants += peers
+        keep([row | {"dtype": dtype} for row in told])
+    errors = {(each.name, each.backend): measure_error(each, problem) for each in contestants}
     ceilings = measure_ceilings(problem.dtype, problem.device)
     keep([{"part": "ceilings", "dtype": dtype, **ceilings}])
     cells = [(name, tokens) for name in passes for tokens in LENGTHS if tokens <= limit]
     for name, tokens in tqdm(cells, f"attention, {dtype}", leave=False):
         same = {"part": "attention", "dtype": dtype, "pass": name, "tokens": tokens}
         rows = _measure_cell(problem, contestants, tokens, PASSES[name], effort, ceilings)
-        keep([same | row for row in rows])
+        keep([same | row | {"error": errors[row["name"], row["backend"]]} for row in rows])
 
 
 def _measure_cell(
@@ -81,10 +93,12 @@ def _measure_cell(
     effort: Effort,
     ceilings: dict[str, float],
 ) -> list[Row]:
-    taken = [contestant for contestant in contestants if tokens <= contestant.limit]
+    taken = [each for each in contestants if tokens <= each.limit and (each.has_backward or not backward)]
     times, best = _time_cell(problem, taken, tokens, backward, effort)
     rows = []
     for contestant in taken:
+        if (contestant.label, "eager") not in times:
+            continue
         peak = _peak_of(problem, contestant, tokens, backward)
         for launch in ("eager", "graph"):
             mine, theirs = (times.get((label, launch)) for label in (contestant.label, "SDPA"))
@@ -120,13 +134,26 @@ def _time_cell(
         best = _best_sdpa(contestants[0], sets, d_out, device)
         with sdpa_kernel(best):
             for contestant in contestants:
-                check_properties(contestant, problem, tokens, backward)
+                if not _is_right(contestant, problem, tokens, backward):
+                    continue
                 run = rotate(partial(run_pass, contestant.attend, d_out=d_out), sets)
                 calls[contestant.label, "eager"] = Call(run)
                 if device.type == "cuda" and contestant.backend != "torch":
                     replay = capture(run, max(LEAST_CALLS, len(sets)), contestant.label)
                     calls |= {(contestant.label, "graph"): replay} if replay else {}
             return time_in_turns(calls, device, effort), best
+
+
+def _is_right(contestant: Contestant, problem: Problem, tokens: int, backward: bool) -> bool:
+    """Whether a contestant passes the gate at this length; a peer that does not has no row here, with a warning."""
+    try:
+        check_properties(contestant, problem, tokens, backward)
+    except Exception as error:
+        if contestant.backend != "peer":
+            raise
+        warnings.warn(f"{contestant.label}, {tokens} tokens: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _best_sdpa(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +69,7 @@ class Contestant:
         products: counted products of length D per query at a length, None where nobody counts them.
         plain: given inputs, the same attention in plain PyTorch of any precision; None where there is no other.
         limit: the longest sequence that it is timed on.
+        has_backward: whether it has gradients. approximates: whether it stands for softmax without being it.
     """
 
     name: str
@@ -79,6 +79,8 @@ class Contestant:
     products: Callable[[int], float] | None = None
     plain: Callable[..., Attention] | None = None
     limit: int = 2**62
+    has_backward: bool = True
+    approximates: bool = False
 
     @property
     def label(self) -> str:
@@ -87,9 +89,9 @@ class Contestant:
 
 
 def make_contestants(problem: Problem) -> list[Contestant]:
-    """SDPA first, then ours, our plain PyTorch, materialised features and, where installed, flash-linear-attention."""
+    """SDPA first, then ours, our plain PyTorch, and materialised features."""
     found = [
-        Contestant("SDPA", "torch.nn", "sdpa", F.scaled_dot_product_attention, lambda n: 2 * n, lambda *_: _softmax)
+        Contestant("SDPA", "torch.nn", "sdpa", F.scaled_dot_product_attention, lambda n: 2 * n, lambda *_: softmax)
     ]
     for name, config in CONFIGS.items():
         ours, plain = (_module(problem, replace(config, backend=backend)) for backend in ("auto", "torch"))
@@ -97,17 +99,13 @@ def make_contestants(problem: Problem) -> list[Contestant]:
         row = torch.empty(1, 1, 1, problem.head_dim, dtype=problem.dtype, device=problem.device)
         kernel = choose_backend("auto", operation, row, row)
         chosen = partial(_given_choices, config, kernel)
-        twin = chosen if operation == "near_far" and kernel != "torch" else partial(_always, plain)
+        twin = chosen if operation == "near_far" and kernel != "torch" else partial(always, plain)
         products = partial(_products, plain)
-        found.append(Contestant(name, "auto", kernel, ours, products, twin))
+        found.append(Contestant(name, "auto", kernel, ours, products, twin, approximates=True))
         if kernel != "torch":  # else they are the same
             limit = REFERENCE_LIMIT[problem.device.type]
-            found.append(Contestant(name, "torch", "torch", plain, products, limit=limit))
-    weight = draw_orthogonal((problem.heads, 64, problem.head_dim), torch.Generator().manual_seed(0))
-    phi = partial(_materialised, weight.to(problem.device, problem.dtype))
-    found.append(Contestant("phi in memory, m = 64", "torch.nn", "torch", phi, lambda n: 4 * 64))
-    if problem.device.type == "cuda" and importlib.util.find_spec("fla"):
-        found.append(Contestant("fla, causal", "fla", "triton", _flash_linear, plain=partial(_always, _elu_causal)))
+            found.append(Contestant(name, "torch", "torch", plain, products, limit=limit, approximates=True))
+    found.append(Contestant("phi in memory, m = 64", "torch.nn", "torch", _materialised, lambda n: 4 * 64))
     return found
 
 
@@ -119,7 +117,7 @@ def _products(module: AstrocyteAttention, tokens: int) -> float:
     return module.cost(tokens, tokens).products
 
 
-def _always(attention: Attention, *_: Tensor) -> Attention:
+def always(attention: Attention, *_: Tensor) -> Attention:
     return attention
 
 
@@ -147,33 +145,35 @@ def _choose(config: AstroConfig, kernel: str, query: Tensor, key: Tensor, value:
     return Choice(*(x.flatten(0, 1) for x in chosen))
 
 
-def _softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value
 
 
-def _materialised(weight: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _materialised(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The paper's attention as one writes it down: phi(q) and phi(k) [B, H, N, m] lie in memory."""
-    gains = []
-    for x in (query, key):
-        x = x * x.shape[-1] ** -0.25
-        gains.append(x @ weight.to(x.dtype).mT - x.square().sum(-1, keepdim=True) / 2)
-    phi_query = (gains[0] - gains[0].amax(-1, keepdim=True)).exp()
-    phi_key = (gains[1] - gains[1].amax((-2, -1), keepdim=True)).exp()
+    phi_query, phi_key = features(draw_weight(query), query, key)
     return phi_query @ (phi_key.mT @ value) / (phi_query @ phi_key.sum(-2)[..., None])
 
 
-def _flash_linear(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """flash-linear-attention: causal, features elu + 1 made by PyTorch."""
-    from fla.ops.linear_attn import chunk_linear_attn
-
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (F.elu(query) + 1, F.elu(key) + 1, value))
-    out: Tensor = chunk_linear_attn(q, k, v)[0]
-    return out.transpose(1, 2)
+def draw_weight(query: Tensor) -> Tensor:
+    """W [H, 64, D] of the static layer, for such queries."""
+    return _weight(query.shape[1], query.shape[3], query.device, query.dtype)
 
 
-def _elu_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    shares = ((F.elu(query) + 1) @ (F.elu(key) + 1).mT).tril()
-    return shares @ value / shares.sum(-1, keepdim=True)
+@cache
+def _weight(heads: int, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return draw_orthogonal((heads, 64, dim), torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def features(weight: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The responses phi(q) and phi(k) of the static layer, each up to a factor that cancels."""
+    gains = []
+    for x in (query, key):
+        x = x * x.shape[-1] ** -0.25
+        gains.append(x @ weight.mT - x.square().sum(-1, keepdim=True) / 2)
+    phi_query = (gains[0] - gains[0].amax(-1, keepdim=True)).exp()
+    return phi_query, (gains[1] - gains[1].amax((-2, -1), keepdim=True)).exp()
 
 
 def run_pass(attention: Attention, query: Tensor, key: Tensor, value: Tensor, d_out: Tensor | None) -> list[Tensor]:
@@ -215,9 +215,9 @@ def check_results(contestant: Contestant, problem: Problem, tokens: int, backwar
     config = CONFIGS.get(contestant.name)
     if config is None or config.hidden == "random":
         return
-    softmax, reference = _softmax(*exact_inputs), _module(problem, replace(config, backend="torch"))
-    error = relative_error(exact[0], softmax)
-    allowed = WORSE_CHOICES * relative_error(reference(*exact_inputs), softmax)
+    target, reference = softmax(*exact_inputs), _module(problem, replace(config, backend="torch"))
+    error = relative_error(exact[0], target)
+    allowed = WORSE_CHOICES * relative_error(reference(*exact_inputs), target)
     if not error <= allowed:
         raise GateError(
             f"{contestant.label}, {problem.dtype}, {tokens} tokens: with its choices {error:.2f} from "
@@ -252,6 +252,15 @@ def check_properties(contestant: Contestant, problem: Problem, tokens: int, back
             )
     if not all(bool(x.isfinite().all()) for x in results):
         raise GateError(f"{contestant.label}, {problem.dtype}, {tokens} tokens: not finite")
+
+
+def measure_error(contestant: Contestant, problem: Problem) -> float | None:
+    """How far it is from softmax in float64, relative, at the longest length of the gate; None where it is no other."""
+    if not contestant.approximates:
+        return None
+    (inputs,) = problem.draw(GATE_LENGTHS[-1])
+    with torch.inference_mode():
+        return relative_error(contestant.attend(*inputs), softmax(*(x.double() for x in inputs)))
 
 
 def draw_gradient(problem: Problem, tokens: int) -> Tensor:

@@ -18,8 +18,14 @@ COLOURS = {
     "default": "#D55E00",
     "random, m = 64": "#009E73",
     "phi in memory, m = 64": "#999999",
-    "fla, causal": "#CC79A7",
+    "flash-attn 2": "#56B4E9",
+    "flash-attn 3": "#56B4E9",
+    "flash-attn 4": "#56B4E9",
+    "SageAttention": "#F0E442",
+    "SpargeAttention": "#E69F00",
+    "fla, causal, m = 64": "#CC79A7",
 }
+OTHER = "0.75"
 MODEL_LINES = {"ViT-tiny/16": "-", "ViT-base/16": "-.", "MiniLM": "--", "BERT-base": ":"}
 PANEL = (4.2, 3.6)  # inches
 
@@ -70,7 +76,7 @@ def _draw_line(axis: Axes, rows: list[Row], measure: str, factor: float, on_gpu:
     tokens = [row["tokens"] for row in rows]
     median, low, high = ([factor * row[measure][each] for row in rows] for each in ("median", "low", "high"))
     axis.plot(tokens, median, **_style(rows[0], on_gpu))
-    axis.fill_between(tokens, low, high, color=COLOURS[rows[0]["name"]], alpha=0.2, linewidth=0)
+    axis.fill_between(tokens, low, high, color=COLOURS.get(rows[0]["name"], OTHER), alpha=0.2, linewidth=0)
 
 
 def _draw_memory(axis: Axes, rows: list[Row]) -> None:
@@ -102,7 +108,7 @@ def _draw_models(axis: Axes, rows: list[Row]) -> None:
 
 
 def _style(row: Row, on_gpu: bool) -> dict[str, Any]:
-    style = {"color": COLOURS[row["name"]], "marker": ".", "label": label(row)}
+    style = {"color": COLOURS.get(row["name"], OTHER), "marker": ".", "label": label(row)}
     if row["backend"] == "torch":
         return style | {"linestyle": "--", "linewidth": 1, "marker": "", "alpha": 0.8}
     if on_gpu and row["launch"] == "eager":

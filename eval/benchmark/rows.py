@@ -58,6 +58,7 @@ def summarise(rows: list[Row]) -> list[Row]:
         same = dict(zip(keys, values, strict=True))
         mine = select(rows, "attention", **same)
         found = {"faster than SDPA from": find_crossover(mine), "memory slope": fit_slope(mine)}
+        found["error"] = mine[0].get("error")
         summary.append({"part": "summary", **same, **found})
     return summary
 
@@ -67,8 +68,6 @@ def print_results(rows: list[Row]) -> None:
     (settings,) = select(rows, "settings")
     on_gpu = settings["device"] == "cuda"
     print(", ".join(f"{key}: {value}" for key, value in settings.items() if key != "part"))
-    if not settings["flash-linear-attention"]:
-        print("flash-linear-attention is not installed: it has no row")
     for row in select(rows, "ceilings"):
         copied, done = row["bytes per second"] / 1e9, row["operations per second"] / 1e12
         print(f"{row['dtype']}: copies at {copied:.0f} GB/s, multiplies matrices at {done:.3g} Tflop/s")
@@ -94,6 +93,23 @@ def print_results(rows: list[Row]) -> None:
     print()
     for row in select(rows, "summary"):
         print(f"{row['dtype']}, {row['pass']}, {label(row)}: {_sum_up(row)}")
+    _print_peers(rows)
+
+
+def _print_peers(rows: list[Row]) -> None:
+    """Footnotes: whose kernels were measured and whose were not, and what is reported elsewhere."""
+    peers = select(rows, "peers")
+    missing = dict.fromkeys(row["name"] for row in peers if row["reason"] == "not installed")
+    if missing:
+        print(f"not installed, and so without a row: {'; '.join(missing)}")
+    for row in peers:
+        if row["version"] is not None:
+            print(f"{row['name']}, {row['dtype']}, {row['version']}: {row['reason'] or 'measured'}")
+    for source in values_of(rows, "source", "reported"):
+        print(f"\n{source}, milliseconds")
+        for name in dict.fromkeys(row["name"] for row in select(rows, "reported", source=source)):
+            mine = select(rows, "reported", source=source, name=name)
+            print(f"{name}:", ", ".join(f"{row['tokens']:,}: {row['milliseconds']}" for row in mine))
 
 
 def _print_grid(title: str, rows: list[Row], by: str, show: Callable[[Row], str]) -> None:
@@ -130,6 +146,8 @@ def _sum_up(row: Row) -> str:
         said.append(f"faster than SDPA from {row['faster than SDPA from'] or 'no measured length'} tokens on")
     if row["memory slope"] is not None:
         said.append(f"peak memory grows as N^{row['memory slope']:.2f}")
+    if row["error"] is not None:
+        said.append(f"{row['error']:.2g} from softmax, relative, on these random inputs")
     return ", ".join(said)
 
 

@@ -32,6 +32,7 @@ from astroattn.ops.kernels.causal_forward import (
 from astroattn.ops.kernels.causal_step import recurrent_step
 from astroattn.ops.kernels.device import is_small
 from astroattn.ops.kernels.features import LOWEST
+from astroattn.ops.kernels.launching import Launches
 from astroattn.ops.kernels.rows import Rows, cdiv, power_of_2, rows_of
 from astroattn.ops.kernels.static import INDEFINITE, NORM
 from astroattn.ops.rows import dense_rows, empty_rows
@@ -40,6 +41,7 @@ __all__ = ["causal_attention_backward", "causal_attention_forward", "new_state",
 
 Options = dict[str, int]
 LEAST_CHUNK, MOST_CHUNK = 256, 1024  # tokens: shorter ones cost more in launches and sums than they save
+WITHOUT_NEAR, WITH_NEAR = tl.constexpr(0), tl.constexpr(1)
 PROGRAMS = 264  # two for each multiprocessor of a large GPU; a constant, so that results do not depend on the GPU
 
 
@@ -103,6 +105,8 @@ def causal_attention_forward(
     Raises:
         ValueError: a head dim above 256, or a state of another near field.
     """
+    given = (query, key, value, weight, phase, key_mask, activation, near, scale_root, state, with_state)
+    launch = Launches(causal_attention_forward, *given)
     past, tokens = max(near - 1, 0), query.shape[2]
     shift, before = past, None
     if state is not None:
@@ -118,15 +122,12 @@ def causal_attention_forward(
     shape = _shape(query, key, key_mask, near, shift, options["T"])
     layer = layer_of(weight, phase, activation, scale_root)
     inputs = (rows_of(query), rows_of(key), rows_of(value), layer)
-    sums = _sums_before(inputs, before, shape, options)
+    sums = _sums_before(launch, inputs, before, shape, options)
     out = empty_rows(query, value.shape[-1])
     log_p = query.new_empty(query.shape[:3], dtype=torch.float32)
     after = new_state(key, value, weight.shape[2], near) if with_state else None
-    read_kernel[(_sequences(query) * sums.chunks,)](
-        *(*inputs, sums, None if after is None else sums_of(after), rows_of(out), log_p, None, shape),
-        **options,
-        BLOCKS=blocks,
-    )
+    arguments = (*inputs, sums, None if after is None else sums_of(after), rows_of(out), log_p, None, shape)
+    launch(read_kernel, _sequences(query) * sums.chunks, arguments, options | {"BLOCKS": blocks})
     if after is not None and past:
         _keep_latest(after, key, value, key_mask)
     return out, log_p, after
@@ -154,45 +155,42 @@ def causal_attention_backward(
     Of a call from the start of a sequence. Arguments as those of `causal_attention_forward`, then its results.
     d_log_p: None where log p is not used.
     """
+    given = (query, key, value, weight, phase, key_mask, activation, near, scale_root, out, log_p, with_weight)
+    launch = Launches(causal_attention_backward, d_out, d_log_p, *given)
     d_out, query, key, value, out = map(dense_rows, (d_out, query, key, value, out))
     d_log_p = None if d_log_p is None else d_log_p.contiguous()
     sequences, tokens, past, m = _sequences(query), query.shape[2], max(near - 1, 0), weight.shape[2]
     blocks, options = _options("backward", query, value.shape[-1], m)
-    block = options["T"]
-    shape = _shape(query, key, key_mask, near, past, block)
+    shape = _shape(query, key, key_mask, near, past, options["T"])
     layer = layer_of(weight, phase, activation, scale_root)
     inputs = (rows_of(query), rows_of(key), rows_of(value), layer)
     every = options | {"NORM": NORM.get(activation, 0), "BLOCKS": blocks}
 
-    sign = None
+    sign: Tensor | None = None
+    arguments: tuple[object, ...]
     if activation in INDEFINITE:
-        sums = _sums_before(inputs, None, shape, options)
+        sums = _sums_before(launch, inputs, None, shape, options)
         sign, log_p = torch.empty_like(log_p), torch.empty_like(log_p)
-        read_kernel[(sequences * sums.chunks,)](
-            *(*inputs, sums, None, rows_of(out), log_p, sign, shape), **options, BLOCKS=blocks
-        )
-    delta = torch.empty_like(log_p)
-    delta_kernel[(sequences * cdiv(tokens, block),)](
-        rows_of(d_out), rows_of(out), d_log_p, log_p, delta, shape, T=block
-    )
+        arguments = (*inputs, sums, None, rows_of(out), log_p, sign, shape)
+        launch(read_kernel, sequences * sums.chunks, arguments, options | {"BLOCKS": blocks})
+    delta, d_rows = torch.empty_like(log_p), rows_of(d_out)
+    arguments = (d_rows, rows_of(out), d_log_p, log_p, delta, shape)
+    launch(delta_kernel, sequences * cdiv(tokens, options["T"]), arguments, {"T": options["T"]})
     normaliser = (log_p, sign, delta)
 
     # The slots of the last near field have no queries beside them.
-    chunks, key_chunks = _chunks(shape), cdiv(tokens + past, shape.chunk)
+    chunks, key_chunks, parts, key_parts = _chunks(shape), cdiv(tokens + past, shape.chunk), None, None
+    total = chunks + key_chunks
     d_query, d_key, d_value = (empty_rows(x, x.shape[-1]) for x in (query, key, value))
-    total, parts, key_parts = chunks + key_chunks, None, None
     if with_weight:
         parts = query.new_empty(*query.shape[:2], total, m, query.shape[-1], dtype=torch.float32)
         key_parts = parts[:, :, chunks:]
-    sums = _sums_before(inputs, None, shape, options)
-    query_kernel[(sequences * chunks,)](
-        *(rows_of(d_out), *inputs, sums, *normaliser, rows_of(d_query), parts, total, shape), **every
-    )
-    sums = _sums_behind(inputs, rows_of(d_out), normaliser, key_chunks, shape, options)
-    key_kernel[(sequences * key_chunks,)](
-        *(rows_of(d_out), *inputs, sums, *normaliser, rows_of(d_key), rows_of(d_value), key_parts, total, shape),
-        **every,
-    )
+    sums = _sums_before(launch, inputs, None, shape, options)
+    arguments = (d_rows, *inputs, sums, *normaliser, rows_of(d_query), parts, total, shape)
+    launch(query_kernel, sequences * chunks, arguments, every)
+    sums = _sums_behind(launch, inputs, d_rows, normaliser, key_chunks, shape, options)
+    arguments = (d_rows, *inputs, sums, *normaliser, rows_of(d_key), rows_of(d_value), key_parts, total, shape)
+    launch(key_kernel, sequences * key_chunks, arguments, every)
     if parts is None:
         return d_query, d_key, d_value, None
     d_weight = parts.sum((0, 2))[None] if weight.shape[0] == 1 else parts.sum(2)
@@ -215,7 +213,9 @@ def new_state(key: Tensor, value: Tensor, num_hidden: int, near: int) -> CausalS
     )
 
 
-def _sums_before(inputs: tuple[Rows, Rows, Rows, Layer], before: Sums | None, shape: Shape, options: Options) -> Sums:
+def _sums_before(
+    launch: Launches, inputs: tuple[Rows, Rows, Rows, Layer], before: Sums | None, shape: Shape, options: Options
+) -> Sums:
     """What the chunks before each chunk, and before them the state, have written: one launch, or two."""
     _, key, value, layer = inputs
     chunks = _chunks(shape)
@@ -223,12 +223,13 @@ def _sums_before(inputs: tuple[Rows, Rows, Rows, Layer], before: Sums | None, sh
     sequences = _sequences(key.data)
     if chunks > 1:
         blocks = cdiv(layer.size, options["M"])
-        write_kernel[(sequences * (chunks - 1) * blocks,)](key, value, layer, parts, shape, **options)
-    scan_kernel[(sequences * layer.size,)](parts, before, sums, layer.size, REVERSE=False, num_warps=1)
+        launch(write_kernel, sequences * (chunks - 1) * blocks, (key, value, layer, parts, shape), options)
+    launch(scan_kernel, sequences * layer.size, (parts, before, sums, layer.size), {"REVERSE": False, "num_warps": 1})
     return sums
 
 
 def _sums_behind(
+    launch: Launches,
     inputs: tuple[Rows, Rows, Rows, Layer],
     d_out: Rows,
     normaliser: tuple[Tensor, Tensor | None, Tensor],
@@ -243,15 +244,15 @@ def _sums_behind(
     sequences = _sequences(query.data)
     if more:
         blocks = cdiv(layer.size, options["M"])
-        behind_kernel[(sequences * more * blocks,)](query, d_out, layer, *normaliser, parts, shape, **options)
-    scan_kernel[(sequences * layer.size,)](parts, None, sums, layer.size, REVERSE=True, num_warps=1)
+        launch(behind_kernel, sequences * more * blocks, (query, d_out, layer, *normaliser, parts, shape), options)
+    launch(scan_kernel, sequences * layer.size, (parts, None, sums, layer.size), {"REVERSE": True, "num_warps": 1})
     return sums
 
 
 def _new_sums(like: Rows, layer: Layer, shape: Shape, chunks: int) -> Sums:
-    sizes = (_sequences(like.data), chunks, layer.size)
-    kv, z, top = (like.data.new_empty(*sizes, *more, dtype=torch.float32) for more in ((like.DIM.value,), (), ()))
-    return Sums(kv, z, top, chunks, like.DIM, like.PADDED)
+    x, sizes = like.data, (_sequences(like.data), chunks, layer.size)
+    kv, z = x.new_empty(*sizes, like.DIM.value, dtype=torch.float32), x.new_empty(sizes, dtype=torch.float32)
+    return Sums(kv, z, torch.empty_like(z), chunks, like.DIM, like.PADDED)
 
 
 def _keep_latest(state: CausalState, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
@@ -276,7 +277,7 @@ def _shape(query: Tensor, key: Tensor, key_mask: Tensor | None, near: int, shift
     wanted = cdiv(tokens * batch * heads, PROGRAMS)
     chunk = cdiv(min(max(wanted, LEAST_CHUNK), MOST_CHUNK, tokens), block) * block
     past = max(near - 1, 0)
-    return Shape(mask, heads, tokens, key.shape[2], past, shift, chunk, tl.constexpr(int(near > 0)))
+    return Shape(mask, heads, tokens, key.shape[2], past, shift, chunk, WITH_NEAR if near > 0 else WITHOUT_NEAR)
 
 
 def _options(kernel: str, query: Tensor, dv: int, m: int) -> tuple[int, Options]:

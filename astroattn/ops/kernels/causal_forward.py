@@ -7,6 +7,7 @@ A row is a slot's place in the tensors of keys and values: slot - shift.
 
 from __future__ import annotations
 
+from functools import cache
 from math import log
 from typing import Any, NamedTuple
 
@@ -75,8 +76,11 @@ class Shape(NamedTuple):
 
 def layer_of(weight: Tensor, phase: Tensor, activation: str, scale_root: float) -> Layer:
     batch, heads, size, _ = weight.shape
-    constants = (0 if batch == 1 else heads, size, log(size), scale_root, tl.constexpr(activation))
-    return Layer(weight.contiguous(), phase.contiguous(), *constants)
+    numbers = (0 if batch == 1 else heads, size, log(size), scale_root)
+    return Layer(weight.contiguous(), phase.contiguous(), *numbers, _constant(activation))
+
+
+_constant = cache(tl.constexpr)
 
 
 def sums_of(state: CausalState) -> Sums:

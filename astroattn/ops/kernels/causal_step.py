@@ -10,7 +10,9 @@ from torch import Tensor
 from astroattn.ops.causal import CausalState
 from astroattn.ops.kernels.causal_forward import layer_of, load_sums, start_of, store_sums, sums_of
 from astroattn.ops.kernels.features import LOG_2, LOWEST, TO_BASE_2, narrow, respond
+from astroattn.ops.kernels.launching import Launches
 from astroattn.ops.kernels.rows import load_rows, power_of_2, rows_of, store_rows
+from astroattn.ops.rows import dense_rows
 
 BLOCK = 8192  # numbers of the hidden layer, and of the near field, that are taken at once
 
@@ -153,19 +155,23 @@ def recurrent_step(
         raise ValueError(f"query: {query.shape[2]} tokens; a step takes one")
     if state.key.shape[2] != past:
         raise ValueError(f"near: {near}; the state keeps the latest {state.key.shape[2]} keys, not {past}")
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    given = (query, key, value, weight, phase, key_mask, activation, near, scale_root, state)
+    launch = Launches(recurrent_step, *given)
+    query, key, value = map(dense_rows, (query, key, value))
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     log_p = query.new_empty(query.shape[:3], dtype=torch.float32)
     m = weight.shape[2]
     rows = BLOCK // max(power_of_2(query.shape[-1]), power_of_2(value.shape[-1]))
-    step_kernel[(query.shape[0] * query.shape[1],)](
-        *(*map(rows_of, (query, key, value)), layer_of(weight, phase, activation, scale_root), sums_of(state)),
-        *(rows_of(state.key), rows_of(state.value), state.real.view(torch.uint8)),
-        *(None if key_mask is None else key_mask.contiguous().view(torch.uint8), rows_of(out), log_p, query.shape[1]),
-        PAST=past,
-        NEAR=near > 0,
-        M=power_of_2(m, most=rows),
-        T=power_of_2(past, most=rows),
-        num_warps=8,
+    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    sizes = {"PAST": past, "NEAR": near > 0, "M": power_of_2(m, most=rows), "T": power_of_2(past, most=rows)}
+    launch(
+        step_kernel,
+        query.shape[0] * query.shape[1],
+        (
+            *(*map(rows_of, (query, key, value)), layer_of(weight, phase, activation, scale_root), sums_of(state)),
+            *(rows_of(state.key), rows_of(state.value), state.real.view(torch.uint8)),
+            *(mask, rows_of(out), log_p, query.shape[1]),
+        ),
+        sizes | {"num_warps": 8},
     )
     return out, log_p

@@ -73,7 +73,8 @@ def read_tiles(query: Tensor, key: Tensor, value: Tensor, layout: Layout, choice
     size, body = len(key), key.shape[1] - prefix
     reading = near_far.read_tiles(query, key, order, layout, None)
     tiles, subtiles = reading.token.shape[1], layout.subtiles()
-    union = near_far.find_union(keys, tiles, subtiles, body)
+    most = layout.union(body) if _is_captured(key) else None
+    union = near_far.find_union(keys, tiles, subtiles, body, most)
 
     # What a tile reads exactly: the prefix, all of it by every query, and the union.
     head = torch.arange(prefix, device=key.device).expand(size, tiles, -1)
@@ -98,6 +99,11 @@ def read_tiles(query: Tensor, key: Tensor, value: Tensor, layout: Layout, choice
         *(*rows, order.int(), reading.mean, reading.real, index, taken.to(torch.uint8), owner),
         *((bias - top[..., None]).contiguous(), top, hidden),
     )
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is made: it cannot ask how many keys tiles read, and takes the bound, which may be more."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def dims_of(dim: int, value_dim: int) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -24,8 +25,13 @@ class Rows(NamedTuple):
 
 def rows_of(x: Tensor) -> Rows:
     """A tensor [B, H, N, D] whose last stride is 1, as kernels take it."""
-    dim = x.shape[-1]
-    return Rows(x, x.stride(0), x.stride(1), x.stride(2), tl.constexpr(dim), tl.constexpr(power_of_2(dim)))
+    batch, head, row, _ = x.stride()
+    return Rows(x, batch, head, row, *_dims_of(x.shape[-1]))
+
+
+@cache
+def _dims_of(dim: int) -> tuple[tl.constexpr, tl.constexpr]:
+    return tl.constexpr(dim), tl.constexpr(power_of_2(dim))
 
 
 def power_of_2(number: int, least: int = 16, most: int = 1 << 30) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from astroattn.ops.backends import MOST_DIM
 from astroattn.ops.kernels.device import is_small
+from astroattn.ops.kernels.launching import Launches
 from astroattn.ops.kernels.rows import cdiv, power_of_2
 from astroattn.ops.kernels.static_backward import read_backward_kernel, write_backward_kernel
 from astroattn.ops.kernels.static_forward import combine_kernel, read_kernel, write_kernel
@@ -105,26 +106,29 @@ def linear_attention_forward(
     Raises:
         ValueError: D or Dv above 256.
     """
+    given = (query, key, value, weight, phase, key_mask, activation, scale_root)
+    launch = Launches(linear_attention_forward, *given)
     query, key, value = map(dense_rows, (query, key, value))
     (batch, heads, num_queries), (num_keys, dv), m = query.shape[:3], value.shape[2:], weight.shape[2]
     hidden = _hidden(weight, phase, query.dtype)
     blocks, resident, options = _options("write", query, dv, m)
     chunk, chunks = _split("write", num_keys, batch * heads * blocks, resident, options["N"], key, value)
-    states = _new_states(key, chunks, m, dv)
-    write_kernel[(batch * heads * chunks * blocks,)](
-        *(_strided(key), _strided(value), hidden, _bytes(key_mask), states, num_keys, chunk, chunks),
-        *(scale_root, log(m)),
-        **options,
-        ACTIVATION=activation,
+    states = _new_states(key, (batch, heads, m), dv)
+    parts = _new_states(key, (batch, heads, chunks, m), dv) if chunks > 1 else states
+    launch(
+        write_kernel,
+        batch * heads * chunks * blocks,
+        (_strided(key), _strided(value), hidden, _bytes(key_mask), parts, num_keys, chunk, chunks, scale_root, log(m)),
+        options | {"ACTIVATION": activation},
     )
     if chunks > 1:
-        parts, states = states, _new_states(key, 1, m, dv)
-        combine_kernel[(batch * heads * m,)](parts, states, m, chunks, DV=dv, DVP=options["DVP"], N=16)
-    kv_state, z_state, top = states = tuple(x[:, :, 0] for x in states)
+        launch(
+            combine_kernel, batch * heads * m, (parts, states, m, chunks), {"DV": dv, "DVP": options["DVP"], "N": 16}
+        )
     out = empty_rows(query, dv)
     log_p = query.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    _read(query, hidden, states, activation, scale_root, out, log_p, None)
-    return out, log_p, kv_state, z_state, top
+    _read(launch, query, hidden, states, activation, scale_root, out, log_p, None)
+    return out, log_p, *states
 
 
 def linear_attention_backward(
@@ -150,6 +154,8 @@ def linear_attention_backward(
 
     Arguments as those of `linear_attention_forward`, then its results. d_log_p: None where log p is not used.
     """
+    given = (query, key, value, weight, phase, key_mask, activation, scale_root, out, log_p, kv_state, z_state, top)
+    launch = Launches(linear_attention_backward, d_out, d_log_p, *given, with_weight)
     query, key, value, out, d_out = map(dense_rows, (query, key, value, out, d_out))
     (batch, heads, num_queries, dim), (num_keys, dv), m = query.shape, value.shape[2:], weight.shape[2]
     hidden, states = _hidden(weight, phase, query.dtype), (kv_state, z_state, top)
@@ -164,25 +170,33 @@ def linear_attention_backward(
     sign = None
     if blocks > 1 and activation in INDEFINITE:
         sign, log_p = torch.empty_like(log_p), torch.empty_like(log_p)
-        _read(query, hidden, states, activation, scale_root, out, log_p, sign)
+        _read(launch, query, hidden, states, activation, scale_root, out, log_p, sign)
     d_query, d_key, d_value = grads = empty_rows(query, dim), empty_rows(key, dim), empty_rows(value, dv)
     scratch = [torch.empty_like(x, dtype=torch.float32) if blocks > 1 else x for x in grads]
     d_state = query.new_empty(batch, heads, query_chunks, m * (dv + 1), dtype=torch.float32)
     parts = query.new_empty(batch, heads, all_chunks, m, dim, dtype=torch.float32) if with_weight else None
-    read_backward_kernel[(batch * heads * query_chunks,)](
-        *(_strided(d_out), None if d_log_p is None else d_log_p.contiguous(), _strided(query), hidden, states),
-        *(_strided(out), log_p, sign, _strided(d_query), _strided(scratch[0]), d_state, parts),
-        *(num_queries, query_chunk, query_chunks, all_chunks, scale_root, log(m)),
-        **options,
-        **more,
+    d_log_p = None if d_log_p is None else d_log_p.contiguous()
+    launch(
+        read_backward_kernel,
+        batch * heads * query_chunks,
+        (
+            *(_strided(d_out), d_log_p, _strided(query), hidden, states),
+            *(_strided(out), log_p, sign, _strided(d_query), _strided(scratch[0]), d_state, parts),
+            *(num_queries, query_chunk, query_chunks, all_chunks, scale_root, log(m)),
+        ),
+        options | more,
     )
     d_state = d_state.sum(2) if query_chunks > 1 else d_state
-    write_backward_kernel[(batch * heads * key_chunks,)](
-        *(d_state, _strided(key), _strided(value), hidden, _bytes(key_mask), top, _strided(d_key), _strided(d_value)),
-        *(_strided(scratch[1]), _strided(scratch[2]), None if parts is None else parts[:, :, query_chunks:]),
-        *(num_keys, key_chunk, key_chunks, all_chunks, scale_root, log(m)),
-        **options,
-        **more,
+    launch(
+        write_backward_kernel,
+        batch * heads * key_chunks,
+        (
+            *(d_state, _strided(key), _strided(value), hidden, _bytes(key_mask), top),
+            *(_strided(d_key), _strided(d_value), _strided(scratch[1]), _strided(scratch[2])),
+            None if parts is None else parts[:, :, query_chunks:],
+            *(num_keys, key_chunk, key_chunks, all_chunks, scale_root, log(m)),
+        ),
+        options | more,
     )
     if parts is None:
         return d_query, d_key, d_value, None
@@ -191,6 +205,7 @@ def linear_attention_backward(
 
 
 def _read(
+    launch: Launches,
     query: Tensor,
     hidden: tuple[Tensor, Tensor, int, int, int],
     states: tuple[Tensor, ...],
@@ -203,12 +218,11 @@ def _read(
     (batch, heads, num_queries), (m, dv) = query.shape[:3], states[0].shape[2:]
     blocks, resident, options = _options("read", query, dv, m)
     chunk, chunks = _split("read", num_queries, batch * heads, resident, options["N"], query, out)
-    read_kernel[(batch * heads * chunks,)](
-        *(_strided(query), hidden, states, _strided(out), log_p, sign, num_queries, chunk, chunks),
-        *(scale_root, log(m)),
-        **options,
-        BLOCKS=blocks,
-        ACTIVATION=activation,
+    launch(
+        read_kernel,
+        batch * heads * chunks,
+        (_strided(query), hidden, states, _strided(out), log_p, sign, num_queries, chunk, chunks, scale_root, log(m)),
+        options | {"BLOCKS": blocks, "ACTIVATION": activation},
     )
 
 
@@ -228,10 +242,10 @@ def _hidden(weight: Tensor, phase: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     return weight.contiguous(), phase.contiguous(), heads, m, 0 if batch == 1 else heads
 
 
-def _new_states(like: Tensor, chunks: int, m: int, dv: int) -> tuple[Tensor, ...]:
-    """Empty kv_state [B, H, chunks, m, Dv], z_state and top [B, H, chunks, m]."""
-    shape = (*like.shape[:2], chunks, m)
-    return tuple(like.new_empty(*shape, *more, dtype=torch.float32) for more in ((dv,), (), ()))
+def _new_states(like: Tensor, shape: tuple[int, ...], dv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty kv_state [*shape, Dv], z_state and top [*shape]."""
+    kv, z = like.new_empty(*shape, dv, dtype=torch.float32), like.new_empty(shape, dtype=torch.float32)
+    return kv, z, torch.empty_like(z)
 
 
 def _options(kernel: str, query: Tensor, dv: int, m: int) -> tuple[int, int, dict[str, int]]:

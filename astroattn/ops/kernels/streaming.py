@@ -18,6 +18,7 @@ from torch import Tensor
 from astroattn.ops.backends import MOST_DIM
 from astroattn.ops.kernels.causal_forward import start_of
 from astroattn.ops.kernels.features import product
+from astroattn.ops.kernels.launching import Launches
 from astroattn.ops.kernels.rows import load_rows, power_of_2, rows_of, store_rows
 from astroattn.ops.kernels.streaming_merge import (
     LEAST,
@@ -210,6 +211,7 @@ def stream_in_place(
         raise ValueError("query, key, value or memory: one needs gradients, which only backend='torch' has here")
     if (widest := max(query.shape[-1], value.shape[-1])) > MOST_DIM:
         raise ValueError(f"head_dim: {widest}; the kernels take at most {MOST_DIM}")
+    launch = Launches(stream_in_place, query, key, value, buffers, newest, lengths, soft_cap)
     batch, heads, groups, count, _ = query.shape
     query, key, value = map(dense_rows, (query.flatten(1, 2), key, value))
     out = query.new_empty(*query.shape[:3], value.shape[-1])
@@ -217,12 +219,9 @@ def stream_in_place(
     if lengths is not None:
         out.zero_()
         log_p.fill_(-torch.inf)
-    stream_kernel[(batch * heads,)](
-        *(*map(rows_of, (query, key, value)), buffers, rows_of(out), log_p, lengths, count, heads),
-        _sizes(buffers.key.shape[2], newest, groups, count, query.shape[-1], value.shape[-1], soft_cap or 0.0),
-        num_warps=8,
-        num_stages=1,  # what is loaded ahead may have been stored since
-    )
+    sizes = _sizes(buffers.key.shape[2], newest, groups, count, query.shape[-1], value.shape[-1], soft_cap or 0.0)
+    arguments = (*map(rows_of, (query, key, value)), buffers, rows_of(out), log_p, lengths, count, heads, sizes)
+    launch(stream_kernel, batch * heads, arguments, {"num_warps": 8, "num_stages": 1})  # more would load old numbers
     return out.unflatten(1, (heads, groups)), log_p
 
 
