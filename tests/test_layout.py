@@ -151,6 +151,15 @@ def test_budgets_by_length_grow_without_cliffs(dim: int) -> None:
     assert last.tiles(10**6) <= MOST_TILES
 
 
+def test_errors_of_keys_by_length() -> None:
+    default = BY_LENGTH._replace(key_error=-20_000)
+    errors = {tokens: default.at(tokens, 64).key_error for tokens in (128, 129, 200, 400, 5000)}
+    assert errors == {128: 0, 129: 6_450, 200: 10_000, 400: 20_000, 5000: 20_000}
+    assert default._replace(prefix=100).at(300, 64).key_error == 10_000
+    assert BY_LENGTH._replace(key_error=20_000).at(200, 64).key_error == 20_000  # said, and so kept
+    assert default.at(400, 64).least_error(400, 64) == pytest.approx(0.02 / 20)
+
+
 def test_budgets_by_length_grow_with_its_root() -> None:
     """By hand, for heads of 64; narrower heads have less to tell apart, wider ones no more."""
     assert BY_LENGTH.at(400, 64) == layout(tile=20, near=3, exact_keys=48, num_hidden=32)  # the root is 20
