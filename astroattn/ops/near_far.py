@@ -431,7 +431,7 @@ def _mass_left(reading: Reading, expected: Tensor, keys: Tensor, winners: Tensor
     It keeps 1e-12 of what all queries expect, so that no cluster is empty, and is measured from the cluster's largest.
     """
     number = reading.real.view(-1, layout.subtiles(), SUBTILE).sum(2).to(expected.dtype)  # queries [T, s]
-    keys = _by_tile(keys, *number.shape).where(number[..., None] > 0, -1)
+    keys = by_tile(keys, *number.shape).where(number[..., None] > 0, -1)
     taken = F.pad(torch.zeros_like(expected), (0, 1))  # by how many queries of the tile; -1 points behind the last
     place = keys.where(keys >= 0, expected.shape[-1]).flatten(2)
     taken = taken.scatter_add(2, place, number[..., None].expand(keys.shape).flatten(2))[..., :-1]
@@ -446,7 +446,7 @@ def by_largest(left: Tensor, winners: Tensor, layout: Layout) -> Tensor:
     return left / largest.gather(1, winners).clamp(min=torch.finfo(left.dtype).tiny)
 
 
-def _by_tile(keys: Tensor, tiles: int, subtiles: int) -> Tensor:
+def by_tile(keys: Tensor, tiles: int, subtiles: int) -> Tensor:
     """Keys of sub-tiles [Z, S, P] -> [Z, T, s, P], -1 where there is no sub-tile."""
     size, have, count = keys.shape
     none = keys.new_full((size, tiles * subtiles - have, count), -1)  # F.pad of PyTorch 2.8 refuses a count of 0
@@ -470,7 +470,7 @@ class Union(NamedTuple):
 
 def find_union(keys: Tensor, tiles: int, subtiles: int, body: int) -> Union:
     """The exact keys of each tile, from those of the sub-tiles [Z, S, P]."""
-    keys = _by_tile(keys, tiles, subtiles)
+    keys = by_tile(keys, tiles, subtiles)
     index = _unique(keys.flatten(2), body)
     there = index >= 0
     size = int(there.sum(-1).max())

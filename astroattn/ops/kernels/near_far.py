@@ -5,8 +5,8 @@
 
 `read` is flash attention of a tile of queries over gathered rows: a key that some sub-tile of the tile reads exactly is
 read by the others through its cluster, so all queries of the tile share its rows. The backward pass writes again, and
-differentiates reading, sums over the tiles that read a key exactly, and differentiates writing. Choosing is plain
-PyTorch.
+differentiates reading, sums over the tiles that read a key exactly, and differentiates writing. What is chosen is up to
+`kernels.near_far_choose`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from astroattn.ops import near_far, plain
 from astroattn.ops.kernels.device import is_small
 from astroattn.ops.kernels.near_far_backward import read_backward_kernel, sum_kernel, write_backward_kernel
+from astroattn.ops.kernels.near_far_choose import choose
 from astroattn.ops.kernels.near_far_forward import read_kernel
 from astroattn.ops.kernels.near_far_tiles import LIKE, Tiles, dims_of, read_tiles
 from astroattn.ops.kernels.rows import power_of_2
@@ -75,7 +76,7 @@ def near_far_forward(
 ) -> tuple[Tensor, ...]:
     """As `plain.near_far_forward`, on tensors [B, H, N, D] of one dtype: float32, bfloat16, float16; without a bias."""
     attend_ = partial(attend, dtype=query.dtype)
-    out, *others = plain.near_far_forward(query, key, value, bias, lengths, budget, scale, attend=attend_)
+    out, *others = plain.near_far_forward(query, key, value, bias, lengths, budget, scale, choose, attend_)
     return empty_rows(dense_rows(query), value.shape[-1]).copy_(out), *others
 
 

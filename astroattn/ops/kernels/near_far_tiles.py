@@ -108,7 +108,7 @@ def _write(key: Tensor, value: Tensor, logits: Tensor, winners: Tensor, mass: Te
     (size, tiles, _), (tokens, dim), dv, m = logits.shape, key.shape[1:], value.shape[2], layout.num_hidden
     log_z, mean_value = logits.new_empty(size, tiles, m), logits.new_empty(size, tiles, m, dv)
     weights, total = logits.new_empty(size, m, dim), logits.new_empty(size, m)
-    ordered, begins = _by_cluster(winners, m)
+    ordered, begins = by_cluster(winners, m)
     if m:
         block = power_of_2(tiles, most=TILES)
         write_kernel[(size * m * -(-tiles // block),)](
@@ -119,7 +119,7 @@ def _write(key: Tensor, value: Tensor, logits: Tensor, winners: Tensor, mass: Te
     return Hidden(weights, total, logits, ordered, begins, log_z, mean_value)
 
 
-def _by_cluster(winners: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
+def by_cluster(winners: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
     """The keys in the order of their clusters [Z, n], and where each cluster begins, and the last ends [Z, m + 1]."""
     ordered, place = winners.sort(dim=1, stable=True)
     numbers = torch.arange(num_hidden + 1, device=winners.device).expand(len(winners), -1).contiguous()
