@@ -20,7 +20,7 @@ LAUNCHES = {
     "causal forward": 3,
     "causal backward": 7,
     "causal step": 1,
-    "near + far forward": 2,
+    "near + far forward": 8,
     "near + far backward": 4,
     "streaming, a text": 1,
     "streaming step": 1,

@@ -53,7 +53,10 @@ def near_far_forward(
     choose: Choose | None = None,
     attend: Attend = near_far.attend,
 ) -> tuple[Tensor, ...]:
-    """The same, and what was chosen [B, H, ...], which `near_far_backward` needs; without a bias kernels may do both."""
+    """The same, and what was chosen [B, H, ...], which `near_far_backward` needs.
+
+    Kernels may choose, where there is no bias, and attend.
+    """
     tokens, queries = key.shape[2], query.shape[2]
     whole, body, asked = budget.at(tokens, key.shape[3], queries), tokens - budget.prefix, budget.asked(tokens, queries)
     order = torch.arange(asked, device=query.device, dtype=torch.int32).repeat(query.shape[0] * query.shape[1], 1)

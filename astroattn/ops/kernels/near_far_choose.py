@@ -24,7 +24,8 @@ from astroattn.ops.kernels.near_far_selecting import candidates_kernel, maxima_k
 from astroattn.ops.kernels.near_far_tiles import by_cluster
 from astroattn.ops.kernels.rows import cdiv, power_of_2
 from astroattn.ops.layout import SUBTILE, Layout
-from astroattn.ops.near_far import Choice, Clusters, Coordinates
+from astroattn.ops.near_far import Choice, Clusters
+from astroattn.ops.order import Coordinates, find_coordinates
 
 KEYS = 32  # in a block of a product
 CHUNK = 1024  # keys, of which one program of `normaliser` makes the sum
@@ -52,7 +53,8 @@ class Tiles(NamedTuple):
     def sizes(self) -> dict[str, Any]:
         """Constants of the kernels that multiply blocks of tiles and keys."""
         dim, tiles = self.key.shape[2], self.mean.shape[1]
-        return {"D": dim, "DP": power_of_2(dim), "T": power_of_2(tiles, most=32), "K": KEYS}
+        most = 32 if dim <= 128 else 16  # so that the blocks fit into the least shared memory
+        return {"D": dim, "DP": power_of_2(dim), "T": power_of_2(tiles, most=most), "K": KEYS, "num_stages": 2}
 
 
 def block_of(layout: Layout, body: int) -> int:
@@ -77,7 +79,7 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Choice:
     size, body = body_key.shape[:2]
     if block_of(layout, body) == 0:
         return near_far.choose(query, key, value, layout)
-    coordinates = near_far.find_coordinates(body_query, body_key)
+    coordinates = find_coordinates(body_query, body_key)
     order = near_far.find_order(body_query, body_key, coordinates, layout)
     tiles = expect(body_query, key, order, layout)
     clusters, winners = None, order.new_zeros(size, body)
@@ -170,7 +172,8 @@ def _scores(
 ) -> Scores:
     least = near_far.least_score(clusters, layout, tiles.mean, tiles.mean.shape[2])
     if clusters is None:
-        return Scores(*[least] * 6, coordinates.key.contiguous(), least)  # attention alone counts
+        offset, none = coordinates.key.contiguous(), least  # attention alone counts
+        return Scores(none, none, none, none, none, none, offset, least)
     head_key = tiles.key[:, : layout.prefix]
     log_prefix = tiles.mean @ head_key.mT - tiles.normaliser[..., None]
     share = _share(tiles, clusters.winners, layout)
