@@ -188,6 +188,14 @@ def test_no_tensor_is_as_large_as_tiles_times_keys(device: str) -> None:
     assert ours.numbers < 2 * 25 * 100 <= theirs.numbers
 
 
+def test_nor_does_attention_make_one(device: str) -> None:
+    changes: dict[str, object] = {"tile": 4, "exact_keys": 2, "near": 1, "num_hidden": 4}
+    inputs = [x[:, None] for x in draw(180, 2, device)]
+    with largest() as ours:
+        kernels.near_far_forward(*inputs, None, None, budget_of(changes), 1.0)
+    assert ours.numbers < 2 * 45 * 180
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_chooses_by_it(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each length of a padded batch by itself."""

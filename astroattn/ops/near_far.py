@@ -286,8 +286,8 @@ def spread_of_keys(subtiles: Subtiles, clusters: Clusters, asked: int) -> tuple[
     within = ((subtiles.rest - subtiles.mean[:, :, :, None]) * subtiles.weight).square().sum((1, 2, 3)) / asked
     between = (subtiles.mean.square() * subtiles.number).sum((1, 2)) / asked  # both [Z, D]
     squared = clusters.offset.square()
-    of_within, of_all = ((squared @ x[..., None])[..., 0] + LEAST_SPREAD for x in (within, within + between))
-    return of_within, of_all
+    of_within, of_tile = ((squared @ x[..., None])[..., 0] + LEAST_SPREAD for x in (within, within + between))
+    return of_within, of_tile
 
 
 def find_drives(
@@ -459,13 +459,11 @@ class Union(NamedTuple):
     Attributes:
         keys: which they are [Z, T, U]. there: whether it is one [Z, T, U]; a tile may have fewer.
         taken: whether a sub-tile reads it exactly [Z, T, s, U].
-        left: the body keys that none of them reads exactly [Z, T, n].
     """
 
     keys: Tensor
     there: Tensor
     taken: Tensor
-    left: Tensor
 
 
 def find_union(keys: Tensor, tiles: int, subtiles: int, body: int) -> Union:
@@ -477,9 +475,7 @@ def find_union(keys: Tensor, tiles: int, subtiles: int, body: int) -> Union:
     index, there = index[..., :size], there[..., :size]
     place = torch.searchsorted(-index, -keys.flatten(2)).view(keys.shape)  # -1 is behind the last, or where none is
     taken = keys.new_zeros(*keys.shape[:3], size + 1, dtype=torch.bool).scatter(3, place, True)[..., :size]
-    left = keys.new_ones(*keys.shape[:2], body + 1, dtype=torch.bool)
-    left = left.scatter(2, index.where(there, body), False)[..., :body]
-    return Union(index.clamp(min=0), there, taken, left)
+    return Union(index.clamp(min=0), there, taken)
 
 
 def attend(
@@ -494,13 +490,15 @@ def attend(
     reading = read_tiles(query, key, order, layout, bias)
     tiles = reading.token.shape[1]
 
-    index, there, taken, left = find_union(keys, tiles, layout.subtiles(), body)
+    index, there, taken = find_union(keys, tiles, layout.subtiles(), body)
     means = reading.logits.gather(2, index).masked_fill(~there, -torch.inf)  # u.k
 
     if m:
         mass = choice.mass.to(key.dtype)
         weights = weighted_means(body_key, mass, winners, m)[1]
-        log_z, mean_value = write_hidden(reading.logits.masked_fill(~left, -torch.inf), body_value, winners, m)
+        exactly = F.pad(torch.zeros_like(reading.logits, dtype=torch.bool), (0, 1))  # the last is no key
+        exactly = exactly.scatter(2, index.where(there, body), True)[..., :body]
+        log_z, mean_value = write_hidden(reading.logits.masked_fill(exactly, -torch.inf), body_value, winners, m)
 
     def read(part: slice) -> tuple[Tensor, Tensor]:
         """One softmax for each query over [prefix ; the union, exactly or through its cluster ; the neurons]."""

@@ -15,6 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from astroattn.ops import near_far, plain
@@ -197,11 +198,13 @@ def attend_backward(
         *(d_entry_key, d_entry_value, places, begins, d_key, d_value, tokens, tiles * entries, blocks), **dims, K=SUMMED
     )
     # Of u.k; the last column is that of no key.
-    d_logits = key.new_zeros(size, tiles, tokens + 1)
-    d_logits.scatter_(2, read.reads.long().where(read.reads >= 0, tokens), d_bias.sum(-1))
+    reads = read.reads.long().where(read.reads >= 0, tokens)
     if m:
+        d_logits = F.pad(read.mean @ key.mT, (0, 1)).scatter_(2, reads, -torch.inf)
         _write_backward(read, layout, d_weights, d_log_z, d_mean_value, choice, (d_key, d_value, d_logits))
-    d_logits = d_logits[..., :tokens]
+    else:
+        d_logits = key.new_zeros(size, tiles, tokens + 1)
+    d_logits = d_logits.scatter_(2, reads, d_bias.sum(-1))[..., :tokens]
     d_key += d_logits.mT @ read.mean
     # The mean query has what reading gives it beside what its queries' rests have already.
     d_mean = (d_logits @ key - rest_sum.sum((2, 3))) / read.real.sum(1)[:, None]
@@ -237,15 +240,15 @@ def _write_backward(
     choice: Choice,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Add what the keys have given to the hidden layer to d_key and d_value, and store their d (u.k)."""
-    d_key, d_value, d_logits = grads
+    """Add what the keys have given to the hidden layer to d_key and d_value; their d (u.k) takes the place of u.k."""
+    d_key, d_value, logits = grads
     hidden, prefix, m = read.hidden, layout.prefix, layout.num_hidden
-    (size, tiles, body), (tokens, dv) = hidden.logits.shape, d_value.shape[1:]
+    (size, tiles, _), (tokens, dv), body = logits.shape, d_value.shape[1:], logits.shape[2] - 1 - layout.prefix
     d_mean_value, d_log_z = d_mean_value.sum(2), d_log_z.sum(2)
     d_log_z = d_log_z - (d_mean_value * hidden.mean_value).sum(-1)
     write_backward_kernel[(size * (-(-body // KEYS) + m),)](
-        *(hidden.logits, read.value, hidden.ordered, hidden.begins, hidden.log_z, read.top),
-        *(d_mean_value, d_log_z, d_logits, d_value, tokens, prefix, tiles, m),
+        *(logits, read.value, hidden.ordered, hidden.begins, hidden.log_z, read.top),
+        *(d_mean_value, d_log_z, d_value, tokens, prefix, tiles, m),
         DV=dv, DVP=power_of_2(dv), M=power_of_2(m), T=power_of_2(tiles, most=32), K=KEYS, LIKE=LIKE[read.value.dtype],
     )  # fmt: skip
     winners = choice.winners.long()

@@ -138,11 +138,11 @@ def sum_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "prefix", "tiles", "num_hidden"])
 def write_backward_kernel(
-    logits, value, ordered, begins, log_z, tops, d_mean_value, d_log_z, d_logits, d_value,
+    logits, value, ordered, begins, log_z, tops, d_mean_value, d_log_z, d_value,
     tokens, prefix, tiles, num_hidden,
     DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, T: tl.constexpr, K: tl.constexpr, LIKE: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of keys of one cluster: d (u.k) [Z, T, N + 1], and d_value, to which it adds.
+    """Of a block of keys of one cluster: d (u.k) in the place of u.k [Z, T, N + 1], and d_value, to which it adds.
 
     With the share c = exp(u.k) / z of a key in what a tile writes: d_v = sum_T c d_mean_value, and
     d (u.k) = c (d_log_z + d_mean_value.(v - mean_value)); the part that is the same for a whole cluster is in d_log_z.
@@ -171,9 +171,8 @@ def write_backward_kernel(
             tile = start + tl.arange(0, T)
             some = tile < tiles
             row = z * tiles + tile
-            score = tl.load(
-                logits + row[:, None] * body + key[None, :], mask=some[:, None] & real[None, :], other=float("-inf")
-            )
+            at = logits + row[:, None] * (tokens + 1) + prefix + key[None, :]
+            score = tl.load(at, mask=some[:, None] & real[None, :], other=float("-inf"))
             written = score > float("-inf")
             state = row * num_hidden + cluster
             level = tl.load(log_z + state, mask=some, other=0.0) + tl.load(tops + row, mask=some, other=0.0)
@@ -185,6 +184,5 @@ def write_backward_kernel(
             d_score = product(d_mean, tl.trans(widen(v)), LIKE)
             d_score = share * (d_score + tl.load(d_log_z + state, mask=some, other=0.0)[:, None])
             d_v += product(tl.trans(operand(share, LIKE)), d_mean, LIKE)
-            to = d_logits + row[:, None] * (tokens + 1) + prefix + key[None, :]
-            tl.store(to, d_score, mask=written)
+            tl.store(at, d_score, mask=written)
         store_rows(d_value + (z * tokens + prefix) * DV, DV, rows, body, d_v, DV, DVP)
