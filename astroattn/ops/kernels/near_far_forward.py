@@ -28,6 +28,15 @@ def entry_kernel(
     tl.store(bias + row * entries + entry, score, mask=there)
 
 
+@triton.jit
+def logits_left(u, k, of_tile, place, there):
+    """u.k of tiles and the keys at these places in the order of the clusters [T, K]; -inf where the tile reads it
+    exactly, which its bits say (pointers to its words [T, 1])."""
+    bits = tl.load(of_tile + place[None, :] // 32, mask=there, other=-1)
+    score = product(u, tl.trans(k.to(tl.float32)), tl.float32)
+    return tl.where((bits >> (place % 32)[None, :]) & 1 == 0, score, float("-inf"))
+
+
 @triton.jit(do_not_specialize=["tokens", "prefix", "tiles", "num_hidden", "words"])
 def write_kernel(
     mean, key, value, mass, read, ordered, begins, weights, totals, log_z, mean_value,
@@ -60,10 +69,8 @@ def write_kernel(
         place = start + tl.arange(0, K)
         real = place < last
         member = tl.load(ordered + z * body + place, mask=real, other=0)
-        bits = tl.load(of_tile + place[None, :] // 32, mask=some[:, None] & real[None, :], other=-1)
         k = load_rows(keys, D, tl.where(real, member, body), body, D, DP)
-        score = product(u, tl.trans(k.to(tl.float32)), tl.float32)
-        score = tl.where((bits >> (place % 32)[None, :]) & 1 == 0, score, float("-inf"))
+        score = logits_left(u, k, of_tile, place, some[:, None] & real[None, :])
         best = tl.maximum(top, tl.max(score, 1))
         p = tl.exp(score - best[:, None])
         fade = tl.exp(top - best)

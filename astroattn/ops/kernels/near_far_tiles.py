@@ -24,16 +24,22 @@ class Hidden(NamedTuple):
 
     Attributes:
         weights: w [Z, m, D]. total: what the keys of a cluster weigh together in it [Z, m].
+        read: a bit of each key that a sub-tile of the tile reads exactly, in that order [Z, T, words].
         ordered: the body keys in the order of their clusters [Z, n]. begins: where each of those begins [Z, m + 1].
         log_z: log z [Z, T, m], measured from the tile's top. mean_value: s / z [Z, T, m, Dv].
     """
 
     weights: Tensor
     total: Tensor
+    read: Tensor
     ordered: Tensor
     begins: Tensor
     log_z: Tensor
     mean_value: Tensor
+
+    def written(self) -> tuple[Tensor, ...]:
+        """What differentiating `write` takes, behind the keys and values."""
+        return self.read, self.ordered, self.begins, self.log_z
 
 
 class Tiles(NamedTuple):
@@ -115,8 +121,8 @@ def _write(
     log_z, mean_value = mean.new_empty(size, tiles, m), mean.new_empty(size, tiles, m, dv)
     weights, total = mean.new_empty(size, m, dim), mean.new_empty(size, m)
     ordered, begins = by_cluster(winners, m)
+    read = _bits(union, ordered)
     if m:
-        read = _bits(union, ordered)
         most, block = WRITTEN[power_of_2(max(dim, dv), least=64)]
         rows = power_of_2(tiles, most=most)
         write_kernel[(size * m * cdiv(tiles, rows),)](
@@ -124,7 +130,7 @@ def _write(
             *(tokens, layout.prefix, tiles, m, read.shape[2]),
             **dims_of(dim, dv), T=rows, K=block, LIKE=LIKE[value.dtype],
         )  # fmt: skip
-    return Hidden(weights, total, ordered, begins, log_z, mean_value)
+    return Hidden(weights, total, read, ordered, begins, log_z, mean_value)
 
 
 def _bits(union: Union, ordered: Tensor) -> Tensor:
