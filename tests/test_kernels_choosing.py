@@ -191,8 +191,10 @@ def test_no_tensor_is_as_large_as_tiles_times_keys(device: str) -> None:
 def test_nor_does_attention_make_one(device: str) -> None:
     changes: dict[str, object] = {"tile": 4, "exact_keys": 2, "near": 1, "num_hidden": 4}
     inputs = [x[:, None] for x in draw(180, 2, device)]
+    given = None, budget_of(changes), 1.0
     with largest() as ours:
-        kernels.near_far_forward(*inputs, None, None, budget_of(changes), 1.0)
+        out, log_p, *choices = kernels.near_far_forward(*inputs, None, *given)
+        kernels.near_far_backward(torch.ones_like(out), log_p, *inputs, None, out, log_p, *choices, *given)
     assert ours.numbers < 2 * 45 * 180
 
 

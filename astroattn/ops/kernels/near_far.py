@@ -74,7 +74,7 @@ BACKWARD = {
 SMALL = {(2, 64): Blocks(32, 32, 8, 1)}
 NEURONS = {64: 64, 128: 32, 256: 32}  # that one program differentiates, at most, by padded head dim
 # Tiles, keys, warps and stages of `write`, backward, by the same.
-WRITTEN = {64: Blocks(32, 32, 4, 2), 128: Blocks(16, 32, 8, 2), 256: Blocks(16, 16, 8, 1)}
+WRITTEN = {64: Blocks(32, 32, 8, 2), 128: Blocks(16, 32, 8, 2), 256: Blocks(16, 16, 8, 1)}
 SUMMED = 16  # keys in a block of the sums
 
 
