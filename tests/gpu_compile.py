@@ -100,7 +100,7 @@ def causal(
 
 
 def near_far_cases() -> Iterator[tuple[str, Case]]:
-    """Near + far attention given what was chosen, forward and backward."""
+    """Near + far attention, choosing included, forward and backward."""
     for dtype in ("bfloat16", "float32"):
         for dim in (32, 64, 128, 256):
             yield f"near_far D={dim} {dtype}", partial(near_far, dim, dtype)
@@ -108,14 +108,17 @@ def near_far_cases() -> Iterator[tuple[str, Case]]:
         yield f"near_far D={dim} float16", partial(near_far, dim, "float16")
     yield "near_far D=64 bfloat16 no far field", partial(near_far, 64, "bfloat16", num_hidden=0)
     yield "near_far D=40 float16 small tiles", partial(near_far, 40, "float16", tile=16)
+    for tokens in (4096, 16384, 65536):
+        yield f"near_far D=64 bfloat16 {tokens} tokens", partial(near_far, 64, "bfloat16", tokens=tokens, heads=1)
 
 
-def near_far(dim: int, dtype: str, *, num_hidden: int = 64, tile: int = 64) -> None:
+def near_far(dim: int, dtype: str, *, num_hidden: int = 64, tile: int = 64, tokens: int = 512, heads: int = 2) -> None:
     from astroattn.ops.kernels.near_far import near_far_backward, near_far_forward
     from astroattn.ops.layout import Budget
 
-    budget = Budget(None, 1, tile, by_content=True, near=4, exact_keys=48, num_hidden=num_hidden, steps=1)
-    q, k, v, d_out = (torch.randn(1, 2, 513, dim).to(getattr(torch, dtype)) for _ in range(4))
+    keys = 48 if tokens < 4096 else 384
+    budget = Budget(None, 1, tile, by_content=True, near=4, exact_keys=keys, num_hidden=num_hidden, steps=1)
+    q, k, v, d_out = (torch.randn(1, heads, tokens + 1, dim).to(getattr(torch, dtype)) for _ in range(4))
     given = (None, budget, dim**-0.5)
     out, log_p, *chosen = near_far_forward(q, k, v, None, *given)
     near_far_backward(d_out, torch.zeros_like(log_p), q, k, v, None, out, log_p, *chosen, *given)

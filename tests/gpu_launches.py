@@ -29,8 +29,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from astroattn.ops.layout import ROOT, SUBTILE, Budget, Layout
-from astroattn.ops.near_far import Choice
+from astroattn.ops.layout import ROOT, Budget, Layout
 from tests.gpu_compile import Driver
 
 MOST_TOKENS = 4096
@@ -153,13 +152,14 @@ def causal(kind: Kind, tokens: int) -> Iterator[str]:
     yield "causal step"
 
 
-def any_choice(query: Tensor, key: Tensor, value: Tensor, layout: Layout, bias: None) -> Choice:
-    """In the place of `near_far.choose`, which is plain PyTorch and takes most of the time."""
-    size, asked, body = len(key), query.shape[1] - layout.prefix, key.shape[1] - layout.prefix
-    keys = SUBTILE * torch.arange(layout.all_subtiles(asked))[:, None] + torch.arange(layout.most_keys(body))
-    winners = torch.arange(body).expand(size, -1) % layout.num_hidden
-    order, keys = torch.arange(asked).expand(size, -1), keys.where(keys < body, -1).expand(size, -1, -1)
-    return Choice(order, winners, torch.ones(size, body), keys)
+def any_order(query: Tensor, key: Tensor, coordinates: object, layout: Layout) -> Tensor:
+    """In the place of `near_far.find_order`, which is plain PyTorch and takes most of the time."""
+    return torch.arange(query.shape[1]).expand(len(key), -1)
+
+
+def any_clusters(points: Tensor, mass: Tensor, num_clusters: int, steps: int) -> Tensor:
+    """In the place of `learn_clusters`, which takes most of the rest."""
+    return (torch.arange(points.shape[1]) % num_clusters).repeat(len(points), 1)
 
 
 def near_far(kind: Kind, tokens: int) -> Iterator[str]:
@@ -168,7 +168,8 @@ def near_far(kind: Kind, tokens: int) -> Iterator[str]:
     q, k, v, d_out = (kind.draw(tokens) for _ in range(4))
     budget = Budget(None, 0, ROOT, by_content=True, near=ROOT, exact_keys=ROOT, num_hidden=ROOT, steps=1)
     given = (kind.lengths(tokens), budget, 0.125)
-    with mock.patch("astroattn.ops.near_far.choose", any_choice):
+    place = "astroattn.ops.near_far"
+    with mock.patch(f"{place}.find_order", any_order), mock.patch(f"{place}.learn_clusters", any_clusters):
         out, log_p, *chosen = near_far_forward(q, k, v, None, *given)
     yield "near + far forward"
     near_far_backward(d_out, torch.zeros_like(log_p), q, k, v, None, out, log_p, *chosen, *given)

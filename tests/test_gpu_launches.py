@@ -20,8 +20,8 @@ LAUNCHES = {
     "causal forward": 3,
     "causal backward": 7,
     "causal step": 1,
-    "near + far forward": 2,
-    "near + far backward": 4,
+    "near + far forward": 9,
+    "near + far backward": 6,
     "streaming, a text": 1,
     "streaming step": 1,
 }

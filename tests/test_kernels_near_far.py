@@ -1,4 +1,7 @@
-"""Triton kernels of near + far attention: against plain PyTorch in float64, given the same choices."""
+"""Triton kernels of near + far attention: against plain PyTorch in float64, given the same choices.
+
+In the interpreter the choice is plain PyTorch's, as kernels would take minutes: `test_kernels_choosing`.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,12 @@ from astroattn.ops.kernels import near_far, near_far_tiles
 
 # The interpreter is slow.
 SMALL = [name for name in CASES if CASES[name][0] < 400 and name != "padding" and CASES[name][1] <= MOST_DIM]
+
+
+@pytest.fixture(autouse=True)
+def _plain_choice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(near_far, "choose", plain_near_far.choose)
 
 
 def forward(name: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:

@@ -194,7 +194,7 @@ class CostMeter:
         return {name: products / self._products for name, products in self._products_of.items()}
 
     def attended(self) -> float:
-        """Mean positions of a query of the astrocytes in the calls added last, without those with a window of theirs."""
+        """Mean positions of a query of the astrocytes in the calls added last, those with their own window left out."""
         return self._attended / max(self._sequences.total(), 1)
 
     def would_attend(self, config: AstroConfig) -> float:

@@ -122,43 +122,54 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout, bias: Tens
     """The order of the queries, the clusters of the keys and the exact keys of the sub-tiles."""
     prefix, m = layout.prefix, layout.num_hidden
     body_query, body_key, body_value = (x[:, prefix:] for x in (query, key, value))
-    size, body, asked = *body_key.shape[:2], body_query.shape[1]
+    size, body = body_key.shape[:2]
     coordinates = find_coordinates(body_query, body_key)
-    if layout.by_content:
-        moment = coordinates.key.mT @ coordinates.key / body
-        order = content_order(coordinates.query @ factor(moment), layout)
-        of_body = None if bias is None else bias[:, prefix:, prefix:]
-        order = keep_neighbours(body_query, body_key, order, layout, of_body)
-    else:
-        order = position_order(layout, asked, key.device).expand(size, -1)
+    of_body = None if bias is None else bias[:, prefix:, prefix:]
+    order = find_order(body_query, body_key, coordinates, layout, of_body)
     reading = read_tiles(query, key, order, layout, bias)
     expected = expected_attention(reading)
     clusters, winners = None, order.new_zeros(size, body)
     if m:
         mass = expected.body.sum(1)
-        rest = _mean_and_rest(coordinates.query, reading.token, reading.real)[1].flatten(1, 2)
-        winners = learn_clusters(coordinates.key @ factor(rest.mT @ rest / asked), mass, m, layout.steps)
-        clusters = measure_clusters(body_key, body_value, coordinates, mass, winners, m)
+        clusters = find_clusters(body_key, body_value, coordinates, mass, reading.token, reading.real, layout)
+        winners = clusters.winners
     keys = choose_keys(reading, coordinates, layout, clusters, expected, key[:, :prefix])
     return Choice(order, winners, _mass_left(reading, expected.body, keys, winners, layout), keys)
 
 
+def find_order(
+    query: Tensor, key: Tensor, coordinates: Coordinates, layout: Layout, bias: Tensor | None = None
+) -> Tensor:
+    """The order of the queries [Z, nq] in which they are cut into tiles; queries, keys and bias of the body."""
+    if not layout.by_content:
+        return position_order(layout, query.shape[1], key.device).expand(len(key), -1)
+    moment = coordinates.key.mT @ coordinates.key / key.shape[1]
+    order = content_order(coordinates.query @ factor(moment), layout)
+    return keep_neighbours(query, key, order, layout, bias)
+
+
 def read_tiles(query: Tensor, key: Tensor, order: Tensor, layout: Layout, bias: Tensor | None) -> Reading:
     """Mean query of each tile and its logits with every key: T * N products of length D."""
-    prefix, asked, tile = layout.prefix, order.shape[1], layout.tile
-    slots = torch.arange(layout.tiles(asked) * tile, device=query.device).view(-1, tile)
-    token, real = order[:, slots.clamp(max=asked - 1)], slots < asked
-    mean, rest = _mean_and_rest(query[:, prefix:], token, real)
+    prefix, asked = layout.prefix, order.shape[1]
+    token, real = find_slots(order, layout)
+    mean, rest = mean_and_rest(query[:, prefix:], token, real)
     logits = mean @ key.mT
     if bias is None:
         return Reading(asked, token, real, mean, rest, logits[..., prefix:], logits[..., :prefix], None, None)
-    mean_bias, bias = _mean_and_rest(bias[:, prefix:], token, real)
+    mean_bias, bias = mean_and_rest(bias[:, prefix:], token, real)
     logits = logits + mean_bias
     parts = logits[..., prefix:], logits[..., :prefix], bias[..., prefix:], bias[..., :prefix]
     return Reading(asked, token, real, mean, rest, *parts)
 
 
-def _mean_and_rest(x: Tensor, token: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def find_slots(order: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The queries of each tile, as `Reading` has them: token [Z, T, t] and real [T, t]."""
+    asked, tile = order.shape[1], layout.tile
+    slots = torch.arange(layout.tiles(asked) * tile, device=order.device).view(-1, tile)
+    return order[:, slots.clamp(max=asked - 1)], slots < asked
+
+
+def mean_and_rest(x: Tensor, token: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """The mean over each tile [Z, T, d] of x [Z, n, d], and what is left [Z, T, t, d], 0 in slots that are not real."""
     weight = real[None, ..., None].to(x.dtype)
     by_tile = take_rows(x, token)
@@ -206,6 +217,16 @@ class Clusters(NamedTuple):
     log_spread: Tensor
 
 
+def find_clusters(
+    key: Tensor, value: Tensor, coordinates: Coordinates, mass: Tensor, token: Tensor, real: Tensor, layout: Layout
+) -> Clusters:
+    """Learn the clusters of the body keys, by the differences that queries of a tile can tell, and measure them."""
+    rest = mean_and_rest(coordinates.query, token, real)[1].flatten(1, 2)
+    metric = factor(rest.mT @ rest / coordinates.query.shape[1])
+    winners = learn_clusters(coordinates.key @ metric, mass, layout.num_hidden, layout.steps)
+    return measure_clusters(key, value, coordinates, mass, winners, layout.num_hidden)
+
+
 def measure_clusters(
     key: Tensor, value: Tensor, coordinates: Coordinates, mass: Tensor, winners: Tensor, num_hidden: int
 ) -> Clusters:
@@ -227,6 +248,69 @@ def measure_clusters(
     spread = (value - value.mean(1, keepdim=True)).square().sum(-1).mean(1).sqrt()
     log_spread = spread.clamp(min=torch.finfo(value.dtype).tiny).log()
     return Clusters(weights, winners, from_weights, offset(coordinates.key)[1], log_value, log_distance, log_spread)
+
+
+class Subtiles(NamedTuple):
+    """What the queries of a sub-tile ask for beside the mean query of their tile.
+
+    Attributes:
+        weight: which slots are real [1, T, s, 4, 1]. number: how many are [1, T, s, 1].
+        mean: u_s, the mean of r over the sub-tile [Z, T, s, D]. direction: in a few coordinates of keys [Z, T, s, c].
+        rest: r [Z, T, s, 4, D].
+    """
+
+    weight: Tensor
+    number: Tensor
+    mean: Tensor
+    direction: Tensor
+    rest: Tensor
+
+
+def find_subtiles(rest: Tensor, real: Tensor, coordinates: Coordinates, layout: Layout) -> Subtiles:
+    """Their means, from r [Z, T, t, D] and which slots are real [T, t]."""
+    rest, weight = (_by_subtile(x, layout.subtiles()) for x in (rest, real[None, ..., None].to(rest.dtype)))
+    number = weight.sum(3)
+    mean = (rest * weight).sum(3) / number.clamp(min=1)
+    return Subtiles(weight, number, mean, mean @ coordinates.query_basis[:, None], rest)
+
+
+def near_of_subtiles(token: Tensor, real: Tensor, layout: Layout, body: int) -> Tensor:
+    """The near keys of the queries of each sub-tile [Z, T, s, W], -1 behind them."""
+    token, real = (_by_subtile(x, layout.subtiles()) for x in (token, real.expand_as(token)))
+    near = near_keys(token, layout, body).masked_fill(~real[..., None], -1).flatten(3)
+    return _unique(near, layout.near_keys(body))
+
+
+def spread_of_keys(subtiles: Subtiles, clusters: Clusters, asked: int) -> tuple[Tensor, Tensor]:
+    """E|(r - u_s).(k - w)|^2 and E|r.(k - w)|^2 of each key [Z, n]."""
+    within = ((subtiles.rest - subtiles.mean[:, :, :, None]) * subtiles.weight).square().sum((1, 2, 3)) / asked
+    between = (subtiles.mean.square() * subtiles.number).sum((1, 2)) / asked  # both [Z, D]
+    squared = clusters.offset.square()
+    of_within, of_tile = ((squared @ x[..., None])[..., 0] + LEAST_SPREAD for x in (within, within + between))
+    return of_within, of_tile
+
+
+def find_drives(
+    subtiles: Subtiles, clusters: Clusters, share: Tensor, head_key: Tensor, log_prefix: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log (exp(u_s.w) / Z_s) [Z, T, s, m], and its maximum over the sub-tiles [Z, T, m].
+
+    Args:
+        share: the attention that is expected of each tile for each cluster [Z, T, m].
+        head_key, log_prefix: the keys of the prefix [Z, prefix, D], and what is expected for them [Z, T, prefix].
+    """
+    drive = subtiles.mean @ clusters.weights[:, None].mT
+    log_share = share.clamp(min=torch.finfo(share.dtype).tiny).log()
+    parts = drive + log_share[:, :, None], subtiles.mean @ head_key[:, None].mT + log_prefix[:, :, None]
+    drive = drive - torch.cat(parts, -1).logsumexp(-1, keepdim=True)
+    return drive, drive.masked_fill(subtiles.number == 0, -torch.inf).amax(2)
+
+
+def least_score(clusters: Clusters | None, layout: Layout, like: Tensor, dim: int) -> Tensor:
+    """The score above which a key is chosen [Z]."""
+    if clusters is None or not layout.key_error:
+        return like.new_full((len(like),), -torch.inf)
+    return clusters.log_spread + log(layout.least_error(clusters.winners.shape[1], dim))
 
 
 def choose_keys(
@@ -260,35 +344,21 @@ def choose_keys(
         head_key: the keys of the prefix [Z, prefix, D].
     """
     size, tiles, body = reading.logits.shape
-    asked = reading.asked
-    count = layout.subtiles()
-    token, real = (_by_subtile(x, count) for x in (reading.token, reading.real.expand_as(reading.token)))
-    near = near_keys(token, layout, body).masked_fill(~real[..., None], -1).flatten(3)
-    near = _unique(near, layout.near_keys(body))  # [Z, T, s, W]
+    asked, count = reading.asked, layout.subtiles()
+    near = near_of_subtiles(reading.token, reading.real, layout, body)
     if layout.exact_keys == 0:
-        return _of_queries(near, asked)
+        return of_queries(near, asked)
 
-    weight = real[..., None].to(reading.rest.dtype)
-    rest = _by_subtile(reading.rest, count)
-    number = weight.sum(3)
-    mean = (rest * weight).sum(3) / number.clamp(min=1)  # u_s [Z, T, s, D]
-    direction = mean @ coordinates.query_basis[:, None]
-    score, offset, least = expected.log_body, coordinates.key, rest.new_full((size, 1, 1), -torch.inf)
+    subtiles = find_subtiles(reading.rest, reading.real, coordinates, layout)
+    number, weight = subtiles.number, subtiles.weight
+    score, offset = expected.log_body, coordinates.key
+    least = least_score(clusters, layout, score, reading.rest.shape[-1])[:, None, None]
     if clusters is not None:
         offset = clusters.along
-        within = ((rest - mean[:, :, :, None]) * weight).square().sum((1, 2, 3)) / asked
-        between = (mean.square() * number).sum((1, 2)) / asked  # both [Z, D]
-        squared = clusters.offset.square()
-        within, wide = (((squared @ x[..., None])[..., 0] + LEAST_SPREAD)[:, None] for x in (within, within + between))
+        within, wide = (x[:, None] for x in spread_of_keys(subtiles, clusters, asked))
         owner = clusters.winners[:, None].expand_as(score)
-        drive = mean @ clusters.weights[:, None].mT  # u_s.w [Z, T, s, m]
-        share = drive.new_zeros(*score.shape[:2], drive.shape[-1]).scatter_add(2, owner, expected.body)
-        log_share = share.clamp(min=torch.finfo(share.dtype).tiny).log()
-        parts = drive + log_share[:, :, None], mean @ head_key[:, None].mT + expected.log_prefix[:, :, None]
-        drive = drive - torch.cat(parts, -1).logsumexp(-1, keepdim=True)  # by Z_s
-        gain = drive.masked_fill(number == 0, -torch.inf).amax(2)
-        if layout.key_error:
-            least = clusters.log_spread[:, None, None] + log(layout.least_error(body, rest.shape[-1]))
+        share = score.new_zeros(*score.shape[:2], layout.num_hidden).scatter_add(2, owner, expected.body)
+        drive, gain = find_drives(subtiles, clusters, share, head_key, expected.log_prefix)
         error = clusters.log_value[:, None] + wide.log() / 2
         if reading.bias is not None:
             square = reading.bias.square().sum(2) / reading.real.sum(1)[:, None]
@@ -300,7 +370,7 @@ def choose_keys(
         """[Z, 1 or T, n] -> [Z, T, 1, E]."""
         return x.expand(size, tiles, body).gather(2, candidates)[:, :, None]
 
-    inner = direction @ take_rows(offset, candidates).mT  # d [Z, T, s, E]
+    inner = subtiles.direction @ take_rows(offset, candidates).mT  # d [Z, T, s, E]
     score = of_candidates(expected.log_body) + inner
     if clusters is not None:
         owner = of_candidates(clusters.winners[:, None]).expand_as(inner)
@@ -324,7 +394,7 @@ def choose_keys(
     score = score.masked_fill(is_near | (best <= least)[:, :, None], -torch.inf)
     best, place = score.topk(min(layout.exact_keys, score.shape[-1]), dim=-1)
     chosen = candidates.gather(3, place).masked_fill(best <= least[..., None], -1)
-    return _of_queries(torch.cat([near, chosen], -1), asked)
+    return of_queries(torch.cat([near, chosen], -1), asked)
 
 
 def _missed(d: Tensor) -> Tensor:
@@ -342,7 +412,7 @@ def _by_subtile(x: Tensor, count: int) -> Tensor:
     return x.reshape(*x.shape[:2], count, -1, *x.shape[3:])
 
 
-def _of_queries(keys: Tensor, asked: int) -> Tensor:
+def of_queries(keys: Tensor, asked: int) -> Tensor:
     """Keys of sub-tiles [Z, T, s, P] -> [Z, S, P], S the sub-tiles that hold a query."""
     return keys.flatten(1, 2)[:, : -(-asked // SUBTILE)]
 
@@ -361,17 +431,22 @@ def _mass_left(reading: Reading, expected: Tensor, keys: Tensor, winners: Tensor
     It keeps 1e-12 of what all queries expect, so that no cluster is empty, and is measured from the cluster's largest.
     """
     number = reading.real.view(-1, layout.subtiles(), SUBTILE).sum(2).to(expected.dtype)  # queries [T, s]
-    keys = _by_tile(keys, *number.shape).where(number[..., None] > 0, -1)
+    keys = by_tile(keys, *number.shape).where(number[..., None] > 0, -1)
     taken = F.pad(torch.zeros_like(expected), (0, 1))  # by how many queries of the tile; -1 points behind the last
     place = keys.where(keys >= 0, expected.shape[-1]).flatten(2)
     taken = taken.scatter_add(2, place, number[..., None].expand(keys.shape).flatten(2))[..., :-1]
     share = 1 - taken / number.sum(1)[:, None]
     left = (expected * share.clamp(min=0)).sum(1) + LEAST_MASS * expected.sum(1)
+    return by_largest(left, winners, layout)
+
+
+def by_largest(left: Tensor, winners: Tensor, layout: Layout) -> Tensor:
+    """What keys weigh [Z, n], measured from the largest of their cluster."""
     largest = left.new_zeros(len(left), max(layout.num_hidden, 1)).scatter_reduce(1, winners, left, "amax")
     return left / largest.gather(1, winners).clamp(min=torch.finfo(left.dtype).tiny)
 
 
-def _by_tile(keys: Tensor, tiles: int, subtiles: int) -> Tensor:
+def by_tile(keys: Tensor, tiles: int, subtiles: int) -> Tensor:
     """Keys of sub-tiles [Z, S, P] -> [Z, T, s, P], -1 where there is no sub-tile."""
     size, have, count = keys.shape
     none = keys.new_full((size, tiles * subtiles - have, count), -1)  # F.pad of PyTorch 2.8 refuses a count of 0
@@ -384,13 +459,11 @@ class Union(NamedTuple):
     Attributes:
         keys: which they are [Z, T, U]. there: whether it is one [Z, T, U]; a tile may have fewer.
         taken: whether a sub-tile reads it exactly [Z, T, s, U].
-        left: the body keys that none of them reads exactly [Z, T, n].
     """
 
     keys: Tensor
     there: Tensor
     taken: Tensor
-    left: Tensor
 
 
 def find_union(keys: Tensor, tiles: int, subtiles: int, body: int, most: int | None = None) -> Union:
@@ -399,16 +472,14 @@ def find_union(keys: Tensor, tiles: int, subtiles: int, body: int, most: int | N
     Args:
         most: how many they are at most; None: as many as there are, for which a GPU has to be asked.
     """
-    keys = _by_tile(keys, tiles, subtiles)
+    keys = by_tile(keys, tiles, subtiles)
     index = _unique(keys.flatten(2), body)
     there = index >= 0
     size = int(there.sum(-1).max()) if most is None else min(most, index.shape[-1])
     index, there = index[..., :size], there[..., :size]
     place = torch.searchsorted(-index, -keys.flatten(2)).view(keys.shape)  # -1 is behind the last, or where none is
     taken = keys.new_zeros(*keys.shape[:3], size + 1, dtype=torch.bool).scatter(3, place, True)[..., :size]
-    left = keys.new_ones(*keys.shape[:2], body + 1, dtype=torch.bool)
-    left = left.scatter(2, index.where(there, body), False)[..., :body]
-    return Union(index.clamp(min=0), there, taken, left)
+    return Union(index.clamp(min=0), there, taken)
 
 
 def attend(
@@ -423,13 +494,15 @@ def attend(
     reading = read_tiles(query, key, order, layout, bias)
     tiles = reading.token.shape[1]
 
-    index, there, taken, left = find_union(keys, tiles, layout.subtiles(), body)
+    index, there, taken = find_union(keys, tiles, layout.subtiles(), body)
     means = reading.logits.gather(2, index).masked_fill(~there, -torch.inf)  # u.k
 
     if m:
         mass = choice.mass.to(key.dtype)
         weights = weighted_means(body_key, mass, winners, m)[1]
-        log_z, mean_value = write_hidden(reading.logits.masked_fill(~left, -torch.inf), body_value, winners, m)
+        exactly = F.pad(torch.zeros_like(reading.logits, dtype=torch.bool), (0, 1))  # the last is no key
+        exactly = exactly.scatter(2, index.where(there, body), True)[..., :body]
+        log_z, mean_value = write_hidden(reading.logits.masked_fill(exactly, -torch.inf), body_value, winners, m)
 
     def read(part: slice) -> tuple[Tensor, Tensor]:
         """One softmax for each query over [prefix ; the union, exactly or through its cluster ; the neurons]."""

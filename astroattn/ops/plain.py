@@ -22,6 +22,7 @@ from astroattn.ops.near_far import Choice
 from astroattn.ops.precision import without_autocast
 from astroattn.ops.static import Hidden
 
+Choose = Callable[[Tensor, Tensor, Tensor, Layout], Choice]
 Attend = Callable[[Tensor, Tensor, Tensor, Layout, Choice], tuple[Tensor, Tensor]]
 
 # Most numbers in one intermediate tensor; batch and heads are taken in slices that stay below it.
@@ -49,9 +50,13 @@ def near_far_forward(
     lengths: Tensor | None,
     budget: Budget,
     scale: float,
+    choose: Choose | None = None,
     attend: Attend = near_far.attend,
 ) -> tuple[Tensor, ...]:
-    """The same, and what was chosen [B, H, ...], which `near_far_backward` needs; a kernel may attend in its place."""
+    """The same, and what was chosen [B, H, ...], which `near_far_backward` needs.
+
+    Kernels may choose, where there is no bias, and attend.
+    """
     tokens, queries = key.shape[2], query.shape[2]
     whole, body, asked = budget.at(tokens, key.shape[3], queries), tokens - budget.prefix, budget.asked(tokens, queries)
     order = torch.arange(asked, device=query.device, dtype=torch.int32).repeat(query.shape[0] * query.shape[1], 1)
@@ -61,7 +66,7 @@ def near_far_forward(
     keys = order.new_full((len(order), whole.all_subtiles(asked), most), -1)
 
     def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-        choice = near_far.choose(q, k, v, layout, b)
+        choice = choose(q, k, v, layout) if choose and b is None else near_far.choose(q, k, v, layout, b)
         for mine, found in zip((order, winners, mass, keys), choice, strict=True):
             place: tuple[Any, ...] = (rows, *map(slice, found.shape[1:]))
             mine[place] = found.to(mine.dtype)

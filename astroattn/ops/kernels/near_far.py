@@ -5,8 +5,8 @@
 
 `read` is flash attention of a tile of queries over gathered rows: a key that some sub-tile of the tile reads exactly is
 read by the others through its cluster, so all queries of the tile share its rows. The backward pass writes again, and
-differentiates reading, sums over the tiles that read a key exactly, and differentiates writing. Choosing is plain
-PyTorch.
+differentiates reading, sums over the tiles that read a key exactly, and differentiates writing. What is chosen is up to
+`kernels.near_far_choose`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from torch import Tensor
 
 from astroattn.ops import near_far, plain
 from astroattn.ops.kernels.device import is_small
-from astroattn.ops.kernels.near_far_backward import read_backward_kernel, sum_kernel, write_backward_kernel
+from astroattn.ops.kernels.near_far_backward import (
+    mean_backward_kernel,
+    read_backward_kernel,
+    sum_kernel,
+    write_backward_kernel,
+)
+from astroattn.ops.kernels.near_far_choose import choose
 from astroattn.ops.kernels.near_far_forward import read_kernel
 from astroattn.ops.kernels.near_far_tiles import LIKE, Tiles, dims_of, read_tiles
 from astroattn.ops.kernels.rows import power_of_2
@@ -30,7 +36,7 @@ from astroattn.ops.rows import dense_rows, empty_rows
 
 
 class Blocks(NamedTuple):
-    """Sizes of the blocks of `read`: queries (at most), exact keys, warps, stages of loads."""
+    """Sizes of blocks: queries or tiles (at most), keys, warps, stages of loads."""
 
     queries: int
     keys: int
@@ -67,7 +73,9 @@ BACKWARD = {
 # In its place where there is less shared memory than on an H100, and no wgmma: more would spill.
 SMALL = {(2, 64): Blocks(32, 32, 8, 1)}
 NEURONS = {64: 64, 128: 32, 256: 32}  # that one program differentiates, at most, by padded head dim
-KEYS, SUMMED = 32, 16  # in a block of `write`, backward, and of the sums
+# Tiles, keys, warps and stages of `write`, backward, by the same.
+WRITTEN = {64: Blocks(32, 32, 8, 2), 128: Blocks(16, 32, 8, 2), 256: Blocks(16, 16, 8, 1)}
+SUMMED = 16  # keys in a block of the sums
 
 
 def near_far_forward(
@@ -75,7 +83,7 @@ def near_far_forward(
 ) -> tuple[Tensor, ...]:
     """As `plain.near_far_forward`, on tensors [B, H, N, D] of one dtype: float32, bfloat16, float16; without a bias."""
     attend_ = partial(attend, dtype=query.dtype)
-    out, *others = plain.near_far_forward(query, key, value, bias, lengths, budget, scale, attend=attend_)
+    out, *others = plain.near_far_forward(query, key, value, bias, lengths, budget, scale, choose, attend_)
     return empty_rows(dense_rows(query), value.shape[-1]).copy_(out), *others
 
 
@@ -176,7 +184,7 @@ def attend_backward(
         sizes = SMALL.get((dtype.itemsize, widest), sizes)
     slots, neurons = power_of_2(tile, most=sizes.queries), power_of_2(m, most=NEURONS[widest])
     blocks, layers = -(-tile // slots), max(1, -(-m // neurons))
-    d_rest, rest_sum = key.new_empty(size, layers, tokens, dim), key.new_empty(size, tiles, blocks, layers, dim)
+    d_rest, d_mean = key.new_empty(size, layers, tokens, dim), key.new_empty(size, tiles, blocks, layers, dim)
     d_entry_key, d_entry_value, d_bias = (
         key.new_empty(size, tiles, entries, blocks, *shape) for shape in ((dim,), (dv,), ())
     )
@@ -184,7 +192,7 @@ def attend_backward(
     dims, like = dims_of(dim, dv), LIKE[dtype]
     read_backward_kernel[(size * tiles * blocks * layers,)](
         *(query.contiguous(), *read.read(), *(x.contiguous() for x in results)),
-        *(d_rest, rest_sum, d_entry_key, d_entry_value, d_bias),
+        *(d_rest, d_mean, d_entry_key, d_entry_value, d_bias),
         *(d_weights, d_log_z, d_mean_value, tokens, prefix, tiles, tile, blocks, layers, entries, m),
         **dims, Q=slots, E=sizes.keys, M=neurons, HIDDEN=m > 0, SUB=SUBTILE, LIKE=like,
         num_warps=sizes.warps, num_stages=sizes.stages,
@@ -193,17 +201,14 @@ def attend_backward(
     d_key, d_value = torch.empty_like(key), torch.empty_like(value)
     places, begins = _by_key(read.reads, tokens)
     sum_kernel[(size * -(-tokens // SUMMED),)](
-        *(d_entry_key, d_entry_value, places, begins, d_key, d_value, tokens, tiles * entries, blocks), **dims, K=SUMMED
-    )
-    # Of u.k; the last column is that of no key.
-    d_logits = key.new_zeros(size, tiles, tokens + 1)
-    d_logits.scatter_(2, read.reads.long().where(read.reads >= 0, tokens), d_bias.sum(-1))
-    if m:
-        _write_backward(read, layout, d_weights, d_log_z, d_mean_value, choice, (d_key, d_value, d_logits))
-    d_logits = d_logits[..., :tokens]
-    d_key += d_logits.mT @ read.mean
+        *(read.mean, d_entry_key, d_entry_value, d_bias, places, begins, d_key, d_value),
+        *(tokens, tiles, entries, blocks), **dims, K=SUMMED,
+    )  # fmt: skip
     # The mean query has what reading gives it beside what its queries' rests have already.
-    d_mean = (d_logits @ key - rest_sum.sum((2, 3))) / read.real.sum(1)[:, None]
+    d_mean = d_mean.sum((2, 3))
+    if m:
+        d_mean += _write_backward(read, layout, d_weights, d_log_z, d_mean_value, choice, (d_key, d_value))
+    d_mean /= read.real.sum(1)[:, None]
     order = choice.order.long()
     places = torch.arange(order.shape[1], device=key.device).expand_as(order)
     tile_of = torch.empty_like(order).scatter_(1, order, places // tile)
@@ -234,23 +239,31 @@ def _write_backward(
     d_log_z: Tensor,
     d_mean_value: Tensor,
     choice: Choice,
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Add what the keys have given to the hidden layer to d_key and d_value, and store their d (u.k)."""
-    d_key, d_value, d_logits = grads
+    grads: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Add what the keys have given to the hidden layer to d_key and d_value; what it gives to the mean queries."""
+    d_key, d_value = grads
     hidden, prefix, m = read.hidden, layout.prefix, layout.num_hidden
-    (size, tiles, body), (tokens, dv) = hidden.logits.shape, d_value.shape[1:]
+    (size, tiles, dim), (tokens, dv) = read.mean.shape, d_value.shape[1:]
     d_mean_value, d_log_z = d_mean_value.sum(2), d_log_z.sum(2)
     d_log_z = d_log_z - (d_mean_value * hidden.mean_value).sum(-1)
-    write_backward_kernel[(size * (-(-body // KEYS) + m),)](
-        *(hidden.logits, read.value, hidden.ordered, hidden.begins, hidden.log_z, read.top),
-        *(d_mean_value, d_log_z, d_logits, d_value, tokens, prefix, tiles, m),
-        DV=dv, DVP=power_of_2(dv), M=power_of_2(m), T=power_of_2(tiles, most=32), K=KEYS, LIKE=LIKE[read.value.dtype],
-    )  # fmt: skip
+    most, block, warps, stages = WRITTEN[power_of_2(max(dim, dv), least=64)]
+    rows = power_of_2(tiles, most=most)
+    given = read.mean, read.key, read.value, *hidden.written(), read.top, d_mean_value, d_log_z
+    numbers = tokens, prefix, tiles, m, hidden.read.shape[2]
+    sizes = dims_of(dim, dv) | {"T": rows, "K": block, "num_warps": warps, "num_stages": stages}
+    write_backward_kernel[(size * (-(-(tokens - prefix) // block) + m),)](
+        *given, d_key, d_value, *numbers, **sizes, M=power_of_2(m), LIKE=LIKE[read.value.dtype]
+    )
+    d_means = d_key.new_empty(size, tiles, m, dim)
+    mean_backward_kernel[(size * m * -(-tiles // rows),)](
+        *given, d_means, *numbers, **sizes, LIKE=LIKE[read.value.dtype]
+    )
     winners = choice.winners.long()
     share = choice.mass.float() / hidden.total.gather(1, winners).clamp(min=torch.finfo(torch.float32).tiny)
     of_key = d_weights.sum((1, 2)).gather(1, winners[..., None].expand(-1, -1, d_key.shape[2]))
     d_key[:, prefix:] += share[..., None] * of_key
+    return d_means.sum(2)
 
 
 def _by_key(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -11,22 +11,23 @@ import triton
 import triton.language as tl
 
 from astroattn.ops.kernels.features import load_rows, narrow, operand, product, store_rows, widen
+from astroattn.ops.kernels.near_far_forward import logits_left
 
 
 @triton.jit(do_not_specialize=["tokens", "prefix", "tiles", "tile", "blocks", "layers", "entries", "num_hidden"])
 def read_backward_kernel(
     query, key, value, order, mean, index, taken, owner, bias, weights, log_z, mean_value, tops,
-    out, log_p, d_out, d_log_p, d_rest, rest_sum, d_entry_key, d_entry_value, d_bias, d_weights, d_log_z, d_mean_value,
+    out, log_p, d_out, d_log_p, d_rest, d_mean, d_entry_key, d_entry_value, d_bias, d_weights, d_log_z, d_mean_value,
     tokens, prefix, tiles, tile, blocks, layers, entries, num_hidden,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     Q: tl.constexpr, E: tl.constexpr, M: tl.constexpr, HIDDEN: tl.constexpr, SUB: tl.constexpr, LIKE: tl.constexpr,
 ):  # fmt: skip
     """Of a block of the queries of one tile, and a block of neurons (a layer); see `read_kernel`.
 
-    Each gives d_rest [Z, layers, N, D] of its queries and their sum [Z, T, blocks, layers, D]; what its queries read of
-    its neurons, as those or as the cluster of another sub-tile's exact key, gives d_weights, d_log_z and d_mean_value
-    [Z, T, blocks, m, ...]. The first layer has what they read exactly: d_entry_key and d_entry_value [Z, T, entries,
-    blocks, ...], and the gradient of the biases [Z, T, entries, blocks].
+    Each gives d_rest [Z, layers, N, D] of its queries, and d_mean [Z, T, blocks, layers, D], less their sum; what its
+    queries read of its neurons, as those or as the cluster of another sub-tile's exact key, gives d_weights, d_log_z
+    and d_mean_value [Z, T, blocks, m, ...]. The first layer has what they read exactly: d_entry_key and d_entry_value
+    [Z, T, entries, blocks, ...], and d (u.k) in d_bias [Z, T, entries, blocks].
     """
     pid = tl.program_id(0)
     layer = pid % layers
@@ -53,6 +54,7 @@ def read_backward_kernel(
     neurons = layer * M + tl.arange(0, M)
 
     d_r = tl.zeros([Q, DP], tl.float32)
+    d_u = tl.zeros([DP], tl.float32)
     through = tl.zeros([Q, M], tl.float32)  # d (r.w) of each neuron
     for start in range(0, entries, E):
         entry = start + tl.arange(0, E)
@@ -82,7 +84,9 @@ def read_backward_kernel(
             limit = tl.where(there, line + 1, line)  # rows that are there
             store_rows(d_entry_value, DV, line, limit[:, None], d_v, DV, DVP)
             store_rows(d_entry_key, D, line, limit[:, None], d_k, D, DP)
-            tl.store(d_bias + line, tl.sum(d_score, 0), mask=there)
+            d_logits = tl.sum(d_score, 0)  # of u.k
+            tl.store(d_bias + line, d_logits, mask=there)
+            d_u += tl.sum(d_logits[:, None] * k.to(tl.float32), 0)
             d_r += product(operand(d_own, LIKE), widen(k), LIKE)
         if HIDDEN:
             mine = operand(tl.where(winner[:, None] == neurons[None, :], 1.0, 0.0), LIKE)
@@ -104,18 +108,20 @@ def read_backward_kernel(
         store_rows(d_weights + line * D, D, neurons, num_hidden, d_w, D, DP)
         d_r += product(operand(through, LIKE), widen(w), LIKE)
     store_rows(d_rest + (z * layers + layer) * tokens * D, D, here, tokens, d_r, D, DP)
-    tl.store(rest_sum + ((row * blocks + block) * layers + layer) * D + columns, tl.sum(d_r, 0), mask=columns < D)
+    d_u -= tl.sum(d_r, 0)
+    tl.store(d_mean + ((row * blocks + block) * layers + layer) * D + columns, d_u, mask=columns < D)
 
 
-@triton.jit(do_not_specialize=["tokens", "length", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "tiles", "entries", "blocks"])
 def sum_kernel(
-    d_entry_key, d_entry_value, places, begins, d_key, d_value, tokens, length, blocks,
+    mean, d_entry_key, d_entry_value, d_bias, places, begins, d_key, d_value, tokens, tiles, entries, blocks,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """d_key and d_value [Z, N, ...] of a block of keys, from the entries of the tiles that read them exactly.
 
-    places [Z, length] are entries in the order of their keys, begins [Z, N + 1] where those of a key begin.
+    places [Z, T * entries] are entries in the order of their keys, begins [Z, N + 1] where those of a key begin.
     """
+    length = tiles * entries
     of = tl.cdiv(tokens, K)
     z = (tl.program_id(0) // of).to(tl.int64)
     keys = tl.program_id(0) % of * K + tl.arange(0, K)
@@ -127,26 +133,34 @@ def sum_kernel(
     for step in range(0, tl.max(count, 0)):
         more = step < count
         entry = tl.load(places + z * length + first + step, mask=more, other=0)
+        u = load_rows(mean + z * tiles * D, D, entry // entries, tiles, D, DP)
         for block in range(0, blocks):
             line = (z * length + entry) * blocks + block
             limit = tl.where(more, line + 1, line)[:, None]
             d_k += load_rows(d_entry_key, D, line, limit, D, DP)
+            d_k += tl.load(d_bias + line, mask=more, other=0.0)[:, None] * u
             d_v += load_rows(d_entry_value, DV, line, limit, DV, DVP)
     store_rows(d_key + z * tokens * D, D, keys, tokens, d_k, D, DP)
     store_rows(d_value + z * tokens * DV, DV, keys, tokens, d_v, DV, DVP)
 
 
-@triton.jit(do_not_specialize=["tokens", "prefix", "tiles", "num_hidden"])
-def write_backward_kernel(
-    logits, value, ordered, begins, log_z, tops, d_mean_value, d_log_z, d_logits, d_value,
-    tokens, prefix, tiles, num_hidden,
-    DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, T: tl.constexpr, K: tl.constexpr, LIKE: tl.constexpr,
-):  # fmt: skip
-    """Of a block of keys of one cluster: d (u.k) [Z, T, N + 1], and d_value, to which it adds.
+@triton.jit
+def written(u, k, v, of_tile, place, there, level, d_mean, d_log, LIKE: tl.constexpr):
+    """The share c = exp(u.k) / z of keys in what tiles write [T, K], and d (u.k) = c (d_log_z + d_mean_value.(v -
+    mean_value)); the part that is the same for a whole cluster is in d_log, [T, 1] as the level log z."""
+    score = logits_left(u, k, of_tile, place, there)
+    share = tl.where(score > float("-inf"), tl.exp(score - level), 0.0)
+    return share, share * (product(d_mean, tl.trans(widen(v)), LIKE) + d_log)
 
-    With the share c = exp(u.k) / z of a key in what a tile writes: d_v = sum_T c d_mean_value, and
-    d (u.k) = c (d_log_z + d_mean_value.(v - mean_value)); the part that is the same for a whole cluster is in d_log_z.
-    """
+
+@triton.jit(do_not_specialize=["tokens", "prefix", "tiles", "num_hidden", "words"])
+def write_backward_kernel(
+    mean, key, value, read, ordered, begins, log_z, tops, d_mean_value, d_log_z, d_key, d_value,
+    tokens, prefix, tiles, num_hidden, words,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    M: tl.constexpr, T: tl.constexpr, K: tl.constexpr, LIKE: tl.constexpr,
+):  # fmt: skip
+    """Of a block of keys of one cluster: d_k = sum_T d (u.k) u and d_v = sum_T c d_mean_value, which it adds up."""
     body = tokens - prefix
     of = tl.cdiv(body, K) + num_hidden
     z = (tl.program_id(0) // of).to(tl.int64)
@@ -163,28 +177,68 @@ def write_backward_kernel(
         first = tl.sum(tl.where(here, begin + (block - behind + blocks_of) * K, 0), 0)
         place = first + tl.arange(0, K)
         real = place < tl.sum(tl.where(here, end, 0), 0)
-        key = tl.load(ordered + z * body + place, mask=real, other=0)
-        rows = tl.where(real, key, body)
+        rows = tl.load(ordered + z * body + place, mask=real, other=body)
+        k = load_rows(key + (z * tokens + prefix) * D, D, rows, body, D, DP)
         v = load_rows(value + (z * tokens + prefix) * DV, DV, rows, body, DV, DVP)
+        d_k = load_rows(d_key + (z * tokens + prefix) * D, D, rows, body, D, DP)
         d_v = load_rows(d_value + (z * tokens + prefix) * DV, DV, rows, body, DV, DVP)
         for start in range(0, tiles, T):
             tile = start + tl.arange(0, T)
             some = tile < tiles
             row = z * tiles + tile
-            score = tl.load(
-                logits + row[:, None] * body + key[None, :], mask=some[:, None] & real[None, :], other=float("-inf")
-            )
-            written = score > float("-inf")
             state = row * num_hidden + cluster
             level = tl.load(log_z + state, mask=some, other=0.0) + tl.load(tops + row, mask=some, other=0.0)
-            share = tl.where(written, tl.exp(score - level[:, None]), 0.0)
             d_mean = load_rows(
                 d_mean_value + (z * tiles * num_hidden + cluster) * DV, num_hidden * DV, tile, tiles, DV, DVP
             )
             d_mean = operand(d_mean, LIKE)
-            d_score = product(d_mean, tl.trans(widen(v)), LIKE)
-            d_score = share * (d_score + tl.load(d_log_z + state, mask=some, other=0.0)[:, None])
+            d_log = tl.load(d_log_z + state, mask=some, other=0.0)
+            u = load_rows(mean + z * tiles * D, D, tile, tiles, D, DP)
+            there = some[:, None] & real[None, :]
+            share, d_score = written(
+                u, k, v, read + row[:, None] * words, place, there, level[:, None], d_mean, d_log[:, None], LIKE
+            )
+            d_k += product(tl.trans(d_score), u, tl.float32)
             d_v += product(tl.trans(operand(share, LIKE)), d_mean, LIKE)
-            to = d_logits + row[:, None] * (tokens + 1) + prefix + key[None, :]
-            tl.store(to, d_score, mask=written)
+        store_rows(d_key + (z * tokens + prefix) * D, D, rows, body, d_k, D, DP)
         store_rows(d_value + (z * tokens + prefix) * DV, DV, rows, body, d_v, DV, DVP)
+
+
+@triton.jit(do_not_specialize=["tokens", "prefix", "tiles", "num_hidden", "words"])
+def mean_backward_kernel(
+    mean, key, value, read, ordered, begins, log_z, tops, d_mean_value, d_log_z, d_means,
+    tokens, prefix, tiles, num_hidden, words,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    T: tl.constexpr, K: tl.constexpr, LIKE: tl.constexpr,
+):  # fmt: skip
+    """Of one cluster and a block of tiles: d_u = sum_i d (u.k_i) k_i -> d_means [Z, T, m, D]."""
+    blocks = tl.cdiv(tiles, T)
+    pid = tl.program_id(0)
+    z = (pid // (blocks * num_hidden)).to(tl.int64)
+    cluster = pid // blocks % num_hidden
+    tile = pid % blocks * T + tl.arange(0, T)
+    some = tile < tiles
+    row = z * tiles + tile
+    state = row * num_hidden + cluster
+    body = tokens - prefix
+    first = tl.load(begins + z * (num_hidden + 1) + cluster)
+    last = tl.load(begins + z * (num_hidden + 1) + cluster + 1)
+    level = tl.load(log_z + state, mask=some, other=0.0) + tl.load(tops + row, mask=some, other=0.0)
+    d_log = tl.load(d_log_z + state, mask=some, other=0.0)
+    d_mean = load_rows(d_mean_value + (z * tiles * num_hidden + cluster) * DV, num_hidden * DV, tile, tiles, DV, DVP)
+    d_mean = operand(d_mean, LIKE)
+    u = load_rows(mean + z * tiles * D, D, tile, tiles, D, DP)
+    d_u = tl.zeros([T, DP], tl.float32)
+    for start in range(first, last, K):
+        place = start + tl.arange(0, K)
+        real = place < last
+        rows = tl.load(ordered + z * body + place, mask=real, other=body)
+        k = load_rows(key + (z * tokens + prefix) * D, D, rows, body, D, DP)
+        v = load_rows(value + (z * tokens + prefix) * DV, DV, rows, body, DV, DVP)
+        there = some[:, None] & real[None, :]
+        _, d_score = written(
+            u, k, v, read + row[:, None] * words, place, there, level[:, None], d_mean, d_log[:, None], LIKE
+        )
+        d_u += product(d_score, k.to(tl.float32), tl.float32)
+    columns = tl.arange(0, DP)
+    tl.store(d_means + state[:, None] * D + columns[None, :], d_u, mask=some[:, None] & (columns < D)[None, :])

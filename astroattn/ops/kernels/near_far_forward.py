@@ -1,4 +1,4 @@
-"""The kernels of `kernels.near_far`, forward: write and read."""
+"""The kernels of `kernels.near_far`, forward: entry, write and read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,43 @@ from astroattn.ops.kernels.features import LOWEST, load_rows, narrow, operand, p
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
-@triton.jit(do_not_specialize=["tokens", "prefix", "tiles", "num_hidden"])
+@triton.jit(do_not_specialize=["tokens", "tiles", "entries"])
+def entry_kernel(
+    mean, key, index, bias, tokens, tiles, entries, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr
+):  # fmt: skip
+    """u.k of a block of the keys that a tile reads exactly -> bias [Z, T, entries]; -inf where the index is -1."""
+    blocks = tl.cdiv(entries, E)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    entry = tl.program_id(0) % blocks * E + tl.arange(0, E)
+    there = entry < entries
+    rows = tl.load(index + row * entries + entry, mask=there, other=-1)
+    k = load_rows(key + row // tiles * tokens * D, D, tl.where(rows < 0, tokens, rows), tokens, D, DP)
+    columns = tl.arange(0, DP)
+    u = tl.load(mean + row * D + columns, mask=columns < D, other=0.0)
+    score = tl.where(rows < 0, float("-inf"), tl.sum(k.to(tl.float32) * u[None, :], 1))
+    tl.store(bias + row * entries + entry, score, mask=there)
+
+
+@triton.jit
+def logits_left(u, k, of_tile, place, there):
+    """u.k of tiles and the keys at these places in the order of the clusters [T, K]; -inf where the tile reads it
+    exactly, which its bits say (pointers to its words [T, 1])."""
+    bits = tl.load(of_tile + place[None, :] // 32, mask=there, other=-1)
+    score = product(u, tl.trans(k.to(tl.float32)), tl.float32)
+    return tl.where((bits >> (place % 32)[None, :]) & 1 == 0, score, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["tokens", "prefix", "tiles", "num_hidden", "words"])
 def write_kernel(
-    logits, key, value, mass, ordered, begins, weights, totals, log_z, mean_value, tokens, prefix, tiles, num_hidden,
+    mean, key, value, mass, read, ordered, begins, weights, totals, log_z, mean_value,
+    tokens, prefix, tiles, num_hidden, words,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     T: tl.constexpr, K: tl.constexpr, LIKE: tl.constexpr,
 ):  # fmt: skip
-    """Of one cluster j and a block of tiles: log z_j, s_j / z_j, from the logits u.k [Z, T, n] (-inf: not read).
+    """Of one cluster j and a block of tiles: log z_j, s_j / z_j, without the keys that a tile reads exactly.
 
-    The first block also has the mean w_j of the keys by their mass, and what they weigh together.
+    Those have a bit in the order of the clusters: read [Z, T, words]. The first block also has the mean w_j of the keys
+    by their mass, and what they weigh together.
     """
     blocks = tl.cdiv(tiles, T)
     pid = tl.program_id(0)
@@ -31,7 +59,9 @@ def write_kernel(
     first = tl.load(begins + z * (num_hidden + 1) + cluster)
     last = tl.load(begins + z * (num_hidden + 1) + cluster + 1)
     values = value + (z * tokens + prefix) * DV
-    of_tile = logits + (z * tiles + rows[:, None].to(tl.int64)) * body
+    of_tile = read + (z * tiles + rows[:, None].to(tl.int64)) * words
+    keys = key + (z * tokens + prefix) * D
+    u = load_rows(mean + z * tiles * D, D, rows, tiles, D, DP)
     total = tl.zeros([T], tl.float32)
     sums = tl.zeros([T, DVP], tl.float32)
     top = tl.full([T], LOWEST, tl.float32)
@@ -39,7 +69,8 @@ def write_kernel(
         place = start + tl.arange(0, K)
         real = place < last
         member = tl.load(ordered + z * body + place, mask=real, other=0)
-        score = tl.load(of_tile + member[None, :], mask=some[:, None] & real[None, :], other=float("-inf"))
+        k = load_rows(keys, D, tl.where(real, member, body), body, D, DP)
+        score = logits_left(u, k, of_tile, place, some[:, None] & real[None, :])
         best = tl.maximum(top, tl.max(score, 1))
         p = tl.exp(score - best[:, None])
         fade = tl.exp(top - best)
@@ -55,20 +86,20 @@ def write_kernel(
     place = mean_value + state[:, None] * DV + columns[None, :]
     tl.store(place, sums / safe[:, None], mask=some[:, None] & (columns < DV)[None, :])
     if pid % blocks == 0:
-        mean = tl.zeros([DP], tl.float32)
+        sum_of_keys = tl.zeros([DP], tl.float32)
         whole = tl.zeros([K], tl.float32)
         for begin in range(first, last, K):
             index = begin + tl.arange(0, K)
             inside = index < last
             row = tl.load(ordered + z * body + index, mask=inside, other=0)
-            k = load_rows(key + (z * tokens + prefix) * D, D, tl.where(inside, row, body), body, D, DP)
+            k = load_rows(keys, D, tl.where(inside, row, body), body, D, DP)
             weight = tl.load(mass + z * body + row, mask=inside, other=0.0)
-            mean += tl.sum(k.to(tl.float32) * weight[:, None], 0)
+            sum_of_keys += tl.sum(k.to(tl.float32) * weight[:, None], 0)
             whole += weight
         total_mass = tl.sum(whole, 0)
         column = tl.arange(0, DP)
         to = weights + (z * num_hidden + cluster) * D + column
-        tl.store(to, mean / tl.where(total_mass < TINY, 1.0, total_mass), mask=column < D)
+        tl.store(to, sum_of_keys / tl.where(total_mass < TINY, 1.0, total_mass), mask=column < D)
         tl.store(totals + z * num_hidden + cluster, total_mass)
 
 
