@@ -45,7 +45,7 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "near + far kernels": Stage((*TESTS, "tests/test_kernels_near_far.py"), 90),
+    "near + far kernels": Stage((*TESTS, "tests/test_kernels_near_far.py", "tests/test_kernels_choosing.py"), 90),
     "static kernels": Stage((*TESTS, "tests/test_kernels_static.py"), 90),
     "causal kernels": Stage((*TESTS, "tests/test_kernels_causal.py"), 90),
     "streaming kernels": Stage((*TESTS, "tests/test_kernels_streaming.py"), 90),

@@ -126,6 +126,9 @@ def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout, bias: Tens
     coordinates = find_coordinates(body_query, body_key)
     of_body = None if bias is None else bias[:, prefix:, prefix:]
     order = find_order(body_query, body_key, coordinates, layout, of_body)
+    if not (m or layout.exact_keys):  # only near keys: nothing has to be expected of the others
+        near = near_of_subtiles(*find_slots(order, layout), layout, body)
+        return Choice(order, order.new_zeros(size, body), key.new_ones(size, body), of_queries(near, order.shape[1]))
     reading = read_tiles(query, key, order, layout, bias)
     expected = expected_attention(reading)
     clusters, winners = None, order.new_zeros(size, body)
