@@ -154,7 +154,7 @@ class AstrocyteAttention(nn.Module):
             [B, H, Nq, Dv], in the dtype of the query (autocast's under it). Differentiable in query, key and value.
             Of the Hebbian layer the choices (which keys are exact, which cluster a key belongs to) and what a key
             weighs in its cluster's mean are constant in the backward pass, which leaves out some per cent of the
-            gradient (`ops.near_far.Choice`). NaN and infinity come out as NaN or infinity.
+            gradient (`ops.choosing.Choice`). NaN and infinity come out as NaN or infinity.
 
         Raises:
             TypeError, ValueError: shapes, dtypes or values that do not fit, naming the argument; a combination that

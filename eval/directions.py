@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from astroattn import AstroConfig, cost, patched
 from astroattn.fidelity.calls import CostMeter, find_astrocytes
-from astroattn.ops import near_far, order
+from astroattn.ops import choosing, order
 from astroattn.ops.order import Coordinates
 from eval.common import JsonOption, LimitOption, SeedOption, print_rows, rounded, run_script, write_json
 from eval.frontier.cases import Case, Model, ModelOption, choose_from_command_line, load_case
@@ -110,7 +110,7 @@ def measure(case: Case) -> list[Row]:
         with patched(case.model, AstroConfig(backend="torch")):
             dim = max(core.head_dim for core in find_astrocytes(case.model).values())
             learned = Learned(case.model, few)
-            with _replaced(near_far, find_coordinates=learned.learn):
+            with _replaced(choosing, find_coordinates=learned.learn):
                 read_outputs(case, list(case.batches("even")))
         kinds = {
             f"{few} of 64 tokens (the default)": Kind(few, FOUND),
@@ -122,7 +122,7 @@ def measure(case: Case) -> list[Row]:
         }
         for name, kind in tqdm(kinds.items(), case.title, unit="kind"):
             config = AstroConfig(exact_keys=round(kind.keys * sqrt(case.tokens)), backend="torch")
-            with patched(case.model, config), _replaced(near_far, find_coordinates=kind.find):
+            with patched(case.model, config), _replaced(choosing, find_coordinates=kind.find):
                 learned.follow(case.model)
                 meter = CostMeter(case.model)
                 with meter.watch():

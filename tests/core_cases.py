@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from astroattn import AstroConfig, AstrocyteAttention
+from astroattn.ops.choosing import Choice, choose
 from astroattn.ops.layout import SUBTILE, Layout
-from astroattn.ops.near_far import Choice, choose
 from astroattn.ops.reference import cluster_attention, softmax_attention
 
 # One configuration for every path through the code; none of them covers the sequences that the tests use it on.

@@ -153,7 +153,7 @@ def causal(kind: Kind, tokens: int) -> Iterator[str]:
 
 
 def any_order(query: Tensor, key: Tensor, coordinates: object, layout: Layout) -> Tensor:
-    """In the place of `near_far.find_order`, which is plain PyTorch and takes most of the time."""
+    """In the place of `choosing.find_order`, which is plain PyTorch and takes most of the time."""
     return torch.arange(query.shape[1]).expand(len(key), -1)
 
 
@@ -168,8 +168,8 @@ def near_far(kind: Kind, tokens: int) -> Iterator[str]:
     q, k, v, d_out = (kind.draw(tokens) for _ in range(4))
     budget = Budget(None, 0, ROOT, by_content=True, near=ROOT, exact_keys=ROOT, num_hidden=ROOT, steps=1)
     given = (kind.lengths(tokens), budget, 0.125)
-    place = "astroattn.ops.near_far"
-    with mock.patch(f"{place}.find_order", any_order), mock.patch(f"{place}.learn_clusters", any_clusters):
+    order, clusters = "astroattn.ops.choosing.find_order", "astroattn.ops.clustering.learn_clusters"
+    with mock.patch(order, any_order), mock.patch(clusters, any_clusters):
         out, log_p, *chosen = near_far_forward(q, k, v, None, *given)
     yield "near + far forward"
     near_far_backward(d_out, torch.zeros_like(log_p), q, k, v, None, out, log_p, *chosen, *given)

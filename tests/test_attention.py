@@ -13,7 +13,7 @@ from astroattn import AstroConfig
 from astroattn.config import BY_LENGTH, is_tiled
 from astroattn.cost import budget_of
 from astroattn.ops import plain
-from astroattn.ops.near_far import choose
+from astroattn.ops.choosing import choose
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COVERING = {
@@ -275,7 +275,7 @@ def test_layout_of_the_module_is_that_of_the_configuration(name: str, monkeypatc
         seen.append((key.shape[1], layout))
         return choose(query, key, value, layout, bias)
 
-    monkeypatch.setattr("astroattn.ops.near_far.choose", spy)
+    monkeypatch.setattr("astroattn.ops.choosing.choose", spy)
     monkeypatch.setattr("astroattn.ops.static.choose", spy)
     mask = torch.arange(50) < torch.tensor([50, 31])[:, None]
     module(config)(*draw(2, 2, 50, 8), key_mask=mask)
@@ -297,7 +297,7 @@ def test_a_grid_reaches_the_operations(name: str, monkeypatch: pytest.MonkeyPatc
         seen.append((layout.grid, layout.prefix))
         return choose(query, key, value, layout, bias)
 
-    monkeypatch.setattr("astroattn.ops.near_far.choose", spy)
+    monkeypatch.setattr("astroattn.ops.choosing.choose", spy)
     monkeypatch.setattr("astroattn.ops.static.choose", spy)
     module(config)(*draw(1, 2, 50, 8), grid=(6, 8))
     assert seen == ([((6, 8), 2)] if is_tiled(config) else [])

@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.config import BY_LENGTH, is_tiled
 from astroattn.cost import budget_of, count_choice, count_reading, covers
-from astroattn.ops import near_far, static
+from astroattn.ops import choosing, near_far, static
+from astroattn.ops.choosing import Choice, choose, expected_attention
 from astroattn.ops.clustering import learn_clusters
-from astroattn.ops.near_far import Choice, choose, expected_attention, read_tiles
 from astroattn.ops.order import find_coordinates, position_order
+from astroattn.ops.tiles import read_tiles
 
 
 def cost(config: AstroConfig, tokens: int, **options: object) -> object:
@@ -153,7 +154,7 @@ def check_positions(
         seen.append(choose(*args))
         return seen[-1]
 
-    monkeypatch.setattr(near_far, "choose", note)
+    monkeypatch.setattr(choosing, "choose", note)
     monkeypatch.setattr(static, "choose", note)
     monkeypatch.setattr("astroattn.ops.library.choose_backend", lambda *_: "torch")
     attention(*draw(1, 1, tokens, 8), grid=grid)
@@ -168,7 +169,7 @@ def near_of(where: object, choice: Choice) -> torch.Tensor:
     """Near keys of each query, those of its sub-tile together."""
     numbers = []
     for queries in choice.order[0].split(4):
-        own = near_far.near_keys(queries, where, choice.order.shape[1]).unique().numel()
+        own = choosing.near_keys(queries, where, choice.order.shape[1]).unique().numel()
         numbers += [own] * len(queries)
     return torch.tensor(numbers)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from astroattn.ops import near_far
+from astroattn.ops import choosing
+from astroattn.ops.choosing import Choice
 from astroattn.ops.layout import Layout
-from astroattn.ops.near_far import Choice
 from tests.test_native import budget_of
 
 pytest.importorskip("triton")
@@ -55,7 +55,7 @@ def chosen(choice: Choice) -> Tensor:
 
 def check(inputs: list[Tensor], layout: Layout) -> None:
     ours = near_far_choose.choose(*inputs, layout)
-    theirs = near_far.choose(*(x.double() for x in inputs), layout)
+    theirs = choosing.choose(*(x.double() for x in inputs), layout)
     assert torch.equal(ours.order, theirs.order)
     assert torch.equal(ours.winners, theirs.winners)
     assert torch.equal(chosen(ours), chosen(theirs))
@@ -94,7 +94,7 @@ def test_more_than_one_program_holds_is_chosen_by_plain_pytorch(monkeypatch: pyt
     monkeypatch.setattr(near_far_choose, "DIRECT", 32)
     monkeypatch.setattr(near_far_choose, "MOST_SCORES", 32)
     inputs, layout = draw(60, 8, "cpu"), layout_of(60, 8, {"exact_keys": 20})
-    assert all(map(torch.equal, near_far_choose.choose(*inputs, layout), near_far.choose(*inputs, layout)))
+    assert all(map(torch.equal, near_far_choose.choose(*inputs, layout), choosing.choose(*inputs, layout)))
 
 
 def test_equal_inputs_give_equal_bits(device: str) -> None:
@@ -108,10 +108,10 @@ def test_large_logits(device: str) -> None:
     inputs, layout = draw(70, 8, device), layout_of(70, 8, {"exact_keys": 5, "num_hidden": 5})
     inputs[0] = inputs[0] * 8 + 60
     assert (inputs[0] @ inputs[1].mT).abs().max() > 200
-    exact = chosen(near_far.choose(*(x.double() for x in inputs), layout))
+    exact = chosen(choosing.choose(*(x.double() for x in inputs), layout))
     theirs, ours = (
         (chosen(choose(*inputs, layout)) != exact).double().mean()
-        for choose in (near_far.choose, near_far_choose.choose)
+        for choose in (choosing.choose, near_far_choose.choose)
     )
     assert ours < theirs + 0.02
 
@@ -184,7 +184,7 @@ def test_no_tensor_is_as_large_as_tiles_times_keys(device: str) -> None:
     with largest() as ours:
         near_far_choose.choose(*inputs, layout)
     with largest() as theirs:
-        near_far.choose(*inputs, layout)
+        choosing.choose(*inputs, layout)
     assert ours.numbers < 2 * 25 * 100 <= theirs.numbers
 
 
@@ -204,7 +204,7 @@ def test_attention_chooses_by_it(dtype: torch.dtype, device: str, monkeypatch: p
     inputs = [torch.randn(2, 1, 60, 8).to(device, dtype) for _ in range(3)]
     given = (None, torch.tensor([60, 41], device=device), budget_of({"exact_keys": 4, "num_hidden": 4}), 0.3)
     out, _, _, _, _, keys = kernels.near_far_forward(*inputs, *given)
-    monkeypatch.setattr(kernels, "choose", near_far.choose)
+    monkeypatch.setattr(kernels, "choose", choosing.choose)
     expected, _, _, _, _, their_keys = kernels.near_far_forward(*inputs, *given)
     assert torch.equal(keys.sort(-1).values, their_keys.sort(-1).values)
     torch.testing.assert_close(out, expected)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from astroattn import AstroConfig, AstrocyteAttention
+from astroattn.ops import choosing, plain
 from astroattn.ops import near_far as plain_near_far
-from astroattn.ops import plain
 from astroattn.ops.backends import MOST_DIM
 from tests.core_cases import relative
 from tests.test_native import CASES, budget_of, draw, given_choices
@@ -29,7 +29,7 @@ SMALL = [name for name in CASES if CASES[name][0] < 400 and name != "padding" an
 @pytest.fixture(autouse=True)
 def _plain_choice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cpu":
-        monkeypatch.setattr(near_far, "choose", plain_near_far.choose)
+        monkeypatch.setattr(near_far, "choose", choosing.choose)
 
 
 def forward(name: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:

@@ -12,9 +12,10 @@ from torch.autograd import gradcheck
 
 from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.ops import near_far, plain
+from astroattn.ops.choosing import Choice, choose
 from astroattn.ops.clustering import learn_clusters
 from astroattn.ops.layout import SUBTILE, Budget
-from astroattn.ops.near_far import Choice, attend, choose, near_far_attention
+from astroattn.ops.near_far import attend, near_far_attention
 from astroattn.ops.order import Coordinates, factor, find_coordinates, near_keys
 from astroattn.ops.reference import softmax_attention
 

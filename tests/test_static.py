@@ -9,8 +9,8 @@ from static_cases import POSITIVE, check, hidden, oracle
 from torch.autograd import gradcheck
 
 from astroattn.config import ACTIVATIONS as NAMES
+from astroattn.ops.choosing import choose
 from astroattn.ops.features import ACTIVATIONS, features
-from astroattn.ops.near_far import choose
 from astroattn.ops.reference import softmax_attention
 from astroattn.ops.static import Hidden, linear_attention, near_linear_attention
 

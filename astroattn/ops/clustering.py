@@ -2,9 +2,67 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from astroattn.ops.layout import Layout
+from astroattn.ops.order import Coordinates, factor
+from astroattn.ops.tiles import mean_and_rest
+
+
+class Clusters(NamedTuple):
+    """The clusters before exact keys are chosen.
+
+    Attributes:
+        weights: w [Z, m, D]. winners: the cluster of each key [Z, n].
+        offset: k - w [Z, n, D]. along: the same in a few coordinates [Z, n, c].
+        log_value: log |v - mean v| [Z, n], of the cluster's v; log_distance: the same of all v.
+        log_spread: the logarithm of how far values are apart [Z], the root of the mean of |v - mean v|^2.
+    """
+
+    weights: Tensor
+    winners: Tensor
+    offset: Tensor
+    along: Tensor
+    log_value: Tensor
+    log_distance: Tensor
+    log_spread: Tensor
+
+
+def find_clusters(
+    key: Tensor, value: Tensor, coordinates: Coordinates, mass: Tensor, token: Tensor, real: Tensor, layout: Layout
+) -> Clusters:
+    """Learn the clusters of the body keys, by the differences that queries of a tile can tell, and measure them."""
+    rest = mean_and_rest(coordinates.query, token, real)[1].flatten(1, 2)
+    metric = factor(rest.mT @ rest / coordinates.query.shape[1])
+    winners = learn_clusters(coordinates.key @ metric, mass, layout.num_hidden, layout.steps)
+    return measure_clusters(key, value, coordinates, mass, winners, layout.num_hidden)
+
+
+def measure_clusters(
+    key: Tensor, value: Tensor, coordinates: Coordinates, mass: Tensor, winners: Tensor, num_hidden: int
+) -> Clusters:
+    """What each cluster is, and where each key is in it."""
+
+    def offset(x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = weighted_means(x, mass, winners, num_hidden)[1]
+        return mean, x - mean.gather(1, winners[..., None].expand_as(x))
+
+    weights, from_weights = offset(key)
+
+    def log_norm(x: Tensor) -> Tensor:
+        length: Tensor = x.norm(dim=-1)
+        return length.clamp(min=torch.finfo(x.dtype).tiny).log()
+
+    whole = mass.sum(1).clamp(min=torch.finfo(mass.dtype).tiny)
+    centre = (mass[..., None] * value).sum(1, keepdim=True) / whole[:, None, None]
+    log_value, log_distance = log_norm(offset(value)[1]), log_norm(value - centre)
+    spread = (value - value.mean(1, keepdim=True)).square().sum(-1).mean(1).sqrt()
+    log_spread = spread.clamp(min=torch.finfo(value.dtype).tiny).log()
+    return Clusters(weights, winners, from_weights, offset(coordinates.key)[1], log_value, log_distance, log_spread)
 
 
 def learn_clusters(points: Tensor, mass: Tensor, num_clusters: int, steps: int) -> Tensor:

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from astroattn.ops import near_far, static
+from astroattn.ops import choosing, near_far, static
 from astroattn.ops.causal import CausalState, causal_linear_attention
+from astroattn.ops.choosing import Choice
 from astroattn.ops.layout import Budget, Layout
-from astroattn.ops.near_far import Choice
 from astroattn.ops.precision import without_autocast
 from astroattn.ops.static import Hidden
 
@@ -66,7 +66,7 @@ def near_far_forward(
     keys = order.new_full((len(order), whole.all_subtiles(asked), most), -1)
 
     def run(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-        choice = choose(q, k, v, layout) if choose and b is None else near_far.choose(q, k, v, layout, b)
+        choice = choose(q, k, v, layout) if choose and b is None else choosing.choose(q, k, v, layout, b)
         for mine, found in zip((order, winners, mass, keys), choice, strict=True):
             place: tuple[Any, ...] = (rows, *map(slice, found.shape[1:]))
             mine[place] = found.to(mine.dtype)

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from astroattn.ops.choosing import choose
 from astroattn.ops.features import respond
 from astroattn.ops.layout import SUBTILE, Layout
-from astroattn.ops.near_far import assemble, choose, take_rows
+from astroattn.ops.near_far import assemble
+from astroattn.ops.tiles import take_rows
 
 FEATURES, LEAST_CHUNK = 2**18, 16  # numbers in one chunk's features, and its least number of tokens
 

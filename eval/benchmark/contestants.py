@@ -14,7 +14,8 @@ from astroattn import AstroConfig, AstrocyteAttention
 from astroattn.cost import budget_of
 from astroattn.hidden import draw_orthogonal
 from astroattn.ops.backends import choose_backend
-from astroattn.ops.near_far import Choice, attend
+from astroattn.ops.choosing import Choice
+from astroattn.ops.near_far import attend
 from eval.common import relative_error
 
 CONFIGS = {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from astroattn.ops import near_far, plain
+from astroattn.ops.choosing import Choice
 from astroattn.ops.kernels.device import is_small
 from astroattn.ops.kernels.near_far_backward import (
     mean_backward_kernel,
@@ -30,7 +31,6 @@ from astroattn.ops.kernels.near_far_forward import read_kernel
 from astroattn.ops.kernels.near_far_tiles import LIKE, Tiles, dims_of, read_tiles
 from astroattn.ops.kernels.rows import power_of_2
 from astroattn.ops.layout import SUBTILE, Budget, Layout
-from astroattn.ops.near_far import Choice
 from astroattn.ops.precision import without_autocast
 from astroattn.ops.rows import dense_rows, empty_rows
 

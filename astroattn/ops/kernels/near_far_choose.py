@@ -1,4 +1,4 @@
-"""Triton: what near + far attention chooses (`ops.near_far.choose`), without a tensor of tiles x keys.
+"""Triton: what near + far attention chooses (`ops.choosing.choose`), without a tensor of tiles x keys.
 
     normaliser   of what each tile expects of all keys, from its mean query
     mass         of each key: what all tiles expect of it; then PyTorch learns the clusters
@@ -18,14 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from astroattn.ops import near_far
+from astroattn.ops import choosing
+from astroattn.ops.choosing import Choice
+from astroattn.ops.clustering import Clusters, find_clusters
 from astroattn.ops.kernels.near_far_choosing import left_kernel, mass_kernel, normaliser_kernel, share_kernel
 from astroattn.ops.kernels.near_far_selecting import candidates_kernel, maxima_kernel, take_kernel
 from astroattn.ops.kernels.near_far_tiles import by_cluster
 from astroattn.ops.kernels.rows import cdiv, power_of_2
 from astroattn.ops.layout import SUBTILE, Layout
-from astroattn.ops.near_far import Choice, Clusters
 from astroattn.ops.order import Coordinates, find_coordinates
+from astroattn.ops.tiles import by_tile, find_slots, mean_and_rest
 
 KEYS = 32  # in a block of a product
 CHUNK = 1024  # keys, of which one program of `normaliser` makes the sum
@@ -39,7 +41,7 @@ class Tiles(NamedTuple):
     """The tiles, and what they are expected to attend to.
 
     Attributes:
-        token, real, mean, rest: as in `near_far.Reading`.
+        token, real, mean, rest: as in `tiles.Reading`.
         key: all keys [Z, N, D]. normaliser: u.k less this is the logarithm of what is expected [Z, T].
     """
 
@@ -73,29 +75,29 @@ def block_of(layout: Layout, body: int) -> int:
 
 @torch.no_grad()
 def choose(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Choice:
-    """As `near_far.choose`, without a bias, on float32; the keys that a sub-tile chooses come in their own order."""
+    """As `choosing.choose`, without a bias, on float32; the keys that a sub-tile chooses come in their own order."""
     prefix = layout.prefix
     body_query, body_key, body_value = (x[:, prefix:] for x in (query, key, value))
     size, body = body_key.shape[:2]
     if block_of(layout, body) == 0:
-        return near_far.choose(query, key, value, layout)
+        return choosing.choose(query, key, value, layout)
     coordinates = find_coordinates(body_query, body_key)
-    order = near_far.find_order(body_query, body_key, coordinates, layout)
+    order = choosing.find_order(body_query, body_key, coordinates, layout)
     tiles = expect(body_query, key, order, layout)
     clusters, winners = None, order.new_zeros(size, body)
     if layout.num_hidden:
         given = body_key, body_value, coordinates, _mass(tiles, prefix), tiles.token, tiles.real
-        clusters = near_far.find_clusters(*given, layout)
+        clusters = find_clusters(*given, layout)
         winners = clusters.winners
     keys = choose_keys(tiles, coordinates, layout, clusters)
     left = _mass_left(tiles, keys, layout)
-    return Choice(order, winners, near_far.by_largest(left, winners, layout), keys)
+    return Choice(order, winners, choosing.by_largest(left, winners, layout), keys)
 
 
 def expect(query: Tensor, key: Tensor, order: Tensor, layout: Layout) -> Tiles:
-    """The tiles of the body's queries, and their normalisers: `near_far.expected_attention`."""
-    token, real = near_far.find_slots(order, layout)
-    mean, rest = near_far.mean_and_rest(query, token, real)
+    """The tiles of the body's queries, and their normalisers: `choosing.expected_attention`."""
+    token, real = find_slots(order, layout)
+    mean, rest = mean_and_rest(query, token, real)
     number = real.sum(1).float()
     tiles = Tiles(token, real, mean.contiguous(), rest, key.contiguous(), mean)
     (size, tokens, _), count, chunks = key.shape, mean.shape[1], cdiv(key.shape[1], CHUNK)
@@ -132,7 +134,7 @@ class Scores(NamedTuple):
 
     Attributes:
         gain: the largest of the sub-tiles [Z, T, m]. drive: of each [Z, T, s, m].
-        winners: the cluster of each key [Z, n]. error, log_value, within: as in `near_far.choose_keys` [Z, n].
+        winners: the cluster of each key [Z, n]. error, log_value, within: as in `choosing.choose_keys` [Z, n].
         offset: k - w in a few coordinates [Z, n, c]. least: the score above which a key is chosen [Z].
     """
 
@@ -147,14 +149,14 @@ class Scores(NamedTuple):
 
 
 def choose_keys(tiles: Tiles, coordinates: Coordinates, layout: Layout, clusters: Clusters | None) -> Tensor:
-    """`near_far.choose_keys`: the exact keys of each sub-tile [Z, S, P], int32."""
+    """`choosing.choose_keys`: the exact keys of each sub-tile [Z, S, P], int32."""
     prefix, most = layout.prefix, layout.exact_keys
     body, asked = tiles.key.shape[1] - prefix, coordinates.query.shape[1]
-    near = near_far.near_of_subtiles(tiles.token, tiles.real, layout, body).int().contiguous()
-    keys = near_far.of_queries(torch.cat([near, near.new_full((*near.shape[:3], most), -1)], -1), asked).contiguous()
+    near = choosing.near_of_subtiles(tiles.token, tiles.real, layout, body).int().contiguous()
+    keys = choosing.of_queries(torch.cat([near, near.new_full((*near.shape[:3], most), -1)], -1), asked).contiguous()
     if most == 0:
         return keys
-    subtiles = near_far.find_subtiles(tiles.rest, tiles.real, coordinates, layout)
+    subtiles = choosing.find_subtiles(tiles.rest, tiles.real, coordinates, layout)
     scores = _scores(tiles, coordinates, subtiles, layout, clusters)
     candidates, best = _candidates(tiles, scores, layout)
     size, count, listed = candidates.shape
@@ -168,17 +170,17 @@ def choose_keys(tiles: Tiles, coordinates: Coordinates, layout: Layout, clusters
 
 
 def _scores(
-    tiles: Tiles, coordinates: Coordinates, subtiles: near_far.Subtiles, layout: Layout, clusters: Clusters | None
+    tiles: Tiles, coordinates: Coordinates, subtiles: choosing.Subtiles, layout: Layout, clusters: Clusters | None
 ) -> Scores:
-    least = near_far.least_score(clusters, layout, tiles.mean, tiles.mean.shape[2])
+    least = choosing.least_score(clusters, layout, tiles.mean, tiles.mean.shape[2])
     if clusters is None:
         offset, none = coordinates.key.contiguous(), least  # attention alone counts
         return Scores(none, none, none, none, none, none, offset, least)
     head_key = tiles.key[:, : layout.prefix]
     log_prefix = tiles.mean @ head_key.mT - tiles.normaliser[..., None]
     share = _share(tiles, clusters.winners, layout)
-    drive, gain = near_far.find_drives(subtiles, clusters, share, head_key, log_prefix)
-    within, wide = near_far.spread_of_keys(subtiles, clusters, coordinates.query.shape[1])
+    drive, gain = choosing.find_drives(subtiles, clusters, share, head_key, log_prefix)
+    within, wide = choosing.spread_of_keys(subtiles, clusters, coordinates.query.shape[1])
     error, winners = clusters.log_value + wide.log() / 2, clusters.winners.int()
     return Scores(gain, drive, winners, error, clusters.log_value, within, clusters.along.contiguous(), least)
 
@@ -216,10 +218,10 @@ def _blocks(tiles: Tiles, given: tuple[Tensor, ...], layout: Layout, block: int,
 
 
 def _mass_left(tiles: Tiles, keys: Tensor, layout: Layout) -> Tensor:
-    """`near_far._mass_left` before it is measured from the largest of each cluster [Z, n]."""
+    """`choosing._mass_left` before it is measured from the largest of each cluster [Z, n]."""
     (size, tokens, _), count, prefix = tiles.key.shape, tiles.mean.shape[1], layout.prefix
     number = tiles.real.view(count, -1, SUBTILE).sum(2).float()  # queries of the sub-tiles [T, s]
-    of_tile = near_far.by_tile(keys, *number.shape).flatten(2)
+    of_tile = by_tile(keys, *number.shape).flatten(2)
     chosen, place = of_tile.sort(dim=-1)
     queries = number.repeat_interleave(keys.shape[2], 1).expand(size, -1, -1).gather(2, place)
     blocks = cdiv(tokens - prefix, KEYS)
@@ -228,6 +230,6 @@ def _mass_left(tiles: Tiles, keys: Tensor, layout: Layout) -> Tensor:
     left, sizes = tiles.key.new_empty(size, tokens - prefix), tiles.sizes() | {"T": 16}
     left_kernel[(size * blocks,)](
         *(tiles.mean, tiles.key, tiles.normaliser, chosen, queries, begins, number.sum(1), left),
-        *(tokens, prefix, count, chosen.shape[2], near_far.LEAST_MASS), **sizes, E=ENTRIES,
+        *(tokens, prefix, count, chosen.shape[2], choosing.LEAST_MASS), **sizes, E=ENTRIES,
     )  # fmt: skip
     return left

@@ -1,4 +1,4 @@
-"""The kernels of `kernels.near_far_choose` that select keys by their scores (`near_far.choose_keys`).
+"""The kernels of `kernels.near_far_choose` that select keys by their scores (`choosing.choose_keys`).
 
 Nothing is sorted: of many numbers the largest are found by trying limits, bit by bit of integers that are ordered as
 the numbers are, and of equal ones the first are taken. So equal inputs give equal bits.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from astroattn.ops.choosing import MOST_MISS
 from astroattn.ops.kernels.features import load_rows, product
-from astroattn.ops.near_far import MOST_MISS
 
 NEVER = tl.constexpr(-(2**31))  # the rank of what must not be taken
 ALL_BITS = tl.constexpr(2**31 - 1)
@@ -123,7 +123,7 @@ def take_kernel(
     """Of its tile's candidates the `most` that a sub-tile asks for most, behind its near keys -> keys [Z, asked, P].
 
     A candidate's score less what it has beside u.k is what is expected of it. Scores and limits as in
-    `near_far.choose_keys`; the chosen keys ascend.
+    `choosing.choose_keys`; the chosen keys ascend.
     """
     pid = tl.program_id(0)  # of Z * T * s
     row = (pid // subtiles).to(tl.int64)  # of Z * T

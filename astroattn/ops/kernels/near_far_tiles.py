@@ -9,10 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from astroattn.ops import near_far
+from astroattn.ops.choosing import Choice
 from astroattn.ops.kernels.near_far_forward import entry_kernel, write_kernel
 from astroattn.ops.kernels.rows import cdiv, power_of_2
 from astroattn.ops.layout import Layout
-from astroattn.ops.near_far import Choice, Union
+from astroattn.ops.near_far import Union
+from astroattn.ops.tiles import find_slots, mean_and_rest
 
 LIKE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 WRITTEN = {64: (64, 32), 128: (32, 32), 256: (16, 16)}  # tiles, at most, and keys of `write`, by padded head dim
@@ -76,8 +78,8 @@ def read_tiles(query: Tensor, key: Tensor, value: Tensor, layout: Layout, choice
     prefix, m = layout.prefix, layout.num_hidden
     order, winners, keys = (x.long() for x in (choice.order, choice.winners, choice.keys))
     (size, tokens, _), body = key.shape, key.shape[1] - prefix
-    token, real = near_far.find_slots(order, layout)
-    mean = near_far.mean_and_rest(query[:, prefix:], token, real)[0].contiguous()
+    token, real = find_slots(order, layout)
+    mean = mean_and_rest(query[:, prefix:], token, real)[0].contiguous()
     tiles, subtiles = token.shape[1], layout.subtiles()
     most = layout.union(body) if _is_captured(key) else None
     union = near_far.find_union(keys, tiles, subtiles, body, most)

@@ -1,4 +1,4 @@
-"""Near + far attention on the CPU: `near_far.choose` and `near_far.attend`, and the gradients of the latter."""
+"""Near + far attention on the CPU: `choosing.choose` and `near_far.attend`, and the gradients of the latter."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def near_far_forward(
     budget: Budget,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `near_far.choose` and `near_far.attend`, on [B, H, N, D] tensors of any strides.
+    """As `choosing.choose` and `near_far.attend`, on [B, H, N, D] tensors of any strides.
 
     Args:
         bias: [1 or B, 1 or H, Nq, N], which is copied unless it is float32 with keys side by side; None: there is none.
