@@ -140,7 +140,7 @@ def test_a_cost_is_kept_and_the_plan_is_verified_on_other_items(cost: float) -> 
     assert plan.promise is not None
     assert (plan.promise.metric, plan.promise.items, plan.promise.tolerance, plan.promise.kept) == (
         "top1",
-        36,
+        24,
         None,
         None,
     )
@@ -263,7 +263,7 @@ def test_a_seed_gives_one_plan() -> None:
     first, again = (plan_for(model, cost=0.8, seed=3) for _ in range(2))
     assert first == again
     assert first.provenance["seed"] == 3
-    assert {"choosing_items": 12, "verifying_items": 36}.items() <= first.provenance.items()
+    assert {"choosing_items": 24, "verifying_items": 24}.items() <= first.provenance.items()
     assert plan_for(model, cost=0.8, seed=4) != first
     for weight in model.parameters():  # without gradients of the weights it is the same
         weight.requires_grad_(False)
@@ -297,9 +297,9 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert load_file(path)["effect"].shape == (5, 6, 8)
     stop_at(-1)
     assert plan_for(model, cost=0.8, state=path) == expected
-    assert len(calls) == 12
+    assert len(calls) == 24
     assert plan_for(model, tolerance=0.5, state=path).promise is not None  # another wish, the same measurements
-    assert len(calls) == 12
+    assert len(calls) == 24
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
@@ -356,6 +356,13 @@ def test_items_choose_or_verify() -> None:
     assert torch.equal(both.sort().values, torch.arange(57))
     assert len(split(batches, 2000, 0).choosing) == 8
     assert len(split(batches, 1, 0).choosing) == 14
+    assert len(split(batches, 1, 0, 2).choosing) == 28
+
+
+def test_half_of_a_few_items_choose_where_no_tolerance_is_verified() -> None:
+    bert, batches = make_bert(), make_batches(12)
+    for wish, choosing in (({"cost": 0.8}, 6), ({"tolerance": 1.0, "metric": "kl"}, 3)):
+        assert plan_for(bert, batches, **wish).provenance["choosing_items"] == choosing
 
 
 class Opaque(nn.Module):

@@ -52,7 +52,8 @@ def calibrate(
     Args:
         model: any that `patch` takes, patched or not. It is not touched: a copy that shares its weights is.
         batches: model inputs, each a mapping of keyword arguments or one tensor, with the items along dimension 0. They
-            are read once and kept. Eight items choose, or as many as hold 4,096 tokens, at most a quarter of all.
+            are read once and kept. Eight items choose, or as many as hold 4,096 tokens, at most a quarter of all for a
+            tolerance, which the others verify, and half of them otherwise.
         tolerance: the least value of the metric, below 1, or the most of "kl", in nats; this, `cost` or `entries`.
         cost: the most products of the patched modules over those of softmax attention, 0 to 1.
         entries: of streaming memories, the mean number for a key head, at most the tokens of an item.

@@ -12,7 +12,8 @@ from astroattn.fidelity.passes import count_items, take, token_mask
 
 LEAST_ITEMS = 8  # that choose,
 LEAST_TOKENS = 4096  # or so many tokens, whichever is more items;
-LARGEST_SHARE = 4  # but at most one of so many
+LARGEST_SHARE = 4  # but at most one of so many, where the others have a tolerance to verify;
+LARGER_SHARE = 2  # one of so many elsewhere: of a few items, one that chooses alone is no guide to others
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,20 @@ def read(batches: Iterable[Any]) -> list[Any]:
     kept = list(batches)
     total = sum(count_items(batch) for batch in kept)
     if total < LARGEST_SHARE:
-        raise ValueError(f"batches: {total} items; needs at least {LARGEST_SHARE}, as a quarter of them choose")
+        raise ValueError(f"batches: {total} items; needs at least {LARGEST_SHARE}, as some of them choose")
     return kept
 
 
-def split(batches: Sequence[Any], length: int, seed: int) -> Split:
-    """Divide the items of batches by a seed; `length` is the tokens of an item without a padding mask."""
+def split(batches: Sequence[Any], length: int, seed: int, share: int = LARGEST_SHARE) -> Split:
+    """Divide the items of batches by a seed; `length` is the tokens of an item without a padding mask.
+
+    At most one item of `share` chooses.
+    """
     places = [(number, row) for number, batch in enumerate(batches) for row in range(count_items(batch))]
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist()
     items: list[Any] = []
     tokens: list[int] = []
-    most = len(places) // LARGEST_SHARE
+    most = len(places) // share
     seen = held = 0
     for place in order:
         number, row = places[place]

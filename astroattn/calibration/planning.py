@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from astroattn.calibration.effects import DIRECTIONS, NotDifferentiable, exact, measure, noted
-from astroattn.calibration.items import Split, read, split
+from astroattn.calibration.items import LARGER_SHARE, LARGEST_SHARE, Split, read, split
 from astroattn.calibration.maker import Maker, Patch
 from astroattn.calibration.menu import check_menu, check_streaming_menu, default_menu, streaming_menu
 from astroattn.calibration.state import State, identify
@@ -90,17 +90,18 @@ def make_plan(model: nn.Module, batches: Iterable[Any], wish: Wish) -> Plan:
                 raise ValueError(f"entries: {wish.entries:g}; this menu has {least} to {most} here")
         else:
             menu = check_menu(default_menu(length) if wish.menu is None else wish.menu)
-        parts = split(kept, length, wish.seed)
+        parts = split(kept, length, wish.seed, LARGER_SHARE if wish.tolerance is None else LARGEST_SHARE)
     verifier = Verifier(subject, parts.unseen, metric, wish.tolerance, wish.pooling, wish.seed, progress=wish.progress)
     verifier.require_items(parts.wanted)
     with patch(base):
         cores = find_astrocytes(subject)
         modules = {_owner(name): core.num_heads for name, core in cores.items()}
-        known = identify(model, modules, menu, parts.choosing, seed=wish.seed, pooling=wish.pooling)
+        all_choosing = split(kept, length, wish.seed, LARGER_SHARE).choosing  # those of another wish begin alike
+        known = identify(model, modules, menu, all_choosing, seed=wish.seed, pooling=wish.pooling)
         state = State(wish.state, known)
         _measure(subject, parts, menu, wish, state)
         notes = [*state.notes, *_left_out(report, fallbacks(subject))]
-    maker = Maker(subject, patch, menu, modules, state.items, verifier, groups)
+    maker = Maker(subject, patch, menu, modules, state.items[: len(parts.choosing)], verifier, groups)
     provenance = {
         "seed": wish.seed,
         "choosing_items": len(parts.choosing),
@@ -165,7 +166,7 @@ def _width(batch: Any) -> int:
 def _measure(subject: nn.Module, parts: Split, menu: list[AstroConfig], wish: Wish, state: State) -> None:
     """Measure the choosing items that the state does not hold yet."""
     directions = 0 if state.notes else DIRECTIONS
-    done = len(state.items)
+    done = min(len(state.items), len(parts.choosing))
     bar = tqdm(parts.choosing[done:], "measuring", len(parts.choosing), unit="item", initial=done, leave=False,
                disable=not wish.progress)  # fmt: skip
     for number, item in enumerate(bar, done):
