@@ -76,7 +76,7 @@ def format_recall(rows: Sequence[Row]) -> str:
     rows = [row for row in rows if row["measure"] == RECALL]
     depths = sorted({row["depth"] for row in rows})
     cells: dict[tuple[str, float], str] = {}
-    for name, stage in [(name, stage) for name in ORDER for stage in STAGES]:
+    for name, stage in [(name, stage) for name in ("original", *ORDER) for stage in STAGES]:
         mine = _mine(rows, name, stage)
         title = name if stage == START else f"{name}, {STAGES[stage]}"
         for depth in {row["depth"] for row in mine}:
