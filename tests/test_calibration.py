@@ -28,7 +28,7 @@ from astroattn.calibration.choice import Choice
 from astroattn.calibration.items import split
 from astroattn.config import MIXABLE
 from astroattn.fidelity import compare
-from astroattn.fidelity.calls import find_astrocytes
+from astroattn.fidelity.calls import CostMeter, find_astrocytes
 from astroattn.fidelity.subject import share_weights
 
 EXACT = AstroConfig(hidden="exact")
@@ -357,6 +357,28 @@ def test_items_choose_or_verify() -> None:
     assert len(split(batches, 2000, 0).choosing) == 8
     assert len(split(batches, 1, 0).choosing) == 14
     assert len(split(batches, 1, 0, 2).choosing) == 28
+
+
+def test_a_plan_costs_no_more_on_items_that_did_not_choose_it() -> None:
+    """Mixed texts ask for more exact keys than those of two words, which choose here."""
+    torch.manual_seed(0)
+    config = BertConfig(**SIZES | {"max_position_embeddings": 300}, num_labels=4, initializer_range=0.4)
+    bert, ids = BertForSequenceClassification(config).eval(), torch.randint(5, 99, (8, 300))
+    choosing = torch.cat([item["input_ids"] for item in split([{"input_ids": ids}], 300, 0, 2).choosing])
+    chooses = (ids[:, None] == choosing).all(-1).any(1)
+    ids[chooses] = torch.randint(5, 7, (4, 300))
+    menu = [AstroConfig(num_hidden=8, exact_keys=150, key_error=error) for error in (0.3, 0.2, 0.1, 0.05, 0.02, 0.01)]
+    plan = plan_for(bert, [{"input_ids": ids}], cost=0.6, menu=menu)
+    with astroattn.patched(bert, plan), torch.no_grad():
+        meter = CostMeter(bert)
+        with meter.watch():
+            bert(ids[~chooses])
+        meter.add(None)
+    found = meter.totals()["cost"]
+    assert found <= 0.6 * 1.005
+    assert plan.cost is not None
+    assert plan.cost < found - 0.005  # or there was nothing to show
+    assert not plan.notes
 
 
 def test_half_of_a_few_items_choose_where_no_tolerance_is_verified() -> None:

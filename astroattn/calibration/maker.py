@@ -13,6 +13,7 @@ from astroattn.calibration.choice import Choice
 from astroattn.calibration.effects import Measured
 from astroattn.calibration.verifying import Verifier
 from astroattn.config import AstroConfig
+from astroattn.fidelity.calls import CostMeter
 from astroattn.fidelity.metrics import Array
 from astroattn.imports import needs
 from astroattn.patching import PatchReport
@@ -21,6 +22,7 @@ from astroattn.plan import FALLING, HeadShare, Plan, Promise
 with needs("eval"):
     import numpy as np
 
+MOST_TIMES, SLACK = 4, 1.005  # plans that are made for a cost, until the verifying items do not cost more than this
 BUDGETS = 15  # of which the smallest that keeps a tolerance is searched, in equal ratios; the last is exact
 
 
@@ -65,14 +67,27 @@ class Maker:
         self._subject, self._patch, self._menu, self._verifier = subject, patch, menu, verifier
 
     def for_cost(self, cost: float) -> Plan:
-        """The truest plan for a cost."""
+        """The truest plan that costs no more, neither on the items that chose it nor on those that verify.
+
+        Where inputs decide how many keys are exact, others than those that chose may ask for more.
+        """
         if cost < self._choice.least:
             raise ValueError(f"cost: {cost:g}; the least that this menu has here is {self._choice.least:.4f}")
-        return self._for_budget(cost)
+        budget, notes = cost, []
+        for _ in range(MOST_TIMES):
+            chosen = self._choice.within(budget)
+            promise, spent = self._verify(chosen, "verifying")
+            if spent <= cost * SLACK or budget == self._choice.least:
+                break
+            budget = max(budget * cost / spent, self._choice.least)
+        if spent > cost * SLACK:
+            notes.append(f"on the unseen items it costs {spent:.1%}")
+        return self._plan(chosen, promise, notes)
 
     def for_entries(self, entries: float) -> Plan:
         """The truest plan with so many entries in the mean."""
-        return self._for_budget(entries / self._menu[-1].entries)
+        chosen = self._choice.within(entries / self._menu[-1].entries)
+        return self._plan(chosen, self._verify(chosen, "verifying")[0])
 
     def for_tolerance(self) -> Plan:
         """The cheapest plan that keeps the tolerance together with the next cheaper one, of `BUDGETS` costs.
@@ -86,7 +101,7 @@ class Maker:
         def keeps(step: int) -> bool:
             chosen = self._choice.within(budgets[step])
             if chosen.tobytes() not in tried:
-                tried[chosen.tobytes()] = chosen, self._verify(chosen, f"verifying {budgets[step]:.0%}")
+                tried[chosen.tobytes()] = chosen, self._verify(chosen, f"verifying {budgets[step]:.0%}")[0]
             return bool(tried[chosen.tobytes()][1].kept)
 
         broken, kept = -1, BUDGETS  # indices: the dearest that does not keep it, the cheapest that does
@@ -114,10 +129,6 @@ class Maker:
             notes.insert(0, f"only {what} this tolerance, so the plan saves nothing")
         return self._plan(best, promise, notes)
 
-    def _for_budget(self, budget: float) -> Plan:
-        chosen = self._choice.within(budget)
-        return self._plan(chosen, self._verify(chosen, "verifying"))
-
     @property
     def _falling(self) -> bool:
         return self._verifier.metric in FALLING
@@ -128,9 +139,14 @@ class Maker:
     def _exact(self) -> Array:
         return np.full(self._unit[-1] + 1, len(self._menu) - 1)
 
-    def _verify(self, chosen: Array, title: str) -> Promise:
+    def _verify(self, chosen: Array, title: str) -> tuple[Promise, float]:
+        """What is promised of it, and what it costs on the verifying items."""
         with self._patch(Plan(model="", modules=self._heads(chosen))):
-            return self._verifier.verify(self._subject, title)
+            meter = CostMeter(self._subject)
+            with meter.watch():
+                promise = self._verifier.verify(self._subject, title)
+        meter.add(None)
+        return promise, meter.totals().get("cost", 1.0)
 
     def _heads(self, chosen: Array) -> dict[str, tuple[AstroConfig, ...]]:
         configs = iter([self._menu[number] for number in chosen[self._unit]])
