@@ -168,7 +168,7 @@ def test_calibrate_and_what_its_plan_is_for(
     assert "plan for BertModel: 2 modules, 8 heads" in capsys.readouterr().out
     found = Plan.load(plan)
     assert found.promise is not None
-    assert (found.promise.metric, found.promise.items) == ("cosine", 9)
+    assert (found.promise.metric, found.promise.items) == ("cosine", 6)
     assert (found.provenance["name"], found.provenance["seed"]) == (bert, 2)
     assert state.exists()
     assert run("compare", bert, "--data", texts, "--plan", plan, "--diagnose", "0", "--json", result) == 0
