@@ -11,11 +11,10 @@ replaced, with the same number of exact keys for every sub-tile, and beside it o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import sqrt
-from types import ModuleType
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ def of_tokens(directions: int, tokens: int) -> Kind:
     """Of so many tokens of the sequence itself."""
 
     def find(query: Tensor, key: Tensor) -> Coordinates:
-        with _replaced(order, DIRECTIONS=directions, SAMPLES=tokens):
+        with patch.multiple(order, DIRECTIONS=directions, SAMPLES=tokens):
             return FOUND(query, key)
 
     return Kind(directions, find)
@@ -110,7 +109,7 @@ def measure(case: Case) -> list[Row]:
         with patched(case.model, AstroConfig(backend="torch")):
             dim = max(core.head_dim for core in find_astrocytes(case.model).values())
             learned = Learned(case.model, few)
-            with _replaced(choosing, find_coordinates=learned.learn):
+            with patch.multiple(choosing, find_coordinates=learned.learn):
                 read_outputs(case, list(case.batches("even")))
         kinds = {
             f"{few} of 64 tokens (the default)": Kind(few, FOUND),
@@ -122,12 +121,12 @@ def measure(case: Case) -> list[Row]:
         }
         for name, kind in tqdm(kinds.items(), case.title, unit="kind"):
             config = AstroConfig(exact_keys=round(kind.keys * sqrt(case.tokens)), backend="torch")
-            with patched(case.model, config), _replaced(choosing, find_coordinates=kind.find):
+            with patched(case.model, config), patch.multiple(choosing, find_coordinates=kind.find):
                 learned.follow(case.model)
                 meter = CostMeter(case.model)
                 with meter.watch():
                     error, agreement = case.kind.compare(read_outputs(case, batches), truth)
-                with _replaced(cost, DIRECTIONS=kind.directions):
+                with patch.multiple(cost, DIRECTIONS=kind.directions):
                     meter.add(None)
             row = {"model": case.title, "items": len(truth), "directions": name, "what": case.kind.error}
             row |= {"cost": meter.totals()["cost"], "error": error, "agreement": agreement}
@@ -149,16 +148,6 @@ def format_markdown(rows: Sequence[Row]) -> str:
 
 def _centred(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
-
-
-@contextmanager
-def _replaced(module: ModuleType, **values: object) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in values}
-    vars(module).update(values)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
 
 
 def main(json: JsonOption = None, model: ModelOption = None, limit: LimitOption = ITEMS, seed: SeedOption = 0) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from astroattn.ops.kernels.features import load_rows, narrow, operand, product, store_rows, widen
-from astroattn.ops.kernels.near_far_forward import logits_left
+from astroattn.ops.kernels.near_far_forward import cluster_and_tiles, load_means, logits_left
 
 
 @triton.jit(do_not_specialize=["tokens", "prefix", "tiles", "tile", "blocks", "layers", "entries", "num_hidden"])
@@ -133,7 +133,7 @@ def sum_kernel(
     for step in range(0, tl.max(count, 0)):
         more = step < count
         entry = tl.load(places + z * length + first + step, mask=more, other=0)
-        u = load_rows(mean + z * tiles * D, D, entry // entries, tiles, D, DP)
+        u = load_means(mean, z, entry // entries, tiles, D, DP)
         for block in range(0, blocks):
             line = (z * length + entry) * blocks + block
             limit = tl.where(more, line + 1, line)[:, None]
@@ -193,7 +193,7 @@ def write_backward_kernel(
             )
             d_mean = operand(d_mean, LIKE)
             d_log = tl.load(d_log_z + state, mask=some, other=0.0)
-            u = load_rows(mean + z * tiles * D, D, tile, tiles, D, DP)
+            u = load_means(mean, z, tile, tiles, D, DP)
             there = some[:, None] & real[None, :]
             share, d_score = written(
                 u, k, v, read + row[:, None] * words, place, there, level[:, None], d_mean, d_log[:, None], LIKE
@@ -212,11 +212,7 @@ def mean_backward_kernel(
     T: tl.constexpr, K: tl.constexpr, LIKE: tl.constexpr,
 ):  # fmt: skip
     """Of one cluster and a block of tiles: d_u = sum_i d (u.k_i) k_i -> d_means [Z, T, m, D]."""
-    blocks = tl.cdiv(tiles, T)
-    pid = tl.program_id(0)
-    z = (pid // (blocks * num_hidden)).to(tl.int64)
-    cluster = pid // blocks % num_hidden
-    tile = pid % blocks * T + tl.arange(0, T)
+    z, cluster, tile = cluster_and_tiles(tiles, num_hidden, T)
     some = tile < tiles
     row = z * tiles + tile
     state = row * num_hidden + cluster
@@ -227,7 +223,7 @@ def mean_backward_kernel(
     d_log = tl.load(d_log_z + state, mask=some, other=0.0)
     d_mean = load_rows(d_mean_value + (z * tiles * num_hidden + cluster) * DV, num_hidden * DV, tile, tiles, DV, DVP)
     d_mean = operand(d_mean, LIKE)
-    u = load_rows(mean + z * tiles * D, D, tile, tiles, D, DP)
+    u = load_means(mean, z, tile, tiles, D, DP)
     d_u = tl.zeros([T, DP], tl.float32)
     for start in range(first, last, K):
         place = start + tl.arange(0, K)

@@ -10,12 +10,7 @@ import triton
 import triton.language as tl
 
 from astroattn.ops.kernels.features import LOWEST, load_rows, product
-
-
-@triton.jit
-def load_means(mean, z, rows, tiles, D: tl.constexpr, DP: tl.constexpr):
-    """u of some tiles [rows, DP], of a sequence."""
-    return load_rows(mean + z * tiles * D, D, rows, tiles, D, DP)
+from astroattn.ops.kernels.near_far_forward import cluster_and_tiles, load_means
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "chunk", "chunks"])
@@ -120,11 +115,7 @@ def share_kernel(
     D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The attention that a block of tiles is expected to give to one cluster -> share [Z, T, m]."""
-    blocks = tl.cdiv(tiles, T)
-    pid = tl.program_id(0)
-    z = (pid // (blocks * num_hidden)).to(tl.int64)
-    cluster = pid // blocks % num_hidden
-    rows = pid % blocks * T + tl.arange(0, T)
+    z, cluster, rows = cluster_and_tiles(tiles, num_hidden, T)
     body = tokens - prefix
     first = tl.load(begins + z * (num_hidden + 1) + cluster)
     last = tl.load(begins + z * (num_hidden + 1) + cluster + 1)

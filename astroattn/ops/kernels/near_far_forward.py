@@ -11,6 +11,21 @@ from astroattn.ops.kernels.features import LOWEST, load_rows, narrow, operand, p
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
+@triton.jit
+def load_means(mean, z, rows, tiles, D: tl.constexpr, DP: tl.constexpr):
+    """u of some tiles [rows, DP], of a sequence."""
+    return load_rows(mean + z * tiles * D, D, rows, tiles, D, DP)
+
+
+@triton.jit
+def cluster_and_tiles(tiles, num_hidden, T: tl.constexpr):
+    """The sequence, the cluster and the block of T tiles that a program is for."""
+    blocks = tl.cdiv(tiles, T)
+    pid = tl.program_id(0)
+    z = (pid // (blocks * num_hidden)).to(tl.int64)
+    return z, pid // blocks % num_hidden, pid % blocks * T + tl.arange(0, T)
+
+
 @triton.jit(do_not_specialize=["tokens", "tiles", "entries"])
 def entry_kernel(
     mean, key, index, bias, tokens, tiles, entries, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr
@@ -49,11 +64,7 @@ def write_kernel(
     Those have a bit in the order of the clusters: read [Z, T, words]. The first block also has the mean w_j of the keys
     by their mass, and what they weigh together.
     """
-    blocks = tl.cdiv(tiles, T)
-    pid = tl.program_id(0)
-    z = (pid // (blocks * num_hidden)).to(tl.int64)
-    cluster = pid // blocks % num_hidden
-    rows = pid % blocks * T + tl.arange(0, T)
+    z, cluster, rows = cluster_and_tiles(tiles, num_hidden, T)
     some = rows < tiles
     body = tokens - prefix
     first = tl.load(begins + z * (num_hidden + 1) + cluster)
@@ -61,7 +72,7 @@ def write_kernel(
     values = value + (z * tokens + prefix) * DV
     of_tile = read + (z * tiles + rows[:, None].to(tl.int64)) * words
     keys = key + (z * tokens + prefix) * D
-    u = load_rows(mean + z * tiles * D, D, rows, tiles, D, DP)
+    u = load_means(mean, z, rows, tiles, D, DP)
     total = tl.zeros([T], tl.float32)
     sums = tl.zeros([T, DVP], tl.float32)
     top = tl.full([T], LOWEST, tl.float32)
@@ -85,7 +96,7 @@ def write_kernel(
     columns = tl.arange(0, DVP)
     place = mean_value + state[:, None] * DV + columns[None, :]
     tl.store(place, sums / safe[:, None], mask=some[:, None] & (columns < DV)[None, :])
-    if pid % blocks == 0:
+    if tl.program_id(0) % tl.cdiv(tiles, T) == 0:
         sum_of_keys = tl.zeros([DP], tl.float32)
         whole = tl.zeros([K], tl.float32)
         for begin in range(first, last, K):

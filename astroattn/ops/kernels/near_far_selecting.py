@@ -11,6 +11,7 @@ import triton.language as tl
 
 from astroattn.ops.choosing import MOST_MISS
 from astroattn.ops.kernels.features import load_rows, product
+from astroattn.ops.kernels.near_far_forward import load_means
 
 NEVER = tl.constexpr(-(2**31))  # the rank of what must not be taken
 ALL_BITS = tl.constexpr(2**31 - 1)
@@ -60,7 +61,7 @@ def maxima_kernel(
     row = z * tiles + rows
     place = part * K + tl.arange(0, K)
     real = place < body
-    u = load_rows(mean + z * tiles * D, D, rows, tiles, D, DP)
+    u = load_means(mean, z, rows, tiles, D, DP)
     k = load_rows(key + (z * tokens + prefix) * D, D, place, body, D, DP)
     score = product(u, tl.trans(k), tl.float32) - tl.load(normaliser + row, mask=some, other=0.0)[:, None]
     if HIDDEN:
